@@ -1,0 +1,111 @@
+"""Host tensors: dense and quantized, memory-mapped; no device and no framework.
+
+A `Tensor` is a logical shape, a format (how numbers are stored) and the stored parts as NumPy arrays. The parts of a
+tensor read from a file are views of the file's memory map: nothing is read before someone touches it.
+bfloat16, which NumPy lacks, is held as its uint16 bit patterns; `format.dtype` says which it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+STORAGE = {  # dtype name -> the NumPy dtype that stores it
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(np.uint16),
+    "float64": np.dtype(np.float64),
+    "int64": np.dtype(np.int64),
+    "int32": np.dtype(np.int32),
+    "int16": np.dtype(np.int16),
+    "int8": np.dtype(np.int8),
+    "uint8": np.dtype(np.uint8),
+    "uint32": np.dtype(np.uint32),
+    "bool": np.dtype(np.bool_),
+}
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Plain numbers. parts: `weight`, an array of the logical shape in `STORAGE[dtype]`."""
+
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Affine:
+    """MLX's convention: w = scale * code + bias, `group_size` neighbours along the last axis share scale and bias.
+
+    parts: `weight` uint32 [..., O, I * bits / 32] (codes packed in order, lowest bits first, across word borders),
+    `scales` and `biases` [..., O, I / group_size] in `STORAGE[dtype]`.
+    """
+
+    bits: int
+    group_size: int
+    dtype: str  # of scales and biases: float16, bfloat16 or float32
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """One of GGUF's block types, bytes as in the file. parts: `weight` uint8 [..., O, bytes per row].
+
+    `kind` is ggml's name: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 (affine: `schemes.to_affine` keeps their codes exactly) or
+    Q2_K, Q3_K, Q4_K, Q5_K, Q6_K (schemes of their own).
+    """
+
+    kind: str
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A named-by-its-holder host tensor.
+
+    shape: the logical shape, matrices as [out, in] and stacked experts as [E, out, in].
+    format: Dense, Affine or Blocks. parts: the stored arrays, by name (see the formats).
+    """
+
+    shape: tuple[int, ...]
+    format: Dense | Affine | Blocks
+    parts: dict[str, np.ndarray] = field(repr=False)
+
+    @property
+    def quantized(self) -> bool:
+        return not isinstance(self.format, Dense)
+
+    @property
+    def size(self) -> int:
+        """Numbers in the tensor (parameters), whatever they are stored as."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return sum(part.nbytes for part in self.parts.values())
+
+
+def dense(values: np.ndarray) -> Tensor:
+    """A dense tensor over an ordinary NumPy array (float32, float16, integers)."""
+    return Tensor(tuple(values.shape), Dense(values.dtype.name), {"weight": values})
+
+
+def bf16_to_f32(bits: np.ndarray) -> np.ndarray:
+    """uint16 bit patterns of bfloat16 -> float32, exact."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def f32_to_bf16(values: np.ndarray) -> np.ndarray:
+    """float32 -> uint16 bit patterns of bfloat16, round to nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def floats(part: np.ndarray, dtype: str) -> np.ndarray:
+    """A stored part as float32: bfloat16 bit patterns widened, everything else cast (no copy when float32 already)."""
+    return bf16_to_f32(part) if dtype == "bfloat16" else part.astype(np.float32, copy=False)
+
+
+def store(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 values -> how `dtype` is stored."""
+    return f32_to_bf16(values) if dtype == "bfloat16" else values.astype(STORAGE[dtype], copy=False)
