@@ -1,0 +1,1 @@
+"""How one machine does the operations: see `base.py` for the contract."""

@@ -1,0 +1,400 @@
+"""THE CONTRACT: about thirty coarse operations that say everything a model needs of a machine.
+
+A backend is an object; several may live in one process. `backends/reference.py` is the definition of what is right,
+`ondevice.testing` the suite that holds every backend to it.
+
+Letters used for shapes: B rows, T new tokens, D width, H query heads, K key/value heads, d head size (keys and values
+may differ), O and I outputs and inputs of a linear map, V vocabulary, E experts, k experts per token, N = tokens in a
+flat list. Heads are [B, T, H, d] everywhere.
+
+Arrays (`A`) are the backend's own type. Model code may use only `a + b`, `a * b` (arrays of one shape or broadcastable,
+or a Python float on either side), `.shape`, `.reshape(*shape)` and the operations below. A weight (`W`) is what
+`prepare` returned, dense or quantized: the model can't tell. Where an operation takes a W it also takes an array, which
+is how trainable parameters enter.
+
+Numerics: activations are float32 on the CPU and may be bfloat16 or float16 on a GPU; every sum accumulates in float32;
+norms, rotary tables, softmax, router scores and losses are computed in float32. A backend created with `exact=True`
+keeps activations, cache and products in float32 (no int8 activations, no TF32).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..errors import Unsupported
+from ..tensors import Tensor
+
+A = Any  # the backend's array
+W = Any  # what prepare() returned, or an array
+
+
+# ------------------------------------------------------------------------------------------------ what is passed in
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the tokens of one forward pass go. All fields are host int32 NumPy arrays.
+
+    Row b holds `lengths[b]` real tokens, padded on the right to T, which take positions `starts[b]`,
+    `starts[b] + 1`, … of sequence `slots[b]` of the cache. Padding is never written to the cache and never attended
+    to; what comes out at padded places is unspecified but finite. `segments` [B, T], if given, numbers the documents
+    packed in a row: attention never crosses them. `cache` is None when nothing is kept (training, scoring): then
+    attention sees the row alone.
+    """
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    slots: np.ndarray
+    segments: np.ndarray | None = None
+    cache: Cache | None = None
+
+    @classmethod
+    def whole(cls, rows: int, tokens: int, segments: np.ndarray | None = None) -> Step:
+        """Full rows from position 0, without a cache."""
+        zeros, full = np.zeros(rows, np.int32), np.full(rows, tokens, np.int32)
+        return cls(zeros, full, np.arange(rows, dtype=np.int32), segments)
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """How scores are made: softmax(softcap(scale * q.k) over the visible positions) . v
+
+    window: position i sees j with 0 <= i - j < window (None: all of the past). chunk: i sees j only when
+    i // chunk == j // chunk. softcap: scores become softcap * tanh(scores / softcap).
+    """
+
+    scale: float
+    window: int | None = None
+    chunk: int | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What one layer keeps per token: keys [K, key_dim] and values [K, value_dim]; `window` bounds how far back."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class RouteRule:
+    """How a router's logits become experts and gates.
+
+    scoring: softmax over all experts, or sigmoid of each. groups/top_groups: only experts of the best groups (by the
+    sum of each group's two best scores) stand for election. renormalise: the chosen gates are divided by their sum.
+    scale: gates are multiplied by it. gate_on_input: the gate multiplies the expert's input instead of its output.
+    """
+
+    scoring: str = "softmax"
+    groups: int = 1
+    top_groups: int = 1
+    renormalise: bool = True
+    scale: float = 1.0
+    gate_on_input: bool = False
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """One row's way to choose a token. temperature 0 is greedy. Order: penalties, bias (in `mask`), temperature, top-k,
+    top-p, min-p, then the draw. 0 (top_k, min_p) and 1 (top_p, repetition) switch a filter off.
+
+    repetition divides positive and multiplies negative logits of every id seen in prompt or answer (CTRL, Keskar et
+    al. 2019); presence and frequency subtract, for ids of the answer, once and per occurrence.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+    top_logprobs: int = 0  # how many of the most likely next tokens to return
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """ids [B] int32 (an array of the backend, so that the next step may start before anyone reads it); `logprobs` [B]:
+    of the chosen ids under softmax of the raw logits (before penalties and temperature), None unless some row asked
+    for `top_logprobs`; `top`: (ids [B, n], logprobs [B, n]) of the most likely tokens, or None.
+    """
+
+    ids: A
+    logprobs: A | None = None
+    top: tuple[A, A] | None = None
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a backend says of itself. device: for people ("AVX2, 2 threads"). dtype: of its activations."""
+
+    name: str
+    device: str
+    dtype: str
+    exact: bool
+    features: frozenset[str]
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+# ------------------------------------------------------------------------------------------------ what is given back
+
+
+class Routing(ABC):
+    """Experts chosen for N tokens: `ids` [N, k] int32 in order of falling score, `gates` [N, k] float32. A backend
+    adds what it needs (tokens sorted by expert, once)."""
+
+    ids: A
+    gates: A
+
+
+class Cache(ABC):
+    """Keys and values (or other state) of `slots` sequences of up to `capacity` tokens, for every layer.
+
+    The engine moves `lengths`; operations only write at the places a Step names.
+    """
+
+    lengths: np.ndarray  # int32 [slots], on the host: tokens held, by slot
+    capacity: int
+
+    def advance(self, slots: np.ndarray, counts: np.ndarray) -> None:
+        """After a forward pass: `counts[b]` more tokens are held in `slots[b]`."""
+        self.lengths[slots] += counts
+
+    def truncate(self, slot: int, length: int) -> int:
+        """Forget everything from position `length` on; returns the length really gone back to (<= length): a ring or
+        a recurrent state may have to go back further, and the engine prefills from there."""
+        self.lengths[slot] = min(int(self.lengths[slot]), length)
+        return int(self.lengths[slot])
+
+    def reset(self, slot: int) -> None:
+        self.truncate(slot, 0)
+
+    @abstractmethod
+    def snapshot(self, slot: int) -> Any:
+        """A copy of a slot's state, for `restore` on a cache of the same specs."""
+
+    @abstractmethod
+    def restore(self, slot: int, state: Any) -> None: ...
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes set aside."""
+
+
+# ------------------------------------------------------------------------------------------------ the operations
+
+FEATURES = {
+    "cache": "new_cache and attention over it",
+    "experts": "route, expert_linear, combine",
+    "latent": "latent_attention",
+    "training": "value_and_grad, remat, dropout, token_loss, adamw",
+    "trainable_scales": "quantized: a weight differentiable in its scales and biases",
+    "compile": "compile makes a real difference",
+}
+
+
+class Backend(ABC):
+    """One machine. A useful backend for dense inference implements the abstract methods; the rest has a composed
+    default or belongs to a feature: a word in `features` that says what else it can do."""
+
+    name: str
+    features: frozenset[str] = frozenset()
+    exact: bool = False
+
+    # ---- life and transfer
+
+    @abstractmethod
+    def info(self) -> Info: ...
+
+    @abstractmethod
+    def prepare(self, tensor: Tensor) -> W:
+        """A host tensor (any format of `ondevice.tensors`, any rank) made ready; one W serves `embed`, `linear`, norms
+        and experts. The tensor may be a view of a file's memory map; it is not written to."""
+
+    def release(self, weight: W) -> None:  # noqa: B027  (optional by design)
+        """The weight will not be used again."""
+
+    @abstractmethod
+    def array(self, values: np.ndarray) -> A:
+        """A host array: floats become activations' dtype, integers int32."""
+
+    @abstractmethod
+    def numpy(self, a: A) -> np.ndarray:
+        """To the host as float32 or int32. The only operation that must wait for results."""
+
+    @abstractmethod
+    def zeros(self, shape: Sequence[int]) -> A: ...
+
+    def sync(self) -> None:  # noqa: B027
+        """Wait until everything asked for has been computed."""
+
+    @abstractmethod
+    def dequantize(self, weight: W) -> A:
+        """The weight's numbers as a float32 array of its logical shape."""
+
+    # ---- forward
+
+    @abstractmethod
+    def embed(self, weight: W, ids: A) -> A:
+        """weight [V, D], ids [B, T] int32 -> [B, T, D]"""
+
+    @abstractmethod
+    def linear(self, x: A, weight: W, bias: W | None = None) -> A:
+        """x [..., I], weight [O, I], bias [O] -> x . weight^T + bias, [..., O]"""
+
+    @abstractmethod
+    def rms_norm(self, x: A, gain: W, eps: float, offset: float = 0.0) -> A:
+        """x [..., D] / sqrt(mean(x^2) + eps) * (gain [D] + offset); statistics in float32 (Zhang and Sennrich 2019)."""
+
+    @abstractmethod
+    def layer_norm(self, x: A, gain: W, bias: W | None, eps: float) -> A:
+        """(x - mean) / sqrt(variance + eps) * gain + bias over the last axis (Ba et al. 2016)."""
+
+    @abstractmethod
+    def rope(self, x: A, step: Step, freqs: A, interleaved: bool = False, scale: float = 1.0) -> A:
+        """Rotary positions (Su et al. 2021). x [B, T, H, d]; token t of row b has position p = starts[b] + t.
+
+        freqs [r / 2] float32, angle of pair i: p * freqs[i]; the first r of d dimensions turn, the others pass.
+        Pairs are (i, i + r/2), or (2i, 2i + 1) when interleaved. scale multiplies sine and cosine (yarn).
+        """
+
+    @abstractmethod
+    def attention(
+        self, q: A, k: A, v: A, sinks: W | None, spec: AttentionSpec, step: Step, layer: int
+    ) -> A:
+        """q [B, T, H, d], k [B, T, K, d], v [B, T, K, dv] -> [B, T, H, dv].
+
+        With a cache: k and v of the real tokens are written at their positions in `layer` first, then each query sees
+        the positions up to its own. H is a multiple of K; query head h reads key head h // (H / K).
+        sinks [H]: one more score in each softmax, with no value. spec: see AttentionSpec.
+        """
+
+    @abstractmethod
+    def act(self, x: A, kind: str) -> A:
+        """kind: silu, gelu (erf), gelu_tanh, relu, relu2 (squared), sigmoid, tanh; an unknown one raises Unsupported."""
+
+    def gated(self, gate: A, up: A, kind: str) -> A:
+        """act(gate) * up"""
+        return self.act(gate, kind) * up
+
+    @abstractmethod
+    def softcap(self, x: A, cap: float) -> A:
+        """cap * tanh(x / cap)"""
+
+    @abstractmethod
+    def take(self, x: A, rows: np.ndarray) -> A:
+        """x [N, ...], rows: host int32 [M] -> [M, ...]"""
+
+    @abstractmethod
+    def split(self, x: A, sizes: Sequence[int]) -> tuple[A, ...]:
+        """Cut the last axis in pieces of these sizes."""
+
+    # ---- cache (feature "cache")
+
+    def new_cache(self, specs: Sequence[LayerCache], slots: int, capacity: int, dtype: str | None = None) -> Cache:
+        """Room for `slots` sequences of `capacity` tokens. dtype: float32, float16, bfloat16; None: the backend's
+        choice (float32 when exact)."""
+        raise self._lacks("cache")
+
+    # ---- experts (feature "experts")
+
+    def route(self, logits: A, k: int, rule: RouteRule, bias: W | None = None) -> Routing:
+        """logits [N, E] -> the k best experts of each token. bias [E] is added to the scores for the election only
+        (DeepSeek-V3); equal scores elect the lower id."""
+        raise self._lacks("experts")
+
+    def expert_linear(self, x: A, weight: W, routing: Routing, bias: W | None = None) -> A:
+        """weight [E, O, I], bias [E, O]; x [N, I] (each token to all its experts) or [N, k, I] -> [N, k, O]"""
+        raise self._lacks("experts")
+
+    def combine(self, y: A, routing: Routing) -> A:
+        """y [N, k, D] -> sum over k of gates * y, [N, D] (without gates when the rule put them on the input)"""
+        raise self._lacks("experts")
+
+    # ---- latent attention (feature "latent")
+
+    def latent_attention(
+        self, q_nope: A, q_rope: A, c: A, k_rope: A, wk: W, wv: W, spec: AttentionSpec, step: Step, layer: int
+    ) -> A:
+        """Multi-head latent attention (DeepSeek-V2). q_nope [B, T, H, n], q_rope [B, T, H, r], c [B, T, L] the latent,
+        k_rope [B, T, r]; wk [H, n, L], wv [H, dv, L] -> [B, T, H, dv]. The cache holds c and k_rope."""
+        raise self._lacks("latent")
+
+    # ---- sampling
+
+    @abstractmethod
+    def sample(
+        self,
+        logits: A,
+        params: Sequence[SamplingParams],
+        u: np.ndarray,
+        counts: tuple[np.ndarray, np.ndarray] | None = None,
+        mask: np.ndarray | None = None,
+    ) -> Sampled:
+        """logits [B, V] -> one id a row. u [B] in [0, 1): the draw, from the host's counter-based generator, so that
+        every backend sees the same noise; the id is the first, in vocabulary order, at which the running sum of the
+        filtered probabilities exceeds u. counts: ids seen in the prompt and in the answer, two [B, V] int32; None when
+        no row has a penalty. mask [B, V] float32 is added to the logits."""
+
+    # ---- training (feature "training")
+
+    def token_loss(self, logits: A, targets: A) -> A:
+        """Cross-entropy, unreduced. logits [N, V]; targets [N] int32 (negative: no loss, 0) or a teacher's logits
+        [N, V] (then the cross-entropy against its softmax) -> [N] float32"""
+        raise self._lacks("training")
+
+    def value_and_grad(self, fn: Callable) -> Callable:
+        """fn(params, *arrays) -> (loss scalar, aux) becomes a function that returns ((loss, aux), grads). `params`
+        (name -> array) comes first and is the only thing differentiated; grads has its names and shapes."""
+        raise self._lacks("training")
+
+    def remat(self, fn: Callable) -> Callable:
+        """fn(params, *arrays) -> array, with nothing kept for the backward pass but its inputs (Chen et al. 2016)."""
+        raise self._lacks("training")
+
+    def dropout(self, x: A, rate: float, seed: int, step: int) -> A:
+        """Zeroes a share of x and scales the rest; the pattern is a pure function of (seed, step, shape)."""
+        raise self._lacks("training")
+
+    def adamw(
+        self, params: Mapping[str, A], grads: Mapping[str, A], state: dict, step: int, rate: float,
+        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, decay: float = 0.0,
+    ) -> tuple[dict[str, A], dict]:
+        """One AdamW update, bias-corrected, decoupled decay (Loshchilov and Hutter 2019), step counting from 1.
+        state: {} at first. Returns new params and state."""
+        raise self._lacks("training")
+
+    def adapted_norm(self, weight: W, down: A, up: A, scale: float) -> A:
+        """Norm of each row of weight + scale * up . down, [O] (DoRA, Liu et al. 2024)."""
+        raise self._lacks("training")
+
+    def sum(self, x: A) -> A:
+        """The sum of all numbers of x: a scalar array."""
+        raise self._lacks("training")
+
+    def quantized(self, codes: np.ndarray, scales: A, biases: A, bits: int, group_size: int) -> W:
+        """A weight that is differentiable in its scales and biases (feature "trainable_scales")."""
+        raise self._lacks("trainable_scales")
+
+    # ---- speed
+
+    def compile(self, fn: Callable[[A, Step], A], state: Sequence[Any] = ()) -> Callable[[A, Step], A]:
+        """A faster `fn(ids, step)`, called again and again with one shape and one cache; all that changes are the
+        numbers in ids, starts, lengths and slots. `state`: the cache and weights that fn reads. What comes out is
+        valid until the next call. Here: fn itself."""
+        return fn
+
+    def _lacks(self, feature: str) -> Unsupported:
+        return Unsupported(
+            f"The backend {self.name} cannot do this: it lacks {feature!r} ({FEATURES[feature]}).",
+            "Use another backend: ondevice doctor lists those that are ready here.",
+        )
