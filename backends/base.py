@@ -209,6 +209,7 @@ class Backend(ABC):
     name: str
     features: frozenset[str] = frozenset()
     exact: bool = False
+    asynchronous: bool = False  # results arrive later: the engine launches a step before it reads the one before
 
     # ---- life and transfer
 
@@ -326,7 +327,8 @@ class Backend(ABC):
         self, q_nope: A, q_rope: A, c: A, k_rope: A, wk: W, wv: W, spec: AttentionSpec, step: Step, layer: int
     ) -> A:
         """Multi-head latent attention (DeepSeek-V2). q_nope [B, T, H, n], q_rope [B, T, H, r], c [B, T, L] the latent,
-        k_rope [B, T, r]; wk [H, n, L], wv [H, dv, L] -> [B, T, H, dv]. The cache holds c and k_rope."""
+        k_rope [B, T, r]; wk [H, n, L], wv [H, dv, L] -> [B, T, H, dv]. The cache holds c and k_rope end to end:
+        its layer is LayerCache(kv_heads=1, key_dim=L + r, value_dim=0)."""
         raise self._lacks("latent")
 
     # ---- sampling

@@ -1,0 +1,431 @@
+"""Every operation in plain NumPy: slow, small, and the definition of what is right.
+
+`NumpyKernels` works on ndarrays; `tape.TapedBackend` lifts it to the contract. Its derivatives are in
+`reference_gradients.py`. Other host backends subclass the kernels and replace what they do faster.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import noise, schemes
+from ..errors import BadOption, ContextFull, Unsupported
+from ..registry import Plugin, Probe, did_you_mean
+from ..tensors import Tensor, floats, store
+from . import sampling
+from .base import FEATURES, AttentionSpec, Cache, Info, LayerCache, RouteRule, SamplingParams, Step
+from .tape import TapedBackend
+
+
+class HostWeight:
+    """A host tensor, dequantized when first used and kept that way."""
+
+    __slots__ = ("dense", "shape", "tensor")
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+        self.shape = tensor.shape
+        self.dense: np.ndarray | None = None
+
+
+class HostCache(Cache):
+    """Keys and values in host memory, by layer: [slots, K, capacity, d], zeroed by the kernel page by page on first
+    use. Nothing is a ring: `truncate` goes back to any length."""
+
+    def __init__(self, specs: Sequence[LayerCache], slots: int, capacity: int, dtype: str = "float32"):
+        def room(spec: LayerCache, width: int) -> np.ndarray:
+            return np.zeros((slots, spec.kv_heads, capacity, width), store(np.zeros(0, np.float32), dtype).dtype)
+
+        self.specs = tuple(specs)
+        self.capacity = capacity
+        self.dtype = dtype
+        self.lengths = np.zeros(slots, np.int32)
+        self.keys = [room(spec, spec.key_dim) for spec in specs]
+        self.values = [room(spec, spec.value_dim) for spec in specs]
+
+    def write(self, layer: int, slot: int, start: int, keys: np.ndarray, values: np.ndarray) -> None:
+        """keys [n, K, d] and values [n, K, dv] to positions start … start + n - 1. Raises ContextFull."""
+        end = start + len(keys)
+        if end > self.capacity:
+            raise ContextFull(
+                f"{end} tokens do not fit in a cache of {self.capacity}.", "Shorten the prompt or raise the context."
+            )
+        for kept, new in ((self.keys, keys), (self.values, values)):
+            kept[layer][slot, :, start:end] = (
+                new.swapaxes(0, 1) if new.dtype == kept[layer].dtype else store(new.swapaxes(0, 1), self.dtype)
+            )
+
+    def read(self, layer: int, slot: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys [K, end, d] and values [K, end, dv] of positions 0 … end - 1."""
+        keys, values = self.keys[layer][slot, :, :end], self.values[layer][slot, :, :end]
+        if self.dtype in ("float32", "float64"):
+            return keys, values
+        return floats(keys, self.dtype), floats(values, self.dtype)
+
+    def snapshot(self, slot: int) -> Any:
+        n = int(self.lengths[slot])
+        return n, [part[slot, :, :n].copy() for part in (*self.keys, *self.values)]
+
+    def restore(self, slot: int, state: Any) -> None:
+        n, parts = state
+        for part, kept in zip((*self.keys, *self.values), parts, strict=True):
+            part[slot, :, :n] = kept
+        self.lengths[slot] = n
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (*self.keys, *self.values))
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 0.5 * np.tanh(0.5 * x) + 0.5  # never overflows
+
+
+# erf by Abramowitz and Stegun 7.1.26 would miss float64; NumPy has none, so the C library's is mapped over the numbers.
+def _erf(x: np.ndarray) -> np.ndarray:
+    from math import erf
+
+    return np.array([erf(v) for v in x.ravel().tolist()], x.dtype).reshape(x.shape)
+
+
+GELU_TANH = 0.7978845608028654  # sqrt(2 / pi)
+ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "silu": lambda x: x * sigmoid(x),
+    "gelu": lambda x: 0.5 * x * (1.0 + _erf(x * 0.7071067811865476)),
+    "gelu_tanh": lambda x: 0.5 * x * (1.0 + np.tanh(GELU_TANH * (x + 0.044715 * x * x * x))),
+    "relu": lambda x: np.maximum(x, 0.0),
+    "relu2": lambda x: np.square(np.maximum(x, 0.0)),
+    "sigmoid": sigmoid,
+    "tanh": np.tanh,
+}
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    """Over the last axis; rows of -inf alone give zeros."""
+    top = x.max(axis=-1, keepdims=True, initial=-np.inf)
+    weights = np.exp(x - np.where(np.isfinite(top), top, 0.0))
+    total = weights.sum(axis=-1, keepdims=True)
+    return weights / np.where(total > 0, total, 1.0)
+
+
+def rotate(x: np.ndarray, angles: np.ndarray, interleaved: bool, scale: float) -> np.ndarray:
+    """x [B, T, H, d] turned by angles [B, T, r / 2] (see Backend.rope)."""
+    half = angles.shape[-1]
+    cos, sin = np.cos(angles)[:, :, None] * scale, np.sin(angles)[:, :, None] * scale
+    first, second = (
+        (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    )
+    a, b = x[..., first], x[..., second]
+    out = x.copy()
+    out[..., first] = a * cos - b * sin
+    out[..., second] = b * cos + a * sin
+    return out
+
+
+def visible(
+    queries: np.ndarray, keys: np.ndarray, spec: AttentionSpec, segments: tuple[np.ndarray, np.ndarray] | None = None
+) -> np.ndarray:
+    """Which key positions [S] each query position [T] sees: bool [T, S]. segments: those of queries and keys."""
+    i, j = queries[:, None], keys[None, :]
+    seen = j <= i
+    if spec.window is not None:
+        seen &= i - j < spec.window
+    if spec.chunk is not None:
+        seen &= i // spec.chunk == j // spec.chunk
+    if segments is not None:
+        seen &= segments[0][:, None] == segments[1][None, :]
+    return seen
+
+
+class NumpyKernels:
+    """The operations on ndarrays of `dtype` (float32; float64 to check gradients) and HostWeights."""
+
+    cache_type = HostCache
+
+    def __init__(self, dtype: str = "float32"):
+        self.dtype = np.dtype(dtype)
+
+    # ---- weights
+
+    def prepare(self, tensor: Tensor) -> HostWeight:
+        return HostWeight(tensor)
+
+    def release(self, weight: HostWeight) -> None:
+        weight.dense = None
+
+    def dequantize(self, weight: HostWeight) -> np.ndarray:
+        return self.values(weight)
+
+    def values(self, weight: HostWeight | np.ndarray | None) -> np.ndarray | None:
+        """A weight's numbers in full; arrays and None pass."""
+        if not isinstance(weight, HostWeight):
+            return weight
+        if weight.dense is None:
+            weight.dense = schemes.to_float(weight.tensor).astype(self.dtype, copy=False)
+        return weight.dense
+
+    # ---- arithmetic and views
+
+    def add(self, a: np.ndarray, b: np.ndarray | float) -> np.ndarray:
+        return a + b
+
+    def mul(self, a: np.ndarray, b: np.ndarray | float) -> np.ndarray:
+        return a * b
+
+    def reshape(self, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        return x.reshape(shape)
+
+    def sum(self, x: np.ndarray) -> np.ndarray:
+        return np.asarray(x.sum(dtype=x.dtype))
+
+    def take(self, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return x[rows]
+
+    def piece(self, x: np.ndarray, start: int, end: int) -> np.ndarray:
+        """One of `split`'s results: a view of the last axis."""
+        return x[..., start:end]
+
+    # ---- linear maps
+
+    def embed(self, weight: Any, ids: np.ndarray) -> np.ndarray:
+        return self.values(weight)[ids]
+
+    def linear(self, x: np.ndarray, weight: Any, bias: Any = None) -> np.ndarray:
+        w = self.values(weight)
+        y = (x.reshape(-1, x.shape[-1]) @ w.T).reshape(*x.shape[:-1], w.shape[0])
+        return y if bias is None else y + self.values(bias)
+
+    # ---- norms and functions of one number
+
+    def rms_norm(self, x: np.ndarray, gain: Any, eps: float, offset: float = 0.0) -> np.ndarray:
+        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * (self.values(gain) + offset)
+
+    def layer_norm(self, x: np.ndarray, gain: Any, bias: Any, eps: float) -> np.ndarray:
+        centred = x - x.mean(axis=-1, keepdims=True)
+        y = centred / np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + eps) * self.values(gain)
+        return y if bias is None else y + self.values(bias)
+
+    def act(self, x: np.ndarray, kind: str) -> np.ndarray:
+        if kind not in ACTIVATIONS:
+            raise Unsupported(f"There is no activation named {kind!r}.", did_you_mean(kind, ACTIVATIONS))
+        return ACTIVATIONS[kind](x)
+
+    def gated(self, gate: np.ndarray, up: np.ndarray, kind: str) -> np.ndarray:
+        return self.act(gate, kind) * up
+
+    def softcap(self, x: np.ndarray, cap: float) -> np.ndarray:
+        return cap * np.tanh(x / cap)
+
+    # ---- positions and attention
+
+    def angles(self, step: Step, tokens: int, freqs: np.ndarray) -> np.ndarray:
+        """[B, T, r / 2]"""
+        positions = step.starts[:, None] + np.arange(tokens)
+        return positions.astype(self.dtype)[:, :, None] * freqs
+
+    def rope(
+        self, x: np.ndarray, step: Step, freqs: np.ndarray, interleaved: bool = False, scale: float = 1.0
+    ) -> np.ndarray:
+        return rotate(x, self.angles(step, x.shape[1], freqs), interleaved, scale)
+
+    def attention(
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, sinks: Any, spec: AttentionSpec, step: Step, layer: int
+    ) -> np.ndarray:
+        out = np.zeros((*q.shape[:3], v.shape[-1]), q.dtype)
+        for row, (start, n) in enumerate(zip(step.starts.tolist(), step.lengths.tolist(), strict=True)):
+            if step.cache is not None:
+                slot = int(step.slots[row])
+                step.cache.write(layer, slot, start, k[row, :n], v[row, :n])
+                keys, values = step.cache.read(layer, slot, start + n)
+                where = np.arange(start + n)
+            else:
+                keys, values = k[row, :n].swapaxes(0, 1), v[row, :n].swapaxes(0, 1)
+                where = np.arange(start, start + n)
+            seen = visible(where[where.size - n :], where, spec, _segments(step, row, n))
+            out[row, :n] = self.attend(q[row, :n], keys, values, self.values(sinks), seen, spec)
+        return out
+
+    def attend(
+        self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, sinks: np.ndarray | None, seen: np.ndarray,
+        spec: AttentionSpec,
+    ) -> np.ndarray:  # fmt: skip
+        """One row: q [T, H, d], keys [K, S, d], values [K, S, dv], seen [T, S] -> [T, H, dv]"""
+        group = q.shape[1] // len(keys)
+        heads = [
+            self.weights(q[:, h], keys[h // group], None if sinks is None else sinks[h], seen, spec)
+            @ values[h // group]
+            for h in range(q.shape[1])
+        ]
+        return np.stack(heads, axis=1)
+
+    def weights(
+        self, q: np.ndarray, keys: np.ndarray, sink: float | None, seen: np.ndarray, spec: AttentionSpec
+    ) -> np.ndarray:
+        """One head: q [T, d], keys [S, d] -> what each query takes of each value, [T, S]"""
+        scores = q @ keys.T * spec.scale
+        if spec.softcap is not None:
+            scores = self.softcap(scores, spec.softcap)
+        scores = np.where(seen, scores, -np.inf).astype(q.dtype, copy=False)
+        if sink is None:
+            return softmax(scores)
+        with_sink = np.concatenate([scores, np.full((len(scores), 1), sink, scores.dtype)], axis=-1)
+        return softmax(with_sink)[:, :-1]
+
+    def latent_attention(
+        self, q_nope: np.ndarray, q_rope: np.ndarray, c: np.ndarray, k_rope: np.ndarray, wk: Any, wv: Any,
+        spec: AttentionSpec, step: Step, layer: int,
+    ) -> np.ndarray:  # fmt: skip
+        """Absorbed: a query meets the latent itself, q_nope . (wk c) = (wk^T q_nope) . c; the cache's keys are c and
+        k_rope end to end, its values nothing."""
+        absorbed = np.einsum("bthn,hnl->bthl", q_nope, self.values(wk))
+        q, k = np.concatenate([absorbed, q_rope], -1), np.concatenate([c, k_rope], -1)[:, :, None]
+        out = np.zeros((*q_nope.shape[:3], self.values(wv).shape[1]), q.dtype)
+        for row, (start, n) in enumerate(zip(step.starts.tolist(), step.lengths.tolist(), strict=True)):
+            if step.cache is not None:
+                slot = int(step.slots[row])
+                step.cache.write(layer, slot, start, k[row, :n], k[row, :n, :, :0])
+                keys, where = step.cache.read(layer, slot, start + n)[0], np.arange(start + n)
+            else:
+                keys, where = k[row, :n].swapaxes(0, 1), np.arange(start, start + n)
+            seen = visible(where[where.size - n :], where, spec, _segments(step, row, n))
+            mixed = self.attend(q[row, :n], keys, keys[..., : c.shape[-1]], None, seen, spec)
+            out[row, :n] = np.einsum("thl,hvl->thv", mixed, self.values(wv))
+        return out
+
+    # ---- experts
+
+    def elect(self, logits: np.ndarray, k: int, rule: RouteRule, bias: Any = None) -> np.ndarray:
+        """logits [N, E] -> ids [N, k] int32 in order of falling score; equal scores elect the lower id."""
+        scores = self.scores(logits, rule)
+        if bias is not None:
+            scores = scores + self.values(bias)
+        if rule.groups > 1:
+            grouped = scores.reshape(len(scores), rule.groups, -1)
+            strength = np.sort(grouped, axis=-1)[..., -2:].sum(axis=-1)
+            losers = np.argsort(-strength, axis=-1, kind="stable")[:, rule.top_groups :]
+            grouped = grouped.copy()
+            np.put_along_axis(grouped, losers[:, :, None], -np.inf, axis=1)
+            scores = grouped.reshape(scores.shape)
+        return np.argsort(-scores, axis=-1, kind="stable")[:, :k].astype(np.int32)
+
+    def scores(self, logits: np.ndarray, rule: RouteRule) -> np.ndarray:
+        return softmax(logits) if rule.scoring == "softmax" else sigmoid(logits)
+
+    def gates(self, logits: np.ndarray, ids: np.ndarray, rule: RouteRule) -> np.ndarray:
+        """What the elected experts count, [N, k]; the election's bias plays no part."""
+        gates = np.take_along_axis(self.scores(logits, rule), ids, axis=-1)
+        if rule.renormalise:
+            gates = gates / gates.sum(axis=-1, keepdims=True)
+        return gates * rule.scale
+
+    def expert_linear(
+        self, x: np.ndarray, weight: Any, bias: Any, gates: np.ndarray | None, ids: np.ndarray
+    ) -> np.ndarray:
+        w, b = self.values(weight), self.values(bias)
+        x = expert_inputs(x, gates, ids)
+        y = np.zeros((*ids.shape, w.shape[1]), x.dtype)
+        for expert in np.unique(ids):
+            chosen = ids == expert
+            y[chosen] = x[chosen] @ w[expert].T + (0.0 if b is None else b[expert])
+        return y
+
+    def combine(self, y: np.ndarray, gates: np.ndarray | None) -> np.ndarray:
+        return y.sum(axis=1) if gates is None else (y * gates[..., None]).sum(axis=1)
+
+    # ---- sampling
+
+    def sample(
+        self, logits: np.ndarray, params: Sequence[SamplingParams], u: np.ndarray, counts: Any, mask: Any
+    ) -> tuple[np.ndarray, np.ndarray | None, tuple[np.ndarray, np.ndarray] | None]:
+        return sampling.sample(logits, params, u, counts, mask)
+
+    # ---- training
+
+    def token_loss(self, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        logprobs = sampling.log_softmax(logits)
+        if targets.ndim == 2:
+            return -(softmax(targets) * logprobs).sum(axis=-1)
+        picked = np.take_along_axis(logprobs, np.maximum(targets, 0)[:, None], axis=-1)[:, 0]
+        return np.where(targets >= 0, -picked, 0.0).astype(logits.dtype, copy=False)
+
+    def dropout(self, x: np.ndarray, rate: float, seed: int, step: int) -> np.ndarray:
+        return x * self.kept(x.shape, rate, seed, step)
+
+    def kept(self, shape: tuple[int, ...], rate: float, seed: int, step: int) -> np.ndarray:
+        """0 where dropout strikes, 1 / (1 - rate) elsewhere."""
+        return (noise.uniform(seed, "dropout", step, shape) >= rate).astype(self.dtype) / self.dtype.type(1.0 - rate)
+
+    def adapted_norm(self, weight: Any, down: np.ndarray, up: np.ndarray, scale: float) -> np.ndarray:
+        return np.linalg.norm(self.values(weight) + scale * (self.values(up) @ self.values(down)), axis=-1)
+
+    def affine(
+        self, scales: np.ndarray, biases: np.ndarray, codes: np.ndarray, bits: int, group_size: int
+    ) -> np.ndarray:
+        """MLX's packed codes with scales and biases [O, I / group_size] -> the weight, [O, I]"""
+        grouped = self.codes(codes, scales, bits, group_size)
+        return (grouped * scales[..., None] + biases[..., None]).reshape(*scales.shape[:-1], -1)
+
+    def codes(self, packed: np.ndarray, scales: np.ndarray, bits: int, group_size: int) -> np.ndarray:
+        """Unpacked, [O, I / group_size, group_size]"""
+        columns = scales.shape[-1] * group_size
+        return schemes.unpack(packed, bits, columns).reshape(*scales.shape, group_size).astype(self.dtype)
+
+    def adamw(
+        self, param: np.ndarray, grad: np.ndarray, m: np.ndarray | None, v: np.ndarray | None, step: int, rate: float,
+        betas: tuple[float, float], eps: float, decay: float,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+        m = (1 - betas[0]) * grad if m is None else betas[0] * m + (1 - betas[0]) * grad
+        v = (1 - betas[1]) * grad * grad if v is None else betas[1] * v + (1 - betas[1]) * grad * grad
+        moved = (m / (1 - betas[0] ** step)) / (np.sqrt(v / (1 - betas[1] ** step)) + eps)
+        return param * (1 - rate * decay) - rate * moved, m, v
+
+
+def expert_inputs(x: np.ndarray, gates: np.ndarray | None, ids: np.ndarray) -> np.ndarray:
+    """x [N, I] or [N, k, I] -> what each token sends to each of its experts, [N, k, I]"""
+    if x.ndim == 2:
+        x = np.broadcast_to(x[:, None], (*ids.shape, x.shape[-1]))
+    return x if gates is None else x * gates[..., None]
+
+
+def _segments(step: Step, row: int, n: int) -> tuple[np.ndarray, np.ndarray] | None:
+    if step.segments is None:
+        return None
+    if step.cache is not None:
+        raise Unsupported("Packed segments and a cache exclude each other.", "Give each document a row of its own.")
+    return step.segments[row, :n], step.segments[row, :n]
+
+
+class ReferenceBackend(TapedBackend):
+    """The contract over NumpyKernels. Always exact."""
+
+    name = "reference"
+    features = frozenset(FEATURES) - {"compile"}
+    exact = True
+
+    def __init__(self, kernels: NumpyKernels):
+        super().__init__(kernels)
+
+    def info(self) -> Info:
+        device = f"NumPy {np.__version__} on {platform.machine()}"
+        return Info(self.name, device, str(self.kernels.dtype), self.exact, self.features)
+
+    def new_cache(self, specs: Sequence[LayerCache], slots: int, capacity: int, dtype: str | None = None) -> HostCache:
+        return HostCache(specs, slots, capacity, dtype or str(self.kernels.dtype))
+
+
+def probe() -> Probe:
+    return Probe.available(f"NumPy on {platform.machine()}", priority=0, reason="the definition, not made for speed")
+
+
+def create(exact: bool = True, dtype: str = "float32") -> ReferenceBackend:
+    """`exact` changes nothing: this backend has no other mode. dtype float64 is for checking gradients."""
+    if dtype not in ("float32", "float64"):
+        raise BadOption(f"The reference backend does not compute in {dtype!r}.", "Choose float32 or float64.")
+    return ReferenceBackend(NumpyKernels(dtype))
+
+
+plugin = Plugin("reference", probe, create)

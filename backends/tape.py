@@ -1,0 +1,285 @@
+"""Arrays over NumPy buffers and a reverse-mode tape over the coarse operations, for backends without autodiff.
+
+`TapedBackend` lifts a set of raw kernels (functions from ndarrays to ndarrays, see `reference.NumpyKernels`) to the
+contract. It knows neither how an operation is computed nor its derivative: `kernels.op(*inputs, *rest)` is the one,
+`kernels.op_vjp(grad, need, *inputs, *rest)` the other, which returns a gradient for each input that `need` asks for.
+Outside `value_and_grad` nothing is recorded and an operation costs one Python call more than its kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from .base import A, AttentionSpec, Backend, RouteRule, Routing, Sampled, SamplingParams, Step, W
+
+
+class Node:
+    """One recorded result: where its gradient gathers, and how it flows back to the nodes it came from."""
+
+    __slots__ = ("grad", "parents", "pull")
+
+    def __init__(self, parents: Sequence[Node | None] = (), pull: Callable | None = None):
+        self.grad: np.ndarray | None = None
+        self.parents = parents
+        self.pull = pull
+
+    def receive(self, grad: np.ndarray) -> None:
+        self.grad = grad if self.grad is None else self.grad + grad  # never in place: gradients share buffers
+
+
+class Array:
+    """A NumPy buffer that belongs to a backend; `node` is set while it is being differentiated."""
+
+    __slots__ = ("data", "node", "ops")
+
+    def __init__(self, ops: TapedBackend, data: np.ndarray, node: Node | None = None):
+        self.ops = ops
+        self.data = data
+        self.node = node
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.data.dtype
+
+    def reshape(self, *shape: int) -> Array:
+        return self.ops._call("reshape", (self,), shape)
+
+    def __add__(self, other: Array | float) -> Array:
+        return self.ops._call("add", (self, other if type(other) is Array else float(other)))
+
+    def __mul__(self, other: Array | float) -> Array:
+        return self.ops._call("mul", (self, other if type(other) is Array else float(other)))
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def __repr__(self) -> str:
+        return f"Array({self.data!r})"
+
+
+class HostRouting(Routing):
+    """`ids` and `gates` as arrays, and the rule they were elected by."""
+
+    def __init__(self, ids: Array, gates: Array, rule: RouteRule):
+        self.ids = ids
+        self.gates = gates
+        self.rule = rule
+
+
+class TapedBackend(Backend):
+    """A backend over `self.kernels`, which works on ndarrays and its own prepared weights."""
+
+    kernels: Any
+
+    def __init__(self, kernels: Any):
+        self.kernels = kernels
+        self._tape: list[Node] | None = None  # in order of creation; None: nothing is recorded
+
+    def _call(self, op: str, inputs: tuple, *rest: Any) -> Array:
+        """`op` of the kernels. inputs: what may be differentiated (arrays, weights, None); rest: what may not."""
+        raw = [i.data if type(i) is Array else i for i in inputs]
+        result = getattr(self.kernels, op)(*raw, *rest)
+        return Array(self, result) if self._tape is None else self._recorded(op, result, inputs, raw, rest)
+
+    def _recorded(self, op: str, result: np.ndarray, inputs: tuple, raw: list, rest: tuple) -> Array:
+        parents = [i.node if type(i) is Array else None for i in inputs]
+        need = tuple(parent is not None for parent in parents)
+        if not any(need):
+            return Array(self, result)
+        vjp = getattr(self.kernels, op + "_vjp")
+        return self._push(result, parents, lambda grad: vjp(grad, need, *raw, *rest))
+
+    def _push(self, result: np.ndarray, parents: Sequence[Node | None], pull: Callable) -> Array:
+        node = Node(parents, pull)
+        self._tape.append(node)
+        return Array(self, result, node)
+
+    # ---- life and transfer
+
+    def array(self, values: np.ndarray) -> A:
+        values = np.asarray(values)
+        dtype = self.kernels.dtype if values.dtype.kind == "f" else np.int32
+        return Array(self, np.ascontiguousarray(values, dtype=dtype).reshape(values.shape))
+
+    def numpy(self, a: A) -> np.ndarray:
+        return a.data
+
+    def zeros(self, shape: Sequence[int]) -> A:
+        return Array(self, np.zeros(shape, self.kernels.dtype))
+
+    def prepare(self, tensor) -> W:
+        return self.kernels.prepare(tensor)
+
+    def release(self, weight: W) -> None:
+        self.kernels.release(weight)
+
+    def dequantize(self, weight: W) -> A:
+        return weight if type(weight) is Array else Array(self, self.kernels.dequantize(weight))
+
+    # ---- forward
+
+    def embed(self, weight: W, ids: A) -> A:
+        return self._call("embed", (weight,), ids.data)
+
+    def linear(self, x: A, weight: W, bias: W | None = None) -> A:
+        return self._call("linear", (x, weight, bias))
+
+    def rms_norm(self, x: A, gain: W, eps: float, offset: float = 0.0) -> A:
+        return self._call("rms_norm", (x, gain), eps, offset)
+
+    def layer_norm(self, x: A, gain: W, bias: W | None, eps: float) -> A:
+        return self._call("layer_norm", (x, gain, bias), eps)
+
+    def rope(self, x: A, step: Step, freqs: A, interleaved: bool = False, scale: float = 1.0) -> A:
+        return self._call("rope", (x,), step, freqs.data, interleaved, scale)
+
+    def attention(self, q: A, k: A, v: A, sinks: W | None, spec: AttentionSpec, step: Step, layer: int) -> A:
+        return self._call("attention", (q, k, v, sinks), spec, step, layer)
+
+    def act(self, x: A, kind: str) -> A:
+        return self._call("act", (x,), kind)
+
+    def gated(self, gate: A, up: A, kind: str) -> A:
+        return self._call("gated", (gate, up), kind)
+
+    def softcap(self, x: A, cap: float) -> A:
+        return self._call("softcap", (x,), cap)
+
+    def take(self, x: A, rows: np.ndarray) -> A:
+        return self._call("take", (x,), rows)
+
+    def split(self, x: A, sizes: Sequence[int]) -> tuple[A, ...]:
+        ends = np.cumsum(sizes).tolist()
+        return tuple(self._call("piece", (x,), end - size, end) for size, end in zip(sizes, ends, strict=True))
+
+    # ---- experts
+
+    def route(self, logits: A, k: int, rule: RouteRule, bias: W | None = None) -> Routing:
+        ids = self.kernels.elect(logits.data, k, rule, bias.data if type(bias) is Array else bias)
+        return HostRouting(Array(self, ids), self._call("gates", (logits,), ids, rule), rule)
+
+    def expert_linear(self, x: A, weight: W, routing: Routing, bias: W | None = None) -> A:
+        gates = routing.gates if routing.rule.gate_on_input and len(x.shape) == 2 else None
+        return self._call("expert_linear", (x, weight, bias, gates), routing.ids.data)
+
+    def combine(self, y: A, routing: Routing) -> A:
+        return self._call("combine", (y, None if routing.rule.gate_on_input else routing.gates))
+
+    # ---- latent attention
+
+    def latent_attention(
+        self, q_nope: A, q_rope: A, c: A, k_rope: A, wk: W, wv: W, spec: AttentionSpec, step: Step, layer: int
+    ) -> A:
+        return self._call("latent_attention", (q_nope, q_rope, c, k_rope, wk, wv), spec, step, layer)
+
+    # ---- sampling
+
+    def sample(
+        self,
+        logits: A,
+        params: Sequence[SamplingParams],
+        u: np.ndarray,
+        counts: tuple[np.ndarray, np.ndarray] | None = None,
+        mask: np.ndarray | None = None,
+    ) -> Sampled:
+        ids, logprobs, top = self.kernels.sample(logits.data, params, u, counts, mask)
+        return Sampled(
+            Array(self, ids),
+            None if logprobs is None else Array(self, logprobs),
+            None if top is None else (Array(self, top[0]), Array(self, top[1])),
+        )
+
+    # ---- training
+
+    def token_loss(self, logits: A, targets: A) -> A:
+        return self._call("token_loss", (logits,), targets.data)
+
+    def dropout(self, x: A, rate: float, seed: int, step: int) -> A:
+        return self._call("dropout", (x,), rate, seed, step)
+
+    def adapted_norm(self, weight: W, down: A, up: A, scale: float) -> A:
+        return self._call("adapted_norm", (weight, down, up), scale)
+
+    def sum(self, x: A) -> A:
+        return self._call("sum", (x,))
+
+    def quantized(self, codes: np.ndarray, scales: A, biases: A, bits: int, group_size: int) -> W:
+        return self._call("affine", (scales, biases), codes, bits, group_size)
+
+    def value_and_grad(self, fn: Callable) -> Callable:
+        def differentiated(params: Mapping[str, Array], *arrays: Any):
+            leaves = {name: Array(self, p.data, Node()) for name, p in params.items()}
+            with self._recording() as tape:
+                loss, aux = fn(leaves, *arrays)
+            _backward(tape, loss, np.ones_like(loss.data))
+            return (Array(self, loss.data), aux), {name: self._gradient(leaf) for name, leaf in leaves.items()}
+
+        return differentiated
+
+    def remat(self, fn: Callable) -> Callable:
+        def rematerialised(params: Mapping[str, Array], *arrays: Any) -> Array:
+            inputs = [*params.values(), *arrays]
+            parents = [i.node if type(i) is Array else None for i in inputs]
+            raw = [Array(self, i.data) if type(i) is Array else i for i in inputs]
+            names = list(params)
+
+            def run(values: list) -> Array:
+                return fn(dict(zip(names, values, strict=False)), *values[len(names) :])
+
+            def pull(grad: np.ndarray) -> list[np.ndarray | None]:
+                leaves = [Array(self, r.data, Node()) if p else r for r, p in zip(raw, parents, strict=True)]
+                with self._recording() as tape:
+                    again = run(leaves)
+                _backward(tape, again, grad)
+                return [leaf.node.grad if parent else None for leaf, parent in zip(leaves, parents, strict=True)]
+
+            with self._recording(False):
+                result = run(raw)
+            return self._push(result.data, parents, pull) if self._tape is not None and any(parents) else result
+
+        return rematerialised
+
+    def adamw(
+        self, params: Mapping[str, A], grads: Mapping[str, A], state: dict, step: int, rate: float,
+        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, decay: float = 0.0,
+    ) -> tuple[dict[str, A], dict]:  # fmt: skip
+        fresh, moments = {}, {}
+        for name, param in params.items():
+            old = [state[key].data if key in state else None for key in (f"{name}.m", f"{name}.v")]
+            new, m, v = self.kernels.adamw(param.data, grads[name].data, *old, step, rate, betas, eps, decay)
+            fresh[name] = Array(self, new)
+            moments[f"{name}.m"], moments[f"{name}.v"] = Array(self, m), Array(self, v)
+        return fresh, moments
+
+    def _gradient(self, leaf: Array) -> Array:
+        return Array(self, np.zeros_like(leaf.data) if leaf.node.grad is None else leaf.node.grad)
+
+    @contextmanager
+    def _recording(self, on: bool = True):
+        """Everything computed inside goes on a fresh tape (or, when off, on none)."""
+        outer, self._tape = self._tape, [] if on else None
+        try:
+            yield self._tape
+        finally:
+            self._tape = outer
+
+
+def _backward(tape: list[Node], result: Array, grad: np.ndarray) -> None:
+    """Send `grad` back from `result` to the leaves; the tape is emptied on the way, so that buffers go early."""
+    if result.node is not None:
+        result.node.receive(grad)
+    while tape:
+        node = tape.pop()
+        if node.grad is None:
+            continue
+        for parent, share in zip(node.parents, node.pull(node.grad), strict=True):
+            if parent is not None and share is not None:
+                parent.receive(share)
