@@ -1,0 +1,100 @@
+"""A model folder or file: read through memory maps, written atomically, verified.
+
+`open_checkpoint` understands Hugging Face folders (safetensors, sharded or not; MLX-quantized ones too) and GGUF. It
+reads headers only and trusts none of them; tensors are views of the files, read when touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadFile, Unavailable
+from ..registry import did_you_mean
+from ..tensors import Tensor
+from . import folder, gguf
+from .files import Entry, Mapped, release
+
+__all__ = ["Checkpoint", "open_checkpoint", "release"]
+
+
+class Checkpoint:
+    """Named tensors of one model.
+
+    path: the folder or the .gguf file. kind: "huggingface" or "gguf". config: config.json ({} for GGUF). metadata:
+    GGUF's keys and values ({} for a folder). files: the folder's side files (tokenizer.json, …) by name. names: of the
+    tensors, as the file has them.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        kind: str,
+        entries: Mapping[str, Entry | folder.AffineEntry],
+        config: dict[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        files: dict[str, Path] | None = None,
+    ):
+        self.path, self.kind = path, kind
+        self.config, self.metadata, self.files = config or {}, metadata or {}, files or {}
+        self._entries = dict(entries)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, as stored."""
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor called `name`, as views of its file. Raises BadFile when there is none."""
+        if name not in self._entries:
+            raise BadFile(f"{self.path} has no tensor named {name!r}.", did_you_mean(name, self._entries))
+        return self._entries[name].load()
+
+    def close(self) -> None:
+        """Let go of the files; they are unmapped when the last tensor taken from them is gone."""
+        self._entries.clear()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """A Hugging Face folder, a .gguf file, or a folder that holds exactly one.
+
+    Raises Unavailable when nothing is there, BadFile for what is damaged or hostile, Unsupported for formats that
+    aren't read here.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.is_file():
+        raise Unavailable(f"There is no file or folder {path}.", "Check the path; ondevice models lists what is here.")
+    if path.suffix == ".safetensors":
+        raise BadFile(f"{path} alone is not a model.", "Give its folder, which holds config.json as well.")
+    return _open_gguf(path)
+
+
+def _open_folder(path: Path) -> Checkpoint:
+    ggufs = sorted(path.glob("*.gguf"))
+    if ggufs and not (path / "config.json").is_file():
+        if len(ggufs) > 1:
+            raise BadFile(f"{path} holds {len(ggufs)} .gguf files.", f"Give one of them, such as {ggufs[0]}.")
+        return _open_gguf(ggufs[0])
+    config, entries = folder.read(path)
+    return Checkpoint(path, "huggingface", entries, config=config, files=folder.side_files(path))
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    metadata, entries = gguf.read(Mapped(path))
+    return Checkpoint(path, "gguf", entries, metadata=metadata)

@@ -1,0 +1,312 @@
+"""Each weight format, defined over NumPy: what the stored bytes mean, how they are packed, how rows move.
+
+This is the definition; backends repack for their kernels and tools choose formats. Every quantized format here is
+affine in groups along the last axis: w = scale * code + bias, computed in float32, so one formula serves them all.
+GGUF's block types follow ggml's layouts (one NumPy structure each); the packed affine format is MLX's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import NamedTuple
+
+import numpy as np
+
+from .errors import Unsupported
+from .tensors import Affine, Blocks, Dense, Tensor, floats, store
+
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+
+LAYOUT = {  # kind -> one block as it lies in the file (ggml's names for the fields)
+    "Q4_0": np.dtype([("d", "<f2"), ("qs", "u1", 16)]),
+    "Q4_1": np.dtype([("d", "<f2"), ("m", "<f2"), ("qs", "u1", 16)]),
+    "Q5_0": np.dtype([("d", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)]),
+    "Q5_1": np.dtype([("d", "<f2"), ("m", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)]),
+    "Q8_0": np.dtype([("d", "<f2"), ("qs", "u1", 32)]),
+    "Q2_K": np.dtype([("scales", "u1", 16), ("qs", "u1", 64), ("d", "<f2"), ("dmin", "<f2")]),
+    "Q3_K": np.dtype([("hmask", "u1", 32), ("qs", "u1", 64), ("scales", "u1", 12), ("d", "<f2")]),
+    "Q4_K": np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qs", "u1", 128)]),
+    "Q5_K": np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128)]),
+    "Q6_K": np.dtype([("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", "<f2")]),
+}
+LEGACY_BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8}  # the kinds that `to_affine` takes
+
+
+def block_size(kind: str) -> int:
+    """Numbers in one block of `kind`."""
+    return 32 if kind in LEGACY_BITS else 256
+
+
+def row_bytes(kind: str, columns: int) -> int:
+    """Bytes of a row of `columns` numbers (a multiple of the block size)."""
+    return columns // block_size(kind) * LAYOUT[kind].itemsize
+
+
+# ------------------------------------------------------------------------------------------------ packed codes
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 codes [..., n] -> uint32 [..., n * bits / 32], MLX's way: one stream of bits, lowest first.
+
+    Eight codes fill exactly `bits` bytes, whatever `bits` is. Raises Unsupported unless rows fill whole words.
+    """
+    n = codes.shape[-1]
+    _check_packing(n, bits)
+    if 8 % bits == 0:  # whole codes in every byte
+        shifted = (codes[..., i :: 8 // bits] << np.uint8(bits * i) for i in range(8 // bits))
+        return np.ascontiguousarray(reduce(np.bitwise_or, shifted)).view("<u4")
+    eights = codes.reshape(*codes.shape[:-1], n // 8, 8)
+    words = np.zeros(eights.shape[:-1], "<u8")
+    for i in range(8):
+        words |= eights[..., i].astype("<u8") << np.uint64(bits * i)
+    stream = words.view(np.uint8).reshape(eights.shape)[..., :bits]
+    return np.ascontiguousarray(stream).reshape(*codes.shape[:-1], n * bits // 8).view("<u4")
+
+
+def unpack(weight: np.ndarray, bits: int, n: int) -> np.ndarray:
+    """uint32 [..., n * bits / 32] -> uint8 codes [..., n]; the inverse of `pack`."""
+    _check_packing(n, bits)
+    if 8 % bits == 0:
+        octets, codes = np.ascontiguousarray(weight).view(np.uint8), np.empty((*weight.shape[:-1], n), np.uint8)
+        for i in range(8 // bits):
+            codes[..., i :: 8 // bits] = (octets >> np.uint8(bits * i)) & np.uint8((1 << bits) - 1)
+        return codes
+    eights = np.zeros((*weight.shape[:-1], n // 8, 8), np.uint8)
+    eights[..., :bits] = np.ascontiguousarray(weight).view(np.uint8).reshape(*weight.shape[:-1], n // 8, bits)
+    words, mask = eights.view("<u8")[..., 0], np.uint64((1 << bits) - 1)
+    codes = np.empty(eights.shape, np.uint8)
+    for i in range(8):
+        codes[..., i] = (words >> np.uint64(bits * i)) & mask
+    return codes.reshape(*weight.shape[:-1], n)
+
+
+def _check_packing(n: int, bits: int) -> None:
+    if bits not in AFFINE_BITS:
+        raise Unsupported(
+            f"Codes of {bits} bits are not supported.", f"Choose from {', '.join(map(str, AFFINE_BITS))}."
+        )
+    if n % 8 or n * bits % 32:
+        raise Unsupported(
+            f"A row of {n} codes of {bits} bits does not fill whole 32-bit words.",
+            "Keep this tensor dense, or choose another number of bits.",
+        )
+
+
+# ------------------------------------------------------------------------------------------------ GGUF blocks
+
+
+class Parts(NamedTuple):
+    """A quantized tensor taken apart: w = scales * codes + biases, in float32, `group_size` neighbours sharing both."""
+
+    codes: np.ndarray  # uint8 [..., I]
+    scales: np.ndarray  # float32 [..., I / group_size]
+    biases: np.ndarray  # float32 [..., I / group_size]
+    group_size: int
+
+
+def k_parts(tensor: Tensor) -> Parts:
+    """Codes, scales and biases of any Blocks tensor (groups of 32, or 16 for Q2_K, Q3_K, Q6_K), exactly as `to_float`
+    uses them: K-quants' two levels of scales are multiplied out in float32, which holds the product exactly."""
+    kind = _kind(tensor)
+    blocks = np.ascontiguousarray(tensor.parts["weight"]).view(LAYOUT[kind])  # [..., blocks per row]
+    codes, scales, biases = _DECODE[kind](blocks)
+    *rows, columns = tensor.shape
+    groups = scales.reshape(*rows, -1)
+    return Parts(codes.reshape(tensor.shape), groups, biases.reshape(groups.shape), columns // groups.shape[-1])
+
+
+def _kind(tensor: Tensor) -> str:
+    if not isinstance(tensor.format, Blocks) or tensor.format.kind not in LAYOUT:
+        raise Unsupported(f"{tensor.format} is not one of GGUF's block types.", f"Known: {', '.join(LAYOUT)}.")
+    return tensor.format.kind
+
+
+def _fields(octets: np.ndarray, width: int) -> np.ndarray:
+    """uint8 [..., n] -> [..., 8 / width, n]: the bit fields of `width`, lowest first, each for all bytes in turn."""
+    shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
+    return (octets[..., None, :] >> shifts) & np.uint8((1 << width) - 1)
+
+
+def _flat(fields: np.ndarray, rows: tuple[int, ...]) -> np.ndarray:
+    return fields.reshape(*rows, -1)
+
+
+def _f32(part: np.ndarray) -> np.ndarray:
+    return part.astype(np.float32)[..., None]
+
+
+Decoded = tuple[np.ndarray, np.ndarray, np.ndarray]  # codes [..., b, n], scales and biases [..., b, n / group]
+
+
+def _legacy_codes(kind: str, b: np.ndarray) -> np.ndarray:
+    if kind == "Q8_0":
+        return b["qs"] ^ 0x80  # two's complement -> offset 128
+    low = _flat(_fields(b["qs"], 4), b.shape)
+    if "qh" not in b.dtype.names:
+        return low
+    return low | np.unpackbits(b["qh"], axis=-1, bitorder="little") << 4
+
+
+def _legacy(kind: str) -> Callable[[np.ndarray], Decoded]:
+    """Q*_1 store a minimum; the others are symmetric: code - 2^(bits - 1), times d."""
+    middle = np.float32(1 << (LEGACY_BITS[kind] - 1))
+
+    def decode(b: np.ndarray) -> Decoded:
+        d = _f32(b["d"])
+        return _legacy_codes(kind, b), d, _f32(b["m"]) if "m" in b.dtype.names else -middle * d
+
+    return decode
+
+
+def _q2_k(b: np.ndarray) -> Decoded:
+    codes = _fields(b["qs"].reshape(*b.shape, 2, 32), 2)
+    return _flat(codes, b.shape), _f32(b["d"]) * (b["scales"] & 15), -(_f32(b["dmin"]) * (b["scales"] >> 4))
+
+
+def _q3_k(b: np.ndarray) -> Decoded:
+    codes = _flat(_fields(b["qs"].reshape(*b.shape, 2, 32), 2), b.shape) | _flat(_fields(b["hmask"], 1), b.shape) << 2
+    low, high = _fields(b["scales"][..., :8], 4), _fields(b["scales"][..., 8:], 2)
+    six = _flat(low, b.shape) | _flat(high, b.shape) << 4
+    scales = _f32(b["d"]) * (six.astype(np.float32) - 32)
+    return codes, scales, -4 * scales
+
+
+def _six_bit_pairs(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Q4_K's and Q5_K's 12 bytes -> eight 6-bit scales and eight 6-bit minimums."""
+    a, b, c = packed[..., :4], packed[..., 4:8], packed[..., 8:]
+    scales = np.concatenate([a & 63, (c & 15) | (a >> 6) << 4], axis=-1)
+    return scales, np.concatenate([b & 63, (c >> 4) | (b >> 6) << 4], axis=-1)
+
+
+def _q4_k(b: np.ndarray) -> Decoded:
+    codes = _flat(_fields(b["qs"].reshape(*b.shape, 4, 32), 4), b.shape)
+    scales, minimums = _six_bit_pairs(b["scales"])
+    return codes, _f32(b["d"]) * scales, -(_f32(b["dmin"]) * minimums)
+
+
+def _q5_k(b: np.ndarray) -> Decoded:
+    codes, scales, biases = _q4_k(b)
+    return codes | _flat(_fields(b["qh"], 1), b.shape) << 4, scales, biases
+
+
+def _q6_k(b: np.ndarray) -> Decoded:
+    low = _flat(_fields(b["ql"].reshape(*b.shape, 2, 64), 4), b.shape)
+    high = _flat(_fields(b["qh"].reshape(*b.shape, 2, 32), 2), b.shape)
+    scales = _f32(b["d"]) * b["scales"]
+    return low | high << 4, scales, -32 * scales
+
+
+_DECODE: dict[str, Callable[[np.ndarray], Decoded]] = {
+    **{kind: _legacy(kind) for kind in LEGACY_BITS},
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+}
+
+
+# ------------------------------------------------------------------------------------------------ conversions
+
+
+def parts(tensor: Tensor) -> Parts:
+    """Codes, scales and biases of any quantized tensor."""
+    if isinstance(tensor.format, Blocks):
+        return k_parts(tensor)
+    form, stored = tensor.format, tensor.parts
+    codes = unpack(stored["weight"], form.bits, tensor.shape[-1])
+    return Parts(codes, floats(stored["scales"], form.dtype), floats(stored["biases"], form.dtype), form.group_size)
+
+
+def to_float(tensor: Tensor) -> np.ndarray:
+    """The tensor's numbers as float32, in its logical shape. A dense float32 tensor is returned as it is."""
+    if isinstance(tensor.format, Dense):
+        return floats(tensor.parts["weight"], tensor.format.dtype)
+    codes, scales, biases, group = parts(tensor)
+    values = codes.reshape(*scales.shape, group) * scales[..., None]
+    values += biases[..., None]
+    return values.reshape(tensor.shape)
+
+
+def to_affine(tensor: Tensor) -> Tensor:
+    """Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0 in MLX's convention, groups of 32, every code kept as it is.
+
+    Scales and biases stay float16, which holds them exactly, unless a bias (-8 d, -16 d or -128 d) would overflow:
+    then both are float32. Raises Unsupported for other formats.
+    """
+    kind = _kind(tensor)
+    if kind not in LEGACY_BITS:
+        raise Unsupported(
+            f"{kind} has no exact form with float16 scales per group of 32.",
+            "Choose a dense type for it: --dtype bfloat16 (or float16, float32).",
+        )
+    codes, scales, biases, _ = k_parts(tensor)
+    overflows = bool((np.abs(biases) > np.finfo(np.float16).max).any())
+    dtype = "float32" if overflows else "float16"
+    bits = LEGACY_BITS[kind]
+    stored = {"weight": pack(codes, bits), "scales": store(scales, dtype), "biases": store(biases, dtype)}
+    return Tensor(tensor.shape, Affine(bits, 32, dtype), stored)
+
+
+def quantize_affine(values: np.ndarray, bits: int, group_size: int, dtype: str) -> Tensor:
+    """float32 values [..., I] -> Affine, rounding to nearest, bit for bit as MLX's `mx.quantize` on values of that type.
+
+    Each group's number farthest from zero (the edge) is hit exactly, and so is zero. Scales and biases are stored as
+    `dtype`. Raises Unsupported when I is not a multiple of `group_size` or rows don't fill words.
+    """
+    columns = values.shape[-1]
+    _check_packing(columns, bits)
+    if columns % group_size:
+        raise Unsupported(
+            f"Rows of {columns} numbers cannot be cut in groups of {group_size}.", "Choose a smaller group size."
+        )
+    groups = values.astype(np.float32, copy=False).reshape(*values.shape[:-1], -1, group_size)
+    scales, biases = _fit(groups, np.float32((1 << bits) - 1))
+    codes = np.rint((groups - biases[..., None]) / scales[..., None])
+    codes = np.clip(codes, 0, (1 << bits) - 1).astype(np.uint8).reshape(values.shape)
+    stored = {"weight": pack(codes, bits), "scales": store(scales, dtype), "biases": store(biases, dtype)}
+    return Tensor(tuple(values.shape), Affine(bits, group_size, dtype), stored)
+
+
+def _fit(groups: np.ndarray, steps: np.float32) -> tuple[np.ndarray, np.ndarray]:
+    """MLX's choice of scale and bias for groups [..., group_size]."""
+    low, high = groups.min(-1), groups.max(-1)
+    negative = np.abs(low) > np.abs(high)
+    scales = np.maximum((high - low) / steps, np.float32(1e-7))
+    scales = np.where(negative, scales, -scales)
+    edges = np.where(negative, low, high)
+    counts = np.rint(edges / scales)
+    some = counts != 0
+    scales = np.where(some, edges / np.where(some, counts, 1), scales)
+    return scales, np.where(some, edges, np.float32(0))
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+
+def take_rows(tensor: Tensor, rows: np.ndarray | Sequence[int]) -> Tensor:
+    """Rows (first axis: outputs of a matrix, numbers of a vector, experts of a stack) in the given order, any format:
+    a row's bytes are never looked into."""
+    rows = np.asarray(rows)
+    taken = {name: part[rows] for name, part in tensor.parts.items()}
+    return Tensor((len(rows), *tensor.shape[1:]), tensor.format, taken)
+
+
+def rows(tensor: Tensor, ids: np.ndarray | Sequence[int]) -> np.ndarray:
+    """float32 [*ids.shape, *tensor.shape[1:]]: only these rows are read and dequantized (embedding lookup)."""
+    ids = np.asarray(ids)
+    return to_float(take_rows(tensor, ids.reshape(-1))).reshape(*ids.shape, *tensor.shape[1:])
+
+
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """E tensors of one shape and format -> one [E, ...] in that format (experts); Unsupported when they differ."""
+    first = tensors[0]
+    odd = next((t for t in tensors if (t.shape, t.format) != (first.shape, first.format)), None)
+    if odd is not None:
+        raise Unsupported(
+            f"Tensors that should be stacked differ: {first.format} {first.shape} and {odd.format} {odd.shape}.",
+            "Convert the model to one type first: ondevice convert --dequantize.",
+        )
+    stacked = {name: np.stack([t.parts[name] for t in tensors]) for name in first.parts}
+    return Tensor((len(tensors), *first.shape), first.format, stacked)
