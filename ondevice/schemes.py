@@ -250,7 +250,7 @@ def to_affine(tensor: Tensor) -> Tensor:
 
 
 def quantize_affine(values: np.ndarray, bits: int, group_size: int, dtype: str) -> Tensor:
-    """float32 values [..., I] -> Affine, rounding to nearest, bit for bit as MLX's `mx.quantize` on values of that type.
+    """float32 values [..., I] -> Affine, rounding to nearest, bit for bit as MLX's `mx.quantize`.
 
     Each group's number farthest from zero (the edge) is hit exactly, and so is zero. Scales and biases are stored as
     `dtype`. Raises Unsupported when I is not a multiple of `group_size` or rows don't fill words.

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadFile, Unavailable
-from ..registry import did_you_mean
 from ..tensors import Tensor
 from . import folder, gguf
 from .files import Entry, Mapped, release
@@ -55,7 +54,7 @@ class Checkpoint:
     def __getitem__(self, name: str) -> Tensor:
         """The tensor called `name`, as views of its file. Raises BadFile when there is none."""
         if name not in self._entries:
-            raise BadFile(f"{self.path} has no tensor named {name!r}.", did_you_mean(name, self._entries))
+            raise BadFile(f"{self.path} has no tensor named {name!r}.", "Its download or conversion may be incomplete.")
         return self._entries[name].load()
 
     def close(self) -> None:

@@ -62,10 +62,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Entry | AffineEntry]]:
 
 def side_files(path: Path) -> dict[str, Path]:
     """The files beside the weights that a tokenizer or a copy of the model may need, by name."""
-    others = {"config.json", INDEX}
-    return {
-        f.name: f for f in sorted(path.iterdir()) if f.is_file() and f.suffix in SIDE_FILES and f.name not in others
-    }
+    wanted = (f for f in sorted(path.iterdir()) if f.suffix in SIDE_FILES and f.name not in ("config.json", INDEX))
+    return {file.name: file for file in wanted if file.is_file()}
 
 
 def _what_else(path: Path) -> str:
@@ -94,16 +92,16 @@ def _indexed(path: Path) -> Iterator[tuple[Path, list[str]]]:
         raise damaged(path / INDEX, "it has no weight_map")
     shards: dict[str, list[str]] = {}
     for name, shard in places.items():
-        if (
-            not isinstance(shard, str)
-            or not shard.endswith(".safetensors")
-            or Path(shard).name != shard
-            or "\\" in shard
-        ):
+        if not isinstance(shard, str) or not _plain_name(shard):
             raise damaged(path / INDEX, f"it places {name!r} in {shard!r:.120}, not a .safetensors file of its folder")
         shards.setdefault(shard, []).append(name)
     for shard, names in sorted(shards.items()):
         yield path / shard, names
+
+
+def _plain_name(shard: str) -> bool:
+    """Whether it names a .safetensors file of the same folder: no way out by `..`, a separator or an absolute path."""
+    return shard.endswith(".safetensors") and shard.isprintable() and not {"/", "\\", ":"} & set(shard)
 
 
 def _no_weights(path: Path) -> BadFile:
@@ -177,6 +175,6 @@ def _bits_and_group(path: Path, settings: dict[str, Any], module: str) -> tuple[
             "Get an MLX version in affine mode, or the original weights.",
         )
     bits, group = own.get("bits"), own.get("group_size")
-    if bits not in AFFINE_BITS or type(group) is not int or not 0 < group <= 1 << 20:
+    if type(bits) is not int or bits not in AFFINE_BITS or type(group) is not int or not 0 < group <= 1 << 20:
         raise damaged(path, f"its quantization gives {module!r} {bits!r:.20} bits in groups of {group!r:.20}")
     return bits, group
