@@ -1,0 +1,65 @@
+"""The decoder: ids in, logits out; the same few lines for every family and every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from ..backends.base import A, Backend, Cache, Step, W
+from .block import block
+from .config import ModelConfig
+from .scope import Lora, Scope
+
+
+class Decoder:
+    """A model made of prepared weights. Callable as a whole, or as `embed`, `block(i)`, `head`, so that tools can stream
+    layer by layer. `listen` shows every tapped activation to a function; while it listens nothing is compiled."""
+
+    def __init__(self, config: ModelConfig, ops: Backend, weights: Mapping[str, W]):
+        self.config, self.ops, self.weights = config, ops, weights
+        self.loras: Mapping[str, Sequence[Lora]] = {}
+        self.listener: Callable[[str, A], None] | None = None
+        self.ropes = {}
+        for name, rope in config.ropes.items():
+            freqs, scale = rope.frequencies()
+            self.ropes[name] = (ops.array(freqs), scale, rope.interleaved)
+
+    def scope(self, trainable: Mapping[str, A] | None = None) -> Scope:
+        cfg = self.config
+        return Scope(
+            self.ops, self.weights, trainable or {}, self.loras, self.listener, cfg.norm_eps, cfg.norm_offset, self.ropes
+        )
+
+    def embed(self, p: Scope, ids: A) -> A:
+        """ids [B, T] -> [B, T, D]"""
+        x = p.embed("embed", ids)
+        return x if self.config.embed_scale == 1.0 else x * self.config.embed_scale
+
+    def block(self, p: Scope, i: int, x: A, step: Step) -> A:
+        return block(p.at(f"layers.{i}", i), self.config.layers[i], x, step)
+
+    def head(self, p: Scope, x: A) -> A:
+        """x [..., D] -> logits [..., V]"""
+        logits = p.linear("embed" if self.config.tied else "head", p.norm("norm", x))
+        cap = self.config.logit_softcap
+        return logits if cap is None else p.ops.softcap(logits, cap)
+
+    def hidden(self, ids: A, step: Step, trainable: Mapping[str, A] | None = None) -> A:
+        """ids [B, T] -> what the last block says, [B, T, D]; fills the cache on the way."""
+        p = self.scope(trainable)
+        x = self.embed(p, ids)
+        for i in range(len(self.config.layers)):
+            x = self.block(p, i, x, step)
+        return x
+
+    def __call__(self, ids: A, step: Step, rows: np.ndarray | None = None, trainable: Mapping[str, A] | None = None) -> A:
+        """ids [B, T] -> logits [B, T, V]; or, with `rows` (indices into the B * T places), [len(rows), V] of those."""
+        x = self.hidden(ids, step, trainable)
+        if rows is not None:
+            x = self.ops.take(x.reshape(-1, self.config.width), rows)
+        p = self.scope(trainable)
+        return p.tap("logits", self.head(p, x))
+
+    def new_cache(self, slots: int, capacity: int, dtype: str | None = None) -> Cache:
+        return self.ops.new_cache(self.config.caches, slots, capacity, dtype)

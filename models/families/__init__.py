@@ -1,0 +1,115 @@
+"""Families: each a short file that says how a config.json becomes a ModelConfig and what its tensors are called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ...errors import Unsupported
+from ...registry import did_you_mean, families
+from ...tensors import Tensor
+from ..config import ModelConfig
+
+if TYPE_CHECKING:
+    from ...checkpoint import Checkpoint
+
+
+class NameMap(dict):
+    """Our names -> a checkpoint's. `{i}` stands for the layer, `{e}` for the expert; a tuple lists alternatives, best
+    first. Biases need no entries: `x.bias` is found beside `x`'s `….weight`."""
+
+    IGNORED = re.compile(r"rotary_emb\.inv_freq$|masked_bias$|^lm_head\.weight$|^rope_freqs\.weight$")
+
+    def __or__(self, other: Mapping) -> NameMap:
+        return NameMap({**self, **other})
+
+    def spellings(self, name: str) -> tuple[str, ...]:
+        """Every name that one of ours may have in a checkpoint, `{e}` left in."""
+        bias = name.endswith(".bias")
+        layer = re.match(r"layers\.(\d+)\.", name)
+        key = re.sub(r"^layers\.\d+\.", "layers.{i}.", name.removesuffix(".bias"))
+        patterns = self.get(key, ())
+        patterns = (patterns,) if isinstance(patterns, str) else patterns
+        found = (p.replace("{i}", layer[1]) if layer else p for p in patterns)
+        return tuple(p.removesuffix("weight") + "bias" if bias else p for p in found)
+
+    def spell(self, name: str) -> str:
+        """The first of them, or our own name where this map has none."""
+        return next(iter(self.spellings(name)), name)
+
+    def find(self, name: str, checkpoint: Checkpoint, experts: int) -> list[str]:
+        """The names under which a checkpoint holds one of our tensors: one, or one an expert; [] when it does not."""
+        for spelling in self.spellings(name):
+            names = [spelling.replace("{e}", str(e)) for e in range(experts)] if "{e}" in spelling else [spelling]
+            if names and all(n in checkpoint for n in names):
+                return names
+        return []
+
+    def ignored(self, name: str) -> bool:
+        """A tensor that checkpoints carry and nobody needs."""
+        return bool(self.IGNORED.search(name))
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """How llama.cpp writes this family: its architecture's name, its tensor names, its metadata as a config.json, and how
+    a tensor is brought back to Hugging Face's arrangement (None: as it is)."""
+
+    architecture: str
+    names: NameMap
+    config: Callable[[Mapping, Checkpoint], dict]
+    arrange: Callable[[str, Tensor, ModelConfig], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    name: str
+    model_types: tuple[str, ...]
+    config: Callable[[Mapping], ModelConfig]
+    names: NameMap
+    gguf: Gguf | None = field(default=None)
+
+
+LLAMA = NameMap(
+    {
+        "embed": "model.embed_tokens.weight",
+        "norm": "model.norm.weight",
+        "head": "lm_head.weight",
+        "layers.{i}.attn_norm": "model.layers.{i}.input_layernorm.weight",
+        "layers.{i}.mlp_norm": "model.layers.{i}.post_attention_layernorm.weight",
+        "layers.{i}.attn.q": "model.layers.{i}.self_attn.q_proj.weight",
+        "layers.{i}.attn.k": "model.layers.{i}.self_attn.k_proj.weight",
+        "layers.{i}.attn.v": "model.layers.{i}.self_attn.v_proj.weight",
+        "layers.{i}.attn.o": "model.layers.{i}.self_attn.o_proj.weight",
+        "layers.{i}.mlp.gate": "model.layers.{i}.mlp.gate_proj.weight",
+        "layers.{i}.mlp.up": "model.layers.{i}.mlp.up_proj.weight",
+        "layers.{i}.mlp.down": "model.layers.{i}.mlp.down_proj.weight",
+    }
+)
+QK_NORM = {
+    "layers.{i}.attn.q_norm": "model.layers.{i}.self_attn.q_norm.weight",
+    "layers.{i}.attn.k_norm": "model.layers.{i}.self_attn.k_norm.weight",
+}
+
+
+def family_of(checkpoint: Checkpoint) -> tuple[Family, dict]:
+    """The family a checkpoint belongs to, and its config.json (translated, where the file is a GGUF).
+
+    Raises Unsupported when no family is known for it, naming those that are.
+    """
+    known = families()
+    if checkpoint.kind == "gguf":
+        kind = str(checkpoint.metadata.get("general.architecture"))
+        by_type = {f.gguf.architecture: f for f in known.values() if f.gguf}
+    else:
+        kind = str(checkpoint.config.get("model_type"))
+        by_type = {t: f for f in known.values() for t in f.model_types}
+    if kind not in by_type:
+        raise Unsupported(
+            f"{checkpoint.path} is a model of type {kind!r}, which is not known here.",
+            f"{did_you_mean(kind, by_type)} docs/families.md shows how to add one.",
+        )
+    family = by_type[kind]
+    return family, family.gguf.config(checkpoint.metadata, checkpoint) if checkpoint.kind == "gguf" else checkpoint.config

@@ -1,0 +1,26 @@
+"""The feed-forward half of a block: one gated MLP, or a router and experts."""
+
+from __future__ import annotations
+
+from ..backends.base import A
+from .config import MLPConfig, MoEConfig
+from .scope import Scope
+
+
+def feed_forward(p: Scope, cfg: MLPConfig | MoEConfig, x: A) -> A:
+    """x [B, T, D] -> [B, T, D]"""
+    return moe(p.at("moe"), cfg, x) if isinstance(cfg, MoEConfig) else mlp(p.at("mlp"), cfg, x)
+
+
+def mlp(p: Scope, cfg: MLPConfig, x: A) -> A:
+    return p.linear("down", p.ops.gated(p.linear("gate", x), p.linear("up", x), cfg.act))
+
+
+def moe(p: Scope, cfg: MoEConfig, x: A) -> A:
+    """Each token goes through `per_token` of the experts, weighted by the router's gates."""
+    B, T, D = x.shape
+    x = x.reshape(B * T, D)
+    logits = p.tap("logits", p.linear("router", x))  # [N, E]
+    routing = p.ops.route(logits, cfg.per_token, cfg.rule)
+    h = p.ops.gated(p.expert_linear("gate", x, routing), p.expert_linear("up", x, routing), cfg.act)  # [N, k, F]
+    return p.ops.combine(p.expert_linear("down", h, routing), routing).reshape(B, T, D)

@@ -1,0 +1,1 @@
+"""A model at work: session, engine, tokenizer, template, chat, bench."""
