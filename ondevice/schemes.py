@@ -38,6 +38,13 @@ def block_size(kind: str) -> int:
     return 32 if kind in LEGACY_BITS else 256
 
 
+def label(form: Dense | Affine | Blocks) -> str:
+    """A format's name for people: bfloat16, 4-bit (groups of 64), Q4_K."""
+    if isinstance(form, Dense):
+        return form.dtype
+    return form.kind if isinstance(form, Blocks) else f"{form.bits}-bit (groups of {form.group_size})"
+
+
 def row_bytes(kind: str, columns: int) -> int:
     """Bytes of a row of `columns` numbers (a multiple of the block size)."""
     return columns // block_size(kind) * LAYOUT[kind].itemsize

@@ -6,16 +6,20 @@ reads headers only and trusts none of them; tensors are views of the files, read
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadFile, Unavailable
+from ..schemes import label
 from ..tensors import Tensor
 from . import folder, gguf
 from .files import Entry, Mapped, release
+from .write import Spec, write_folder
 
-__all__ = ["Checkpoint", "open_checkpoint", "release"]
+__all__ = ["Checkpoint", "Spec", "Summary", "open_checkpoint", "release", "verify", "write_folder"]
 
 
 class Checkpoint:
@@ -97,3 +101,28 @@ def _open_folder(path: Path) -> Checkpoint:
 def _open_gguf(path: Path) -> Checkpoint:
     metadata, entries = gguf.read(Mapped(path))
     return Checkpoint(path, "gguf", entries, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a checkpoint holds. formats: name -> bytes stored in that format, most first."""
+
+    kind: str
+    tensors: int
+    parameters: int
+    nbytes: int
+    formats: dict[str, int]
+
+
+def verify(path: str | Path) -> Summary:
+    """Check everything that can be checked without a reference: headers, index, every tensor's place and parts, every
+    value of the metadata. Raises what `open_checkpoint` raises."""
+    with open_checkpoint(path) as checkpoint:
+        for key in checkpoint.metadata:
+            checkpoint.metadata[key]
+        tensors = [checkpoint[name] for name in checkpoint.names]
+        formats: Counter[str] = Counter()
+        for tensor in tensors:
+            formats[label(tensor.format)] += tensor.nbytes
+        parameters = sum(tensor.size for tensor in tensors)
+        return Summary(checkpoint.kind, len(tensors), parameters, checkpoint.nbytes, dict(formats.most_common()))

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,17 +28,10 @@ def unreadable(path: Path, error: OSError) -> Unavailable:
     return Unavailable(f"{path} cannot be read: {error.strerror or error}.", "Check the path and its rights.")
 
 
-def parse_object(raw: bytes, path: Path, what: str) -> dict[str, Any]:
-    """A JSON object whose keys are unique at every level; anything else is BadFile."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            raise ValueError("a key appears twice")
-        return values
-
+def parse_object(raw: bytes, path: Path, what: str, hook: Callable | None = None) -> dict[str, Any]:
+    """A JSON object (anything else is BadFile); `hook` is json's object_pairs_hook and may raise ValueError."""
     try:
-        value = json.loads(raw, object_pairs_hook=unique)
+        value = json.loads(raw, object_pairs_hook=hook)
     except (ValueError, RecursionError) as error:
         raise damaged(path, f"{what} is not JSON ({error})") from None
     if not isinstance(value, dict):

@@ -28,13 +28,20 @@ def read(file: Mapped) -> dict[str, Entry]:
     length = int.from_bytes(file.map[:8], "little")
     if length > min(file.size - 8, MAX_HEADER):
         raise damaged(file.path, f"it claims a header of {length} bytes")
-    header = parse_object(file.map[8 : 8 + length], file.path, "its header")
+    header = parse_object(file.map[8 : 8 + length], file.path, "its header", _unique)
     header.pop("__metadata__", None)
     entries = {name: _entry(file, 8 + length, name, info) for name, info in header.items()}
     check_overlaps(file.path, entries)
     if 8 + length + sum(entry.nbytes for entry in entries.values()) != file.size:
         raise damaged(file.path, "it has bytes that belong to no tensor")
     return entries
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a name appears twice")
+    return values
 
 
 def _entry(file: Mapped, data: int, name: str, info: Any) -> Entry:
