@@ -7,17 +7,19 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from .. import noise, schemes
 from ..errors import BadOption, ContextFull, Unsupported
-from ..registry import Plugin, Probe, did_you_mean
+from ..registry import Plugin, Probe
 from ..tensors import Tensor, floats, store
 from . import sampling
 from .base import FEATURES, AttentionSpec, Cache, Info, LayerCache, RouteRule, SamplingParams, Step
+from .numerics import activation, expert_inputs, log_softmax, rotate, sigmoid, softmax, visible
+from .reference_gradients import NumpyGradients
 from .tape import TapedBackend
 
 
@@ -81,67 +83,7 @@ class HostCache(Cache):
         return sum(part.nbytes for part in (*self.keys, *self.values))
 
 
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 * np.tanh(0.5 * x) + 0.5  # never overflows
-
-
-# erf by Abramowitz and Stegun 7.1.26 would miss float64; NumPy has none, so the C library's is mapped over the numbers.
-def _erf(x: np.ndarray) -> np.ndarray:
-    from math import erf
-
-    return np.array([erf(v) for v in x.ravel().tolist()], x.dtype).reshape(x.shape)
-
-
-GELU_TANH = 0.7978845608028654  # sqrt(2 / pi)
-ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "silu": lambda x: x * sigmoid(x),
-    "gelu": lambda x: 0.5 * x * (1.0 + _erf(x * 0.7071067811865476)),
-    "gelu_tanh": lambda x: 0.5 * x * (1.0 + np.tanh(GELU_TANH * (x + 0.044715 * x * x * x))),
-    "relu": lambda x: np.maximum(x, 0.0),
-    "relu2": lambda x: np.square(np.maximum(x, 0.0)),
-    "sigmoid": sigmoid,
-    "tanh": np.tanh,
-}
-
-
-def softmax(x: np.ndarray) -> np.ndarray:
-    """Over the last axis; rows of -inf alone give zeros."""
-    top = x.max(axis=-1, keepdims=True, initial=-np.inf)
-    weights = np.exp(x - np.where(np.isfinite(top), top, 0.0))
-    total = weights.sum(axis=-1, keepdims=True)
-    return weights / np.where(total > 0, total, 1.0)
-
-
-def rotate(x: np.ndarray, angles: np.ndarray, interleaved: bool, scale: float) -> np.ndarray:
-    """x [B, T, H, d] turned by angles [B, T, r / 2] (see Backend.rope)."""
-    half = angles.shape[-1]
-    cos, sin = np.cos(angles)[:, :, None] * scale, np.sin(angles)[:, :, None] * scale
-    first, second = (
-        (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
-    )
-    a, b = x[..., first], x[..., second]
-    out = x.copy()
-    out[..., first] = a * cos - b * sin
-    out[..., second] = b * cos + a * sin
-    return out
-
-
-def visible(
-    queries: np.ndarray, keys: np.ndarray, spec: AttentionSpec, segments: tuple[np.ndarray, np.ndarray] | None = None
-) -> np.ndarray:
-    """Which key positions [S] each query position [T] sees: bool [T, S]. segments: those of queries and keys."""
-    i, j = queries[:, None], keys[None, :]
-    seen = j <= i
-    if spec.window is not None:
-        seen &= i - j < spec.window
-    if spec.chunk is not None:
-        seen &= i // spec.chunk == j // spec.chunk
-    if segments is not None:
-        seen &= segments[0][:, None] == segments[1][None, :]
-    return seen
-
-
-class NumpyKernels:
+class NumpyKernels(NumpyGradients):
     """The operations on ndarrays of `dtype` (float32; float64 to check gradients) and HostWeights."""
 
     cache_type = HostCache
@@ -210,9 +152,7 @@ class NumpyKernels:
         return y if bias is None else y + self.values(bias)
 
     def act(self, x: np.ndarray, kind: str) -> np.ndarray:
-        if kind not in ACTIVATIONS:
-            raise Unsupported(f"There is no activation named {kind!r}.", did_you_mean(kind, ACTIVATIONS))
-        return ACTIVATIONS[kind](x)
+        return activation(kind)[0](x)
 
     def gated(self, gate: np.ndarray, up: np.ndarray, kind: str) -> np.ndarray:
         return self.act(gate, kind) * up
@@ -236,18 +176,26 @@ class NumpyKernels:
         self, q: np.ndarray, k: np.ndarray, v: np.ndarray, sinks: Any, spec: AttentionSpec, step: Step, layer: int
     ) -> np.ndarray:
         out = np.zeros((*q.shape[:3], v.shape[-1]), q.dtype)
-        for row, (start, n) in enumerate(zip(step.starts.tolist(), step.lengths.tolist(), strict=True)):
-            if step.cache is not None:
-                slot = int(step.slots[row])
-                step.cache.write(layer, slot, start, k[row, :n], v[row, :n])
-                keys, values = step.cache.read(layer, slot, start + n)
-                where = np.arange(start + n)
-            else:
-                keys, values = k[row, :n].swapaxes(0, 1), v[row, :n].swapaxes(0, 1)
-                where = np.arange(start, start + n)
-            seen = visible(where[where.size - n :], where, spec, _segments(step, row, n))
+        for row, n in enumerate(step.lengths.tolist()):
+            keys, values, seen = self.context(k, v, spec, step, layer, row)
             out[row, :n] = self.attend(q[row, :n], keys, values, self.values(sinks), seen, spec)
         return out
+
+    def context(
+        self, k: np.ndarray, v: np.ndarray, spec: AttentionSpec, step: Step, layer: int, row: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What a row's queries may look at: keys [K, S, d] and values [K, S, dv], which are written to the cache first
+        if there is one, and which of them each query sees [T, S]."""
+        start, n = int(step.starts[row]), int(step.lengths[row])
+        keys, values, where = k[row, :n], v[row, :n], np.arange(start, start + n)
+        if step.cache is None:
+            segments = None if step.segments is None else (step.segments[row, :n], step.segments[row, :n])
+            return keys.swapaxes(0, 1), values.swapaxes(0, 1), visible(where, where, spec, segments)
+        if step.segments is not None:
+            raise Unsupported("Packed segments and a cache exclude each other.", "Give each document its own row.")
+        slot = int(step.slots[row])
+        step.cache.write(layer, slot, start, keys, values)
+        return *step.cache.read(layer, slot, start + n), visible(where, np.arange(start + n), spec)
 
     def attend(
         self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, sinks: np.ndarray | None, seen: np.ndarray,
@@ -279,22 +227,21 @@ class NumpyKernels:
         self, q_nope: np.ndarray, q_rope: np.ndarray, c: np.ndarray, k_rope: np.ndarray, wk: Any, wv: Any,
         spec: AttentionSpec, step: Step, layer: int,
     ) -> np.ndarray:  # fmt: skip
-        """Absorbed: a query meets the latent itself, q_nope . (wk c) = (wk^T q_nope) . c; the cache's keys are c and
-        k_rope end to end, its values nothing."""
-        absorbed = np.einsum("bthn,hnl->bthl", q_nope, self.values(wk))
-        q, k = np.concatenate([absorbed, q_rope], -1), np.concatenate([c, k_rope], -1)[:, :, None]
-        out = np.zeros((*q_nope.shape[:3], self.values(wv).shape[1]), q.dtype)
-        for row, (start, n) in enumerate(zip(step.starts.tolist(), step.lengths.tolist(), strict=True)):
-            if step.cache is not None:
-                slot = int(step.slots[row])
-                step.cache.write(layer, slot, start, k[row, :n], k[row, :n, :, :0])
-                keys, where = step.cache.read(layer, slot, start + n)[0], np.arange(start + n)
-            else:
-                keys, where = k[row, :n].swapaxes(0, 1), np.arange(start, start + n)
-            seen = visible(where[where.size - n :], where, spec, _segments(step, row, n))
-            mixed = self.attend(q[row, :n], keys, keys[..., : c.shape[-1]], None, seen, spec)
-            out[row, :n] = np.einsum("thl,hvl->thv", mixed, self.values(wv))
-        return out
+        """Absorbed: a query meets the latent itself, q_nope . (wk c) = (wk^T q_nope) . c, and what it takes of the
+        latents is expanded once."""
+        q, k = self.absorbed(q_nope, q_rope, c, k_rope, self.values(wk))
+        mixed = np.zeros((*q.shape[:3], c.shape[-1]), q.dtype)
+        for row, n in enumerate(step.lengths.tolist()):
+            keys, _, seen = self.context(k, k[..., :0], spec, step, layer, row)
+            mixed[row, :n] = self.attend(q[row, :n], keys, keys[..., : c.shape[-1]], None, seen, spec)
+        return np.einsum("bthl,hvl->bthv", mixed, self.values(wv))
+
+    def absorbed(
+        self, q_nope: np.ndarray, q_rope: np.ndarray, c: np.ndarray, k_rope: np.ndarray, wk: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Queries [B, T, H, L + r] and the one key head [B, T, 1, L + r] that they meet."""
+        q = np.concatenate([np.einsum("bthn,hnl->bthl", q_nope, wk), q_rope], axis=-1)
+        return q, np.concatenate([c, k_rope], axis=-1)[:, :, None]
 
     # ---- experts
 
@@ -346,7 +293,7 @@ class NumpyKernels:
     # ---- training
 
     def token_loss(self, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        logprobs = sampling.log_softmax(logits)
+        logprobs = log_softmax(logits)
         if targets.ndim == 2:
             return -(softmax(targets) * logprobs).sum(axis=-1)
         picked = np.take_along_axis(logprobs, np.maximum(targets, 0)[:, None], axis=-1)[:, 0]
@@ -382,21 +329,6 @@ class NumpyKernels:
         v = (1 - betas[1]) * grad * grad if v is None else betas[1] * v + (1 - betas[1]) * grad * grad
         moved = (m / (1 - betas[0] ** step)) / (np.sqrt(v / (1 - betas[1] ** step)) + eps)
         return param * (1 - rate * decay) - rate * moved, m, v
-
-
-def expert_inputs(x: np.ndarray, gates: np.ndarray | None, ids: np.ndarray) -> np.ndarray:
-    """x [N, I] or [N, k, I] -> what each token sends to each of its experts, [N, k, I]"""
-    if x.ndim == 2:
-        x = np.broadcast_to(x[:, None], (*ids.shape, x.shape[-1]))
-    return x if gates is None else x * gates[..., None]
-
-
-def _segments(step: Step, row: int, n: int) -> tuple[np.ndarray, np.ndarray] | None:
-    if step.segments is None:
-        return None
-    if step.cache is not None:
-        raise Unsupported("Packed segments and a cache exclude each other.", "Give each document a row of its own.")
-    return step.segments[row, :n], step.segments[row, :n]
 
 
 class ReferenceBackend(TapedBackend):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .base import SamplingParams
+from .numerics import log_softmax
 
 Counts = tuple[np.ndarray, np.ndarray]  # ids seen in the prompt, in the answer: [B, V] int32 each
 
@@ -29,11 +30,6 @@ def sample(
     top = np.argsort(-logprobs, axis=-1, kind="stable")[:, :n]
     chosen = np.take_along_axis(logprobs, ids[:, None], -1)[:, 0]
     return ids, chosen, (top.astype(np.int32), np.take_along_axis(logprobs, top, -1))
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def penalised(logits: np.ndarray, p: SamplingParams, counts: Counts | None) -> np.ndarray:
