@@ -1,0 +1,180 @@
+"""A model opened for use: files -> decoder on a backend, with its tokenizer, template and the settings it came with."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from ..backends.base import Backend, SamplingParams
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..errors import BadFile, OnDeviceError
+from ..models.config import ModelConfig
+from ..models.decoder import Decoder
+from ..models.families import Family, family_of
+from ..models.parameters import Parameters
+from ..registry import create_backend
+from .engine import Engine, GenerateOptions
+from .template import ChatTemplate, encode_chat
+from .text import Piece, TextFinished, stream_text
+from .tokenizer import Tokenizer, load_tokenizer
+
+DEFAULT_CONTEXT = 8192  # tokens, where the model could hold more: a cache's memory is set aside for the whole of it
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Reported while a model loads: bytes done, of all."""
+
+    done: int
+    total: int
+
+
+@dataclass
+class Session:
+    """Everything about one opened model. `engine` is made when first used."""
+
+    path: Path
+    family: Family
+    hf_config: Mapping
+    config: ModelConfig
+    decoder: Decoder
+    checkpoint: Checkpoint
+    capacity: int
+    load_seconds: float = 0.0
+    kv_dtype: str | None = None
+    _defaults: dict = field(default_factory=dict)
+
+    @property
+    def backend(self) -> Backend:
+        return self.decoder.ops
+
+    @cached_property
+    def engine(self) -> Engine:
+        return Engine(self.decoder, self.capacity, self.kv_dtype)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        gguf = self.checkpoint.kind == "gguf"
+        return load_tokenizer(self.checkpoint.metadata if gguf else self.checkpoint.path)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        return ChatTemplate.of(self.tokenizer)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end an answer: the tokenizer's, and those that generation_config.json names."""
+        named = self.generation_config.get("eos_token_id")
+        named = [named] if isinstance(named, int) else named or []
+        return self.tokenizer.eos_ids | frozenset(named)
+
+    @cached_property
+    def generation_config(self) -> Mapping:
+        """generation_config.json, {} where there is none."""
+        path = self.checkpoint.path / "generation_config.json"
+        if self.checkpoint.kind == "gguf" or not path.is_file():
+            return {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise BadFile(f"{path} cannot be read: {error}.", "Fetch the model again.") from None
+        if not isinstance(found, dict):
+            raise BadFile(f"{path} is not a JSON object.", "Fetch the model again.")
+        return found
+
+    def default_sampling(self) -> SamplingParams:
+        """How the model's authors sample from it; greedy where they say so or say nothing."""
+        g = self.generation_config
+        greedy = SamplingParams(repetition=float(g.get("repetition_penalty") or 1.0))
+        if not g.get("do_sample"):
+            return greedy
+        return replace(
+            greedy,
+            temperature=float(g.get("temperature") or 1.0),
+            top_k=int(g.get("top_k") or 0),
+            top_p=float(g.get("top_p") or 1.0),
+            min_p=float(g.get("min_p") or 0.0),
+        )
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        """Raw text, plus what the tokenizer itself adds; special tokens in it are parsed."""
+        return self.tokenizer.encode(prompt, add_special=True, parse_special=True)
+
+    def encode_messages(self, messages: Sequence[Mapping], **extra) -> list[int]:
+        """A conversation through the model's chat template, up to where the answer begins."""
+        return encode_chat(self.tokenizer, self.template, messages, **extra)
+
+    def generate(
+        self, prompt: Sequence[int], options: GenerateOptions, stop: Sequence[str] = ()
+    ) -> Iterator[Piece | TextFinished]:
+        """Prompt ids -> text events. `stop`: strings that end the answer and are not part of it."""
+        options = replace(options, stop_ids=options.stop_ids or self.stop_ids)
+        return stream_text(self.engine.generate(prompt, options), self.tokenizer, options.stop_ids, stop)
+
+    def close(self) -> None:
+        for weight in self.decoder.weights.values():
+            self.backend.release(weight)
+        self.checkpoint.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def open_session(
+    model: str | Path,
+    *,
+    backend: str | Backend | None = None,
+    exact: bool = False,
+    context: int | None = None,
+    threads: int | None = None,
+    kv_dtype: str | None = None,
+    progress: Callable[[Loading], None] = lambda event: None,
+) -> Session:
+    """Open a model: a folder, a .gguf file, a Hugging Face repo id or a catalog name.
+
+    backend: a name, a Backend, or None for the best that is ready. exact: float32 throughout. context: tokens of
+    prompt and answer together; None: what the model was made for, up to 8,192. Raises OnDeviceError's children.
+    """
+    from .. import hub
+
+    started = time.perf_counter()
+    path = hub.resolve(str(model))
+    checkpoint = open_checkpoint(path)
+    try:
+        family, hf_config = family_of(checkpoint)
+        config = family.config(hf_config)
+        options = {"exact": exact} | ({"threads": threads} if threads else {})
+        ops = backend if isinstance(backend, Backend) else create_backend(backend, **options)
+        parameters = Parameters(family, config, checkpoint)
+        weights = parameters.prepare(ops, _reporter(checkpoint.nbytes, progress))
+    except MemoryError:
+        checkpoint.close()
+        raise OnDeviceError(
+            f"There is not enough memory for {path} ({checkpoint.nbytes / 1e9:.1f} GB of weights).",
+            "Close other programs, or take a smaller or more quantized model.",
+        ) from None
+    except BaseException:
+        checkpoint.close()
+        raise
+    capacity = min(context or min(config.context, DEFAULT_CONTEXT), config.context)
+    decoder = Decoder(config, ops, weights)
+    seconds = time.perf_counter() - started
+    return Session(path, family, hf_config, config, decoder, checkpoint, capacity, seconds, kv_dtype)
+
+
+def _reporter(total: int, progress: Callable[[Loading], None]) -> Callable[[int], None]:
+    done = 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(Loading(done, total))
+
+    return report
