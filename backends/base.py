@@ -269,9 +269,7 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def attention(
-        self, q: A, k: A, v: A, sinks: W | None, spec: AttentionSpec, step: Step, layer: int
-    ) -> A:
+    def attention(self, q: A, k: A, v: A, sinks: W | None, spec: AttentionSpec, step: Step, layer: int) -> A:
         """q [B, T, H, d], k [B, T, K, d], v [B, T, K, dv] -> [B, T, H, dv].
 
         With a cache: k and v of the real tokens are written at their positions in `layer` first, then each query sees
@@ -368,8 +366,15 @@ class Backend(ABC):
         raise self._lacks("training")
 
     def adamw(
-        self, params: Mapping[str, A], grads: Mapping[str, A], state: dict, step: int, rate: float,
-        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, decay: float = 0.0,
+        self,
+        params: Mapping[str, A],
+        grads: Mapping[str, A],
+        state: dict,
+        step: int,
+        rate: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        decay: float = 0.0,
     ) -> tuple[dict[str, A], dict]:
         """One AdamW update, bias-corrected, decoupled decay (Loshchilov and Hutter 2019), step counting from 1.
         state: {} at first. Returns new params and state."""

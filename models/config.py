@@ -112,8 +112,17 @@ class ModelConfig:
 
     @classmethod
     def llama_like(
-        cls, hf: Mapping, *, qk_norm: bool = False, bias: bool = False, act: str | None = None, tied: bool = False,
-        base: float = 10000.0, eps: float = 1e-6, feed_forward: tuple[MLPConfig | MoEConfig, ...] | None = None, **fields,
+        cls,
+        hf: Mapping,
+        *,
+        qk_norm: bool = False,
+        bias: bool = False,
+        act: str | None = None,
+        tied: bool = False,
+        base: float = 10000.0,
+        eps: float = 1e-6,
+        feed_forward: tuple[MLPConfig | MoEConfig, ...] | None = None,
+        **fields,
     ) -> ModelConfig:
         """The config of a model that is Llama but for a few fields.
 
@@ -132,7 +141,13 @@ class ModelConfig:
         plain = MLPConfig(need(hf, "intermediate_size"), act or activation(hf), hf.get("mlp_bias", False))
         bias = hf.get("attention_bias", bias)
         attention = AttentionConfig(
-            heads, kv_heads, head_dim, AttentionSpec(head_dim**-0.5, window), qk_norm=qk_norm, bias=bias, output_bias=bias
+            heads,
+            kv_heads,
+            head_dim,
+            AttentionSpec(head_dim**-0.5, window),
+            qk_norm=qk_norm,
+            bias=bias,
+            output_bias=bias,
         )
         return cls(
             vocab=need(hf, "vocab_size"),
@@ -171,5 +186,7 @@ def need(hf: Mapping, key: str) -> int:
     """A size that config.json must hold: a positive whole number, else BadFile."""
     value = hf.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise BadFile(f"config.json has {key} = {value!r}; a positive whole number is needed.", "Fetch the model again.")
+        raise BadFile(
+            f"config.json has {key} = {value!r}; a positive whole number is needed.", "Fetch the model again."
+        )
     return value

@@ -28,7 +28,14 @@ class Decoder:
     def scope(self, trainable: Mapping[str, A] | None = None) -> Scope:
         cfg = self.config
         return Scope(
-            self.ops, self.weights, trainable or {}, self.loras, self.listener, cfg.norm_eps, cfg.norm_offset, self.ropes
+            self.ops,
+            self.weights,
+            trainable or {},
+            self.loras,
+            self.listener,
+            cfg.norm_eps,
+            cfg.norm_offset,
+            self.ropes,
         )
 
     def embed(self, p: Scope, ids: A) -> A:
@@ -53,7 +60,9 @@ class Decoder:
             x = self.block(p, i, x, step)
         return x
 
-    def __call__(self, ids: A, step: Step, rows: np.ndarray | None = None, trainable: Mapping[str, A] | None = None) -> A:
+    def __call__(
+        self, ids: A, step: Step, rows: np.ndarray | None = None, trainable: Mapping[str, A] | None = None
+    ) -> A:
         """ids [B, T] -> logits [B, T, V]; or, with `rows` (indices into the B * T places), [len(rows), V] of those."""
         x = self.hidden(ids, step, trainable)
         if rows is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import Unsupported
@@ -99,17 +100,23 @@ def family_of(checkpoint: Checkpoint) -> tuple[Family, dict]:
 
     Raises Unsupported when no family is known for it, naming those that are.
     """
-    known = families()
-    if checkpoint.kind == "gguf":
-        kind = str(checkpoint.metadata.get("general.architecture"))
-        by_type = {f.gguf.architecture: f for f in known.values() if f.gguf}
-    else:
-        kind = str(checkpoint.config.get("model_type"))
-        by_type = {t: f for f in known.values() for t in f.model_types}
+    if checkpoint.kind != "gguf":
+        return family_for(checkpoint.config, checkpoint.path), checkpoint.config
+    by_type = {f.gguf.architecture: f for f in families().values() if f.gguf}
+    family = _known(str(checkpoint.metadata.get("general.architecture")), by_type, checkpoint.path)
+    return family, family.gguf.config(checkpoint.metadata, checkpoint)
+
+
+def family_for(config: Mapping, path: Path) -> Family:
+    """The family of a config.json that came from `path`."""
+    by_type = {t: f for f in families().values() for t in f.model_types}
+    return _known(str(config.get("model_type")), by_type, path)
+
+
+def _known(kind: str, by_type: Mapping[str, Family], path: Path) -> Family:
     if kind not in by_type:
         raise Unsupported(
-            f"{checkpoint.path} is a model of type {kind!r}, which is not known here.",
+            f"{path} is a model of type {kind!r}, which is not known here.",
             f"{did_you_mean(kind, by_type)} docs/families.md shows how to add one.",
         )
-    family = by_type[kind]
-    return family, family.gguf.config(checkpoint.metadata, checkpoint) if checkpoint.kind == "gguf" else checkpoint.config
+    return by_type[kind]

@@ -62,7 +62,9 @@ def config(metadata: Mapping, checkpoint: Checkpoint, model_type: str, architect
     found = {hf: metadata.get(f"{prefix}.{key}") for hf, key in KEYS.items()}
     hf = {key: _number(value) for key, value in found.items() if value is not None}
     if "token_embd.weight" not in checkpoint:
-        raise BadFile(f"{checkpoint.path} has no token_embd.weight.", "It may be one part of a split GGUF; fetch the whole.")
+        raise BadFile(
+            f"{checkpoint.path} has no token_embd.weight.", "It may be one part of a split GGUF; fetch the whole."
+        )
     hf["vocab_size"] = checkpoint["token_embd.weight"].shape[0]
     hf["tie_word_embeddings"] = "output.weight" not in checkpoint
     if metadata.get(f"{prefix}.rope.scaling.type") == "linear":

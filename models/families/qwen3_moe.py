@@ -23,7 +23,9 @@ NAMES = LLAMA | QK_NORM | {
 def config(hf: Mapping) -> ModelConfig:
     act = activation(hf)
     rule = RouteRule(renormalise=hf.get("norm_topk_prob", False))
-    moe = MoEConfig(need(hf, "num_experts"), need(hf, "num_experts_per_tok"), need(hf, "moe_intermediate_size"), act, rule)
+    moe = MoEConfig(
+        need(hf, "num_experts"), need(hf, "num_experts_per_tok"), need(hf, "moe_intermediate_size"), act, rule
+    )
     plain = MLPConfig(need(hf, "intermediate_size"), act)
     step, dense = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or ()
     kinds = (plain if i in dense or (i + 1) % step else moe for i in range(need(hf, "num_hidden_layers")))

@@ -134,7 +134,9 @@ class Engine:
         else:
             logits = None
             x = self.decoder.hidden(ids, step)
-            self.ops.numpy(self.ops.take(x.reshape(-1, self.decoder.config.width), slots))  # wait: bounds what is queued
+            self.ops.numpy(
+                self.ops.take(x.reshape(-1, self.decoder.config.width), slots)
+            )  # wait: bounds what is queued
         self.cache.advance(slots, lengths)
         return logits
 

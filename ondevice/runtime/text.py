@@ -74,7 +74,10 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def stream_text(
-    events: Iterable[Prefilled | Token | Finished], tokenizer: Tokenizer, stop_ids: frozenset[int], stop: Sequence[str] = ()
+    events: Iterable[Prefilled | Token | Finished],
+    tokenizer: Tokenizer,
+    stop_ids: frozenset[int],
+    stop: Sequence[str] = (),
 ) -> Iterator[Piece | TextFinished]:
     """The engine's events as text. Ends with one TextFinished; closing it early closes the engine's generator."""
     decoder, stopper = tokenizer.stream(), _Stopper([s for s in stop if s])
