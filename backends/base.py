@@ -279,7 +279,7 @@ class Backend(ABC):
 
     @abstractmethod
     def act(self, x: A, kind: str) -> A:
-        """kind: silu, gelu (erf), gelu_tanh, relu, relu2 (squared), sigmoid, tanh; an unknown one raises Unsupported."""
+        """kind: silu, gelu (erf), gelu_tanh, relu, relu2 (squared), sigmoid, tanh; others raise Unsupported."""
 
     def gated(self, gate: A, up: A, kind: str) -> A:
         """act(gate) * up"""

@@ -1,5 +1,5 @@
-"""What a model is made of: frozen dataclasses in which every quirk of a family is a field with a neutral default, so that
-Llama is "no flags". Nothing here knows a family's name or a backend."""
+"""What a model is made of: frozen dataclasses every quirk of a family is a field with a neutral default, so that Llama is
+"no flags". Nothing here knows a family's name or a backend."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..errors import BadFile, Unsupported
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary positions: `dim` of a head's dimensions turn, at `base`; `scaling` as in Hugging Face's rope_parameters."""
+    """Rotary positions: `dim` of a head's dimensions turn, at `base`; `scaling` as in HF's rope_parameters."""
 
     dim: int
     base: float = 10000.0

@@ -1,7 +1,7 @@
 """Names -> weights, and the one place where a LoRA adapter applies.
 
-A `Scope` is a prefix into the model's weights ("layers.3.attn") with the operations that need a weight by name. It knows
-nothing of shapes, caches or families.
+A `Scope` is a prefix into the model's weights ("layers.3.attn") with the operations that need a weight by name. It
+knows nothing of shapes, caches or families.
 """
 
 from __future__ import annotations

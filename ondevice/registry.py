@@ -37,7 +37,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Plugin:
-    """A backend's face: `probe()` answers in milliseconds and imports nothing heavy; `create(**options)` does the work."""
+    """A backend's face: `probe()` answers in milliseconds, importing nothing heavy; `create(**options)` does the work."""
 
     name: str
     probe: Callable[[], Probe]

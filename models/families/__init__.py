@@ -55,8 +55,8 @@ class NameMap(dict):
 
 @dataclass(frozen=True)
 class Gguf:
-    """How llama.cpp writes this family: its architecture's name, its tensor names, its metadata as a config.json, and how
-    a tensor is brought back to Hugging Face's arrangement (None: as it is)."""
+    """How llama.cpp writes this family: its architecture's name, its tensor names, its metadata as a config.json, and
+    how a tensor is brought back to Hugging Face's arrangement (None: as it is)."""
 
     architecture: str
     names: NameMap

@@ -17,7 +17,7 @@ from .memory import peak_memory_bytes
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """prompt_tokens: of the prefill measured. generate_tokens: of the decode measured, behind `depth` tokens of context."""
+    """prompt_tokens: of the prefill. generate_tokens: of the decode, behind `depth` tokens of context."""
 
     prompt_tokens: int = 512
     generate_tokens: int = 64
@@ -50,8 +50,8 @@ class Measured:
 
 
 def bench(engine: Engine, options: BenchOptions) -> Iterator[Run | Measured]:
-    """A warm-up that is not counted, then a Run for each repeat, then Measured. Prompts are random ids, never repeated, so
-    that nothing is found in the cache."""
+    """A warm-up that is not counted, then a Run for each repeat, then Measured. Prompts are random ids, never repeated,
+    so that nothing is found in the cache."""
     needed = max(options.prompt_tokens, max(options.depth, 1) + options.generate_tokens) + 1
     if needed > engine.capacity:
         raise BadOption(

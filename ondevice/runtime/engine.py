@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .. import noise
-from ..backends.base import A, SamplingParams, Sampled, Step
+from ..backends.base import A, Sampled, SamplingParams, Step
 from ..errors import BadOption, ContextFull
 from ..models.decoder import Decoder
 
@@ -81,8 +81,8 @@ class Engine:
         self._decode = self.ops.compile(self._logits, [self.cache, self.decoder.weights])
 
     def generate(self, prompt: Sequence[int], options: GenerateOptions) -> Iterator[Prefilled | Token | Finished]:
-        """Raises ContextFull when the prompt leaves no room for an answer, BadOption for ids out of range. The generator
-        may be closed at any token: the cache stays true."""
+        """Raises ContextFull when the prompt leaves no room for an answer, BadOption for ids out of range. The
+        generator may be closed at any token: the cache stays true."""
         prompt = self._checked(prompt)
         logits, prefilled = self.prefill(prompt)
         yield prefilled

@@ -1,8 +1,8 @@
 """A model on a text: perplexity, and against a reference the divergence of its predictions.
 
-The text is tokenized once, as the tokenizer does by default, and cut in windows side by side; each window is scored from
-its second token on, and later windows get no BOS of their own. Against a reference, every prediction behind those scores
-is compared: `kl` is the mean of KL(reference || model) in nats, `top1` the share with the same likeliest token.
+The text is tokenized once, as the tokenizer does by default, and cut in windows side by side; each window is scored
+from its second token on, and later windows get no BOS of their own. Against a reference, every prediction behind those
+scores is compared: `kl` is the mean of KL(reference || model) in nats, `top1` the share with the same likeliest token.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Evaluation:
 
 
 def windows(ids: Sequence[int], context: int, tokens: int | None) -> list[list[int]]:
-    """The first `tokens` ids, `context` at a time; a last window of a single token has nothing to score and is left out."""
+    """The first `tokens` ids, `context` at a time; a last one of a single token is left out: nothing to score."""
     if context < 2:
         raise BadOption(f"A context of {context} has nothing to score.", "Give --context 2 or more.")
     ids = list(ids[:tokens])
@@ -107,6 +107,6 @@ def _checked(context: int, *sessions: Session | None) -> int:
 def _same_tokens(session: Session, against: Session, ids: Sequence[int], text: str) -> None:
     if session.config.vocab != against.config.vocab or list(against.tokenizer.encode(text)) != list(ids):
         raise BadOption(
-            f"{session.path} and {against.path} cut the text into different tokens, so their predictions cannot be compared.",
+            f"{session.path} and {against.path} cut the text into different tokens: nothing to compare.",
             "Compare models with the same tokenizer.",
         )
