@@ -205,7 +205,8 @@ def _stored(spec: Spec) -> Iterator[tuple[str, str, np.ndarray]]:
     form, planned = tensor.format, spec.format
     if isinstance(form, Affine) and isinstance(planned, Affine):
         planned = Affine(planned.bits, planned.group_size, form.dtype)
-    assert (tensor.shape, form) == (spec.shape, planned), f"{spec.name}: {form} {tensor.shape} is not as planned"
+    if (tensor.shape, form) != (spec.shape, planned):
+        raise ValueError(f"{spec.name} came as {form} {tensor.shape}, not as planned")
     parts = Spec(spec.name, spec.shape, form, spec.load).parts
     for (name, (dtype, _)), part in zip(parts.items(), tensor.parts.values(), strict=True):
         yield name, dtype, part
