@@ -1,0 +1,105 @@
+"""The command line: one module a command, loaded only when used. Nothing heavy is imported from here.
+
+Exit status: 0 done, 1 a stated error, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from importlib import import_module
+
+import click
+
+from .. import __version__
+from ..errors import BadOption, OnDeviceError
+from ..registry import did_you_mean
+from . import console
+
+COMMANDS = {  # name -> one line of help; the module of the same name holds `command`
+    "chat": "Talk with a model.",
+    "generate": "Continue a prompt.",
+    "pull": "Fetch a model.",
+    "models": "List the models that are here.",
+    "convert": "GGUF or Hugging Face in, a Hugging Face folder out.",
+    "eval": "Perplexity of a text, and divergence from a reference.",
+    "verify": "Compare the backends on one model.",
+    "bench": "Measure load, prefill and decode speed.",
+    "doctor": "What works here, what is missing and how to get it.",
+}
+
+
+class LazyGroup(click.Group):
+    """Lists commands from the table; imports a command's module when it is run or asked for help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return import_module(f".{name}", __package__).command if name in COMMANDS else None
+
+    def resolve_command(self, ctx: click.Context, args: list[str]):
+        if args and args[0] not in COMMANDS:
+            ctx.fail(f"There is no command {args[0]!r}. {did_you_mean(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ondevice")
+@click.option("--debug", is_flag=True, help="Show where an error came from.")
+def group(debug: bool) -> None:
+    """Small language models that run, shrink, learn and answer on your own machine."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """The entry point: runs a command and turns whatever goes wrong into two clear lines and an exit status."""
+    args = sys.argv[1:] if args is None else args
+    debug = "--debug" in args
+    args = [a for a in args if a != "--debug"]
+    try:
+        sys.exit(_run(args, debug))
+    except BrokenPipeError:  # whoever read our output has left; nothing more can be said, and that is fine
+        console.abandon_stdout()
+        sys.exit(1)
+
+
+def _run(args: list[str], debug: bool) -> int:
+    try:
+        group.main(args, prog_name="ondevice", standalone_mode=False)
+        console.flush()
+        return 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        console.status("Interrupted.")
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except BrokenPipeError:
+        raise
+    except (OnDeviceError, MemoryError, OSError) as error:
+        if debug:
+            raise
+        told = _tell(error)
+        console.error(told)
+        return 2 if isinstance(told, BadOption) else 1
+
+
+def _tell(error: OnDeviceError | MemoryError | OSError) -> OnDeviceError:
+    """What the machine refuses, in our words."""
+    if isinstance(error, OnDeviceError):
+        return error
+    if isinstance(error, MemoryError):
+        return OnDeviceError("There is not enough memory for this.", "Close other programs, or take a smaller model.")
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OnDeviceError(
+            f"The disk is full{where}.", "Free some space and run this again; nothing was left half-written."
+        )
+    hint = "Check the path and its permissions." if error.filename else "Run it again with --debug to see where."
+    return OnDeviceError(f"{error.strerror or error}{where}.", hint)

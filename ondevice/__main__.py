@@ -1,0 +1,5 @@
+"""`python -m ondevice`."""
+
+from .cli import main
+
+main()

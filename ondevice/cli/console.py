@@ -1,0 +1,103 @@
+"""The only file that prints. Answers go to stdout, status to stderr, progress to stderr when it is a terminal."""
+
+from __future__ import annotations
+
+import json as _json
+import os
+import sys
+import time
+from typing import Any
+
+from ..errors import OnDeviceError
+
+
+def answer(text: str = "", *, end: str = "\n") -> None:
+    """Part of what was asked for; shown at once."""
+    try:
+        sys.stdout.write(text + end)
+    except UnicodeEncodeError:  # a terminal that cannot show a character still gets the rest
+        encoding = sys.stdout.encoding or "ascii"
+        sys.stdout.write((text + end).encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def json(value: Any) -> None:
+    """One JSON document on stdout, the only thing a --json command writes there."""
+    answer(_json.dumps(value, ensure_ascii=False, default=str))
+
+
+def status(text: str = "", *, end: str = "\n") -> None:
+    """What is going on, for people."""
+    sys.stderr.write(text + end)
+    sys.stderr.flush()
+
+
+def error(problem: OnDeviceError) -> None:
+    """Two lines: what and where; what to do."""
+    status(f"Error: {problem.message}")
+    if problem.hint:
+        status(problem.hint)
+
+
+def flush() -> None:
+    sys.stdout.flush()
+
+
+def abandon_stdout() -> None:
+    """After a broken pipe: keeps the interpreter from failing once more when it closes stdout."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def interactive() -> bool:
+    """Someone is reading stderr on a terminal."""
+    return sys.stderr.isatty()
+
+
+def table(rows: list[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:
+    """Left-aligned columns on stdout."""
+    lines = [tuple(map(str, row)) for row in ([header] if header else []) + rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))] if lines else []
+    for line in lines:
+        answer("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+class progress:
+    """A line on stderr that shows how far long work is and how long it will take; silent where nobody watches.
+
+    with progress("Fetching", unit="bytes") as p: p.update(done, total)
+    """
+
+    def __init__(self, title: str, unit: str = "", every: float = 0.1):
+        self.title, self.unit, self.every = title, unit, every
+        self.started = self.shown = time.monotonic()
+        self.visible = interactive()
+        self.width = 0
+
+    def __enter__(self) -> progress:
+        return self
+
+    def update(self, done: float, total: float | None = None) -> None:
+        now = time.monotonic()
+        if not self.visible or (now - self.shown < self.every and done != total):
+            return
+        self.shown = now
+        self._draw(f"{self.title}: {self._amounts(done, total)}{self._left(done, total, now)}")
+
+    def _amounts(self, done: float, total: float | None) -> str:
+        scale, unit = (1e6, "MB") if self.unit == "bytes" else (1, self.unit)
+        text = f"{done / scale:.0f}" + (f" of {total / scale:.0f}" if total else "")
+        return f"{text} {unit}".rstrip()
+
+    def _left(self, done: float, total: float | None, now: float) -> str:
+        if not total or not done or done >= total or now - self.started < 1:
+            return ""
+        seconds = (now - self.started) / done * (total - done)
+        return f", {seconds:.0f} s left" if seconds < 90 else f", {seconds / 60:.0f} min left"
+
+    def _draw(self, text: str) -> None:
+        status("\r" + text.ljust(self.width), end="")
+        self.width = len(text)
+
+    def __exit__(self, *_: object) -> None:
+        if self.visible and self.width:
+            status("\r" + " " * self.width + "\r", end="")
