@@ -100,6 +100,10 @@ class RouteRule:
     scale: float = 1.0
     gate_on_input: bool = False
 
+    def __post_init__(self):
+        if self.scoring not in ("softmax", "sigmoid"):
+            raise Unsupported(f"There is no scoring named {self.scoring!r}.", "Known: sigmoid, softmax.")
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -273,7 +277,8 @@ class Backend(ABC):
         """q [B, T, H, d], k [B, T, K, d], v [B, T, K, dv] -> [B, T, H, dv].
 
         With a cache: k and v of the real tokens are written at their positions in `layer` first, then each query sees
-        the positions up to its own. H is a multiple of K; query head h reads key head h // (H / K).
+        the positions up to its own. Raises ContextFull, before it writes, when they don't fit. H is a multiple of K;
+        query head h reads key head h // (H / K).
         sinks [H]: one more score in each softmax, with no value. spec: see AttentionSpec.
         """
 

@@ -107,7 +107,7 @@ class TapedBackend(Backend):
     def array(self, values: np.ndarray) -> A:
         values = np.asarray(values)
         dtype = self.kernels.dtype if values.dtype.kind == "f" else np.int32
-        return Array(self, np.ascontiguousarray(values, dtype=dtype).reshape(values.shape))
+        return Array(self, np.array(values, dtype, order="C"))
 
     def numpy(self, a: A) -> np.ndarray:
         return a.data

@@ -1,0 +1,155 @@
+"""`compile(fn)` gives what `fn` gives, step after step, wherever the tokens go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ...backends.base import AttentionSpec, Backend, LayerCache, Step
+from ...tensors import Affine, Tensor, dense
+from ..suite import Pair, case, freqs, int32
+from .weights import Format
+
+D, H, K, V, LAYERS = 64, 4, 2, 19, 2
+INT8_CHAIN = 0.3  # what activations in int8 may cost in the end, on random weights
+
+
+def model(pair: Pair, quantized: bool) -> dict[str, Tensor]:
+    """A two-layer decoder's weights."""
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        if not quantized:
+            return pair.weight(rows, columns)
+        form = Format(Affine(4, 32, "float16"))
+        return form.tensor(pair.random, rows, columns=columns)
+
+    weights = {"embed": matrix(V, D)}
+    for i in range(LAYERS):
+        sizes = {"q": (D, D), "k": (D // 2, D), "v": (D // 2, D), "o": (D, D)}
+        sizes |= {"gate": (96, D), "up": (96, D), "down": (D, 96)}
+        weights |= {f"{i}.{name}": matrix(*size) for name, size in sizes.items()}
+        weights |= {f"{i}.{name}": dense(1 + pair.normal(D, scale=0.1)) for name in ("norm1", "norm2")}
+    return weights
+
+
+def decoder(ops: Backend, weights: dict[str, Tensor], windows: Sequence[int | None] = (None, 5)) -> Callable:
+    """(ids [B, T], step) -> logits [B, T, V]: everything that a dense decode step does."""
+    w = {name: ops.prepare(tensor) for name, tensor in weights.items()}
+    turns = ops.array(freqs(D // H))
+
+    def block(i: int, x, step: Step):
+        rows, tokens = x.shape[:2]
+        h = ops.rms_norm(x, w[f"{i}.norm1"], 1e-5)
+        q = ops.linear(h, w[f"{i}.q"]).reshape(rows, tokens, H, D // H)
+        k = ops.linear(h, w[f"{i}.k"]).reshape(rows, tokens, K, D // H)
+        v = ops.linear(h, w[f"{i}.v"]).reshape(rows, tokens, K, D // H)
+        q, k = ops.rope(q, step, turns), ops.rope(k, step, turns)
+        y = ops.attention(q, k, v, None, AttentionSpec(0.25, windows[i]), step, i)
+        x = x + ops.linear(y.reshape(rows, tokens, D), w[f"{i}.o"])
+        h = ops.rms_norm(x, w[f"{i}.norm2"], 1e-5)
+        gated = ops.gated(ops.linear(h, w[f"{i}.gate"]), ops.linear(h, w[f"{i}.up"]), "silu")
+        return x + ops.linear(gated, w[f"{i}.down"])
+
+    def forward(ids, step: Step):
+        x = ops.embed(w["embed"], ids) * 8.0
+        for i in range(LAYERS):
+            x = block(i, x, step)
+        return ops.linear(x, w["embed"])
+
+    return forward
+
+
+def caches(ops: Backend, slots: int, windows: Sequence[int | None] = (None, 5)):
+    return ops.new_cache([LayerCache(K, D // H, D // H, window) for window in windows], slots, 40)
+
+
+class Walk:
+    """Rows of tokens through a decoder and its cache, the logits of each kept."""
+
+    def __init__(self, ops: Backend, rows: int):
+        self.ops, self.cache = ops, caches(ops, rows + 1)
+        self.said: dict[int, list[int]] = {slot: [] for slot in range(rows + 1)}
+        self.logits: list[np.ndarray] = []
+
+    def go(self, run: Callable, ids: np.ndarray, lengths: np.ndarray, slots: np.ndarray) -> None:
+        step = Step(self.cache.lengths[slots].copy(), lengths, slots, cache=self.cache)
+        logits = self.ops.numpy(run(self.ops.array(ids), step))
+        for row, (n, slot) in enumerate(zip(lengths.tolist(), slots.tolist(), strict=True)):
+            self.logits.append(logits[row, :n].copy())
+            self.said[slot] += ids[row, :n].tolist()
+        self.cache.advance(slots, lengths)
+
+    def back(self, run: Callable, slot: int, length: int) -> None:
+        """To `length` tokens; what the cache had to drop below that, it is given again."""
+        held, before = self.cache.truncate(slot, length), self.said[slot]
+        self.said[slot] = before[:held]
+        count = len(self.logits)
+        if held < length:
+            self.go(run, np.array([before[held:length]], np.int32), int32(length - held), int32(slot))
+        del self.logits[count:]
+
+
+def walk(ops: Backend, forward: Callable, prefill: Callable, ids: np.ndarray, turn: int) -> list[np.ndarray]:
+    """Prompts of unequal lengths, many steps, back to the middle and on again, the rows in turn in either order."""
+    rows = len(ids)
+    w, slots, ones = Walk(ops, rows), np.arange(1, rows + 1, dtype=np.int32), np.ones(rows, np.int32)
+    w.go(prefill, ids[:, : 3 + rows], np.arange(4, 4 + rows, dtype=np.int32), slots)
+    for t in range(turn):
+        w.go(forward, ids[:, t : t + 1], ones, slots)
+    for slot in slots.tolist():
+        w.back(prefill, slot, 6)
+    for t in range(turn):
+        w.go(forward, ids[:, t + 2 : t + 3], ones, slots[::-1].copy() if t % 2 else slots)
+    return w.logits
+
+
+@case("cache", quantized=[False, True], rows=[1, 3])
+def compiled_is_plain(pair: Pair, quantized: bool, rows: int) -> None:
+    """The same logits as without, over steps, slots in another order and a truncated cache; and the reference's."""
+    weights, ids = model(pair, quantized), pair.ids(V, rows, 16)
+    results = []
+    for ops, compiled in ((pair.backend, True), (pair.backend, False), (pair.reference, False)):
+        forward = decoder(ops, weights)
+        run = ops.compile(forward, []) if compiled else forward
+        results.append(walk(ops, run, forward, ids, 9))
+    for fast, plain, want in zip(*results, strict=True):
+        pair.close("chain", fast, plain)
+        rough = quantized and not pair.backend.exact
+        pair.close("chain", plain, want, tolerance=INT8_CHAIN if rough else None)
+
+
+@case("cache")
+def two_compiled_at_once(pair: Pair) -> None:
+    """Plans don't share what they write to."""
+    first, second = (decoder(pair.backend, model(pair, False)) for _ in range(2))
+    states = [caches(pair.backend, 1) for _ in range(4)]
+    runs = [pair.backend.compile(f, [s]) for f, s in zip((first, second), states, strict=False)]
+    for t in range(5):
+        ids = pair.ids(V, 1, 1)
+        for i, f in enumerate((first, second)):
+            step, plain = (Step(int32(t), int32(1), int32(0), cache=c) for c in (states[i], states[i + 2]))
+            got = pair.backend.numpy(runs[i](pair.backend.array(ids), step)).copy()
+            pair.close("chain", got, pair.backend.numpy(f(pair.backend.array(ids), plain)))
+
+
+@case("cache")
+def ids_may_come_from_the_device(pair: Pair) -> None:
+    """What `sample` returned goes straight into the next step."""
+    from ...backends.base import SamplingParams
+
+    ops, weights, texts = pair.backend, model(pair, False), []
+    for compiled in (True, False):
+        forward, cache = decoder(ops, weights), caches(ops, 1)
+        run = (
+            ops.compile(lambda ids, step, f=forward: f(ids, step).reshape(1, V), [cache])
+            if compiled
+            else (lambda ids, step, f=forward: f(ids, step).reshape(1, V))
+        )
+        ids, text = ops.array(int32(3)), []
+        for t in range(8):
+            logits = run(ids.reshape(1, 1), Step(int32(t), int32(1), int32(0), cache=cache))
+            ids = ops.sample(logits, [SamplingParams()], np.zeros(1, np.float32)).ids
+            text.append(int(ops.numpy(ids)[0]))
+        texts.append(text)
+    assert texts[0] == texts[1], f"compiled: {texts[0]}, plain: {texts[1]}"

@@ -1,0 +1,98 @@
+"""What a backend is, before anything is computed: its signatures, its words, its arrays."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+
+from ...backends.base import FEATURES, Backend, Info
+from ...errors import Unsupported
+from ...tensors import dense
+from ..suite import Pair, case
+
+
+@case()
+def signatures(pair: Pair) -> None:
+    """Every method takes what the contract says, under the same names and with the same defaults."""
+    kind = type(pair.backend)
+    for name, method in inspect.getmembers(Backend, inspect.isfunction):
+        if name.startswith("_"):
+            continue
+        want, got = (
+            [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
+            for f in (method, getattr(kind, name))
+        )
+        assert got[: len(want)] == want, f"{name}{inspect.signature(getattr(kind, name))} should be {name}{want}"
+        extra = [p for p in got[len(want) :] if p[2] is inspect.Parameter.empty]
+        assert not extra, f"{name} asks for more than the contract gives: {extra}"
+
+
+@case()
+def information(pair: Pair) -> None:
+    info = pair.backend.info()
+    assert isinstance(info, Info), f"info() returned {type(info).__name__}"
+    assert info.name == pair.backend.name, f"info() speaks of {info.name!r}, the backend is {pair.backend.name!r}"
+    assert info.dtype in ("float64", "float32", "float16", "bfloat16"), f"activations in {info.dtype!r}?"
+    assert info.exact == pair.backend.exact
+    assert info.features == pair.backend.features
+    unknown = pair.backend.features - set(FEATURES)
+    assert not unknown, f"unknown features: {sorted(unknown)}"
+
+
+@case()
+def features_said_and_unsaid(pair: Pair) -> None:
+    """What is not declared raises Unsupported, so that a program can say so."""
+    x = pair.backend.zeros((2, 4))
+    calls = {
+        "training": lambda: pair.backend.sum(x),
+        "latent": lambda: pair.backend.latent_attention(x, x, x, x, x, x, None, None, 0),
+        "experts": lambda: pair.backend.combine(x, None),
+        "cache": lambda: pair.backend.new_cache([], 1, 1),
+    }
+    for feature, call in calls.items():
+        if feature in pair.backend.features:
+            continue
+        try:
+            call()
+        except Unsupported:
+            continue
+        raise AssertionError(f"{feature!r} is not declared, yet its operations answer")
+
+
+@case(shape=[(3,), (2, 1, 5), (0, 4)])
+def there_and_back(pair: Pair, shape: tuple[int, ...]) -> None:
+    for values in (pair.normal(*shape), pair.ids(1000, *shape)):
+        a = pair.backend.array(values)
+        assert tuple(a.shape) == shape
+        back = pair.backend.numpy(a)
+        expected = values.dtype if values.dtype == np.int32 or pair.dtype != "float64" else np.float64
+        assert back.dtype == expected, f"{values.dtype} comes back as {back.dtype}"
+        assert np.array_equal(back, values)
+
+
+@case()
+def arrays_do_not_alias(pair: Pair) -> None:
+    """What happens to the host array afterwards is the host's business."""
+    values = pair.normal(4, 4)
+    kept, a = values.copy(), pair.backend.array(values)
+    values[:] = 7.0
+    assert np.array_equal(pair.backend.numpy(a), kept)
+
+
+@case()
+def integers_of_any_width(pair: Pair) -> None:
+    back = pair.backend.numpy(pair.backend.array(np.array([[1, 2, 70000]], np.int64)))
+    assert back.dtype == np.int32 and back.tolist() == [[1, 2, 70000]]
+
+
+@case()
+def zeros_are_zeros(pair: Pair) -> None:
+    assert np.array_equal(pair.backend.numpy(pair.backend.zeros((2, 3))), np.zeros((2, 3)))
+
+
+@case()
+def release_and_sync(pair: Pair) -> None:
+    weight = pair.backend.prepare(dense(pair.normal(4, 8)))
+    pair.backend.sync()
+    pair.backend.release(weight)
