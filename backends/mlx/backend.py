@@ -1,0 +1,227 @@
+"""The contract on MLX: Metal on a Mac; CPU or CUDA on Linux.
+
+MLX is lazy: an operation adds to a graph, and the graph runs when somebody waits (`numpy`) or when `sample` starts it
+without waiting, once a token. Its fast operations do the work; nothing here computes what they can.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # read once, by MLX's first product: float32 has to mean float32
+
+import mlx.core as mx
+import numpy as np
+
+from ...errors import BadOption, Unsupported
+from ...registry import did_you_mean
+from ...tensors import Tensor
+from ..base import FEATURES, AttentionSpec, Backend, Info, LayerCache, Sampled, SamplingParams, Step
+from . import sampling
+from .attention import Heads, MlxCache, Places, heads_first, plain, softcapped
+from .experts import MlxExperts
+from .training import MlxTraining
+from .weights import DenseWeight, PackedWeight, Weight, prepare
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
+    "silu": lambda x: x * mx.sigmoid(x),
+    "gelu": lambda x: x * (1 + mx.erf(x * 0.5**0.5)) * 0.5,
+    "gelu_tanh": lambda x: 0.5 * x * (1 + mx.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))),
+    "relu": lambda x: mx.maximum(x, 0),
+    "relu2": lambda x: mx.square(mx.maximum(x, 0)),
+    "sigmoid": mx.sigmoid,
+    "tanh": mx.tanh,
+}
+
+
+def _activation(kind: str) -> Callable[[mx.array], mx.array]:
+    if kind not in ACTIVATIONS:
+        raise Unsupported(f"There is no activation named {kind!r}.", did_you_mean(kind, ACTIVATIONS))
+    return ACTIVATIONS[kind]
+
+
+@cache
+def _fused(kind: str) -> Callable[[mx.array], mx.array]:
+    """One kernel instead of one for each operator."""
+    return mx.compile(_activation(kind), shapeless=True)
+
+
+@cache
+def _fused_gate(kind: str) -> Callable[[mx.array, mx.array], mx.array]:
+    function = _activation(kind)
+    return mx.compile(lambda gate, up: function(gate) * up, shapeless=True)
+
+
+class MlxBackend(MlxExperts, MlxTraining, Backend):
+    """`dtype`: of activations and cache."""
+
+    name = "mlx"
+    features = frozenset(FEATURES) - {"compile"}
+    asynchronous = True
+
+    def __init__(self, dtype: str, exact: bool):
+        self.dtype, self.exact = DTYPES[dtype], exact
+        self._places: Places | None = None  # of the step that passes through the layers just now
+        self._turns: tuple[Any, mx.array] | None = None
+
+    def info(self) -> Info:
+        device = mx.device_info().get("device_name", "unknown")
+        place = f"{device}, {'Metal' if mx.metal.is_available() else mx.default_device().type.name} (MLX {mx.__version__})"
+        return Info(self.name, place, _name(self.dtype), self.exact, self.features)
+
+    # ---- life and transfer
+
+    def prepare(self, tensor: Tensor) -> Weight:
+        return prepare(tensor, self.dtype)
+
+    def weight(self, w: Any) -> Weight:
+        """What `prepare` returned, or an array in its place."""
+        return w if isinstance(w, DenseWeight | PackedWeight) else DenseWeight(plain(w))
+
+    def vector(self, w: Any) -> mx.array | None:
+        return None if w is None else self.weight(w).numbers()
+
+    def release(self, weight: Weight) -> None:
+        weight.clear()
+
+    def array(self, values: np.ndarray) -> mx.array:
+        values = np.asarray(values)
+        return mx.array(values.astype(np.float32)).astype(self.dtype) if values.dtype.kind == "f" else mx.array(
+            values.astype(np.int32)
+        )
+
+    def numpy(self, a: Any) -> np.ndarray:
+        a = plain(a)
+        floating = mx.issubdtype(a.dtype, mx.floating)
+        return np.array(a.astype(mx.float32 if floating else mx.int32))
+
+    def zeros(self, shape: Sequence[int]) -> mx.array:
+        return mx.zeros(tuple(shape), self.dtype)
+
+    def sync(self) -> None:
+        mx.synchronize()
+
+    def dequantize(self, weight: Any) -> mx.array:
+        return self.weight(weight).numbers().astype(mx.float32)
+
+    # ---- forward
+
+    def embed(self, weight: Any, ids: mx.array) -> mx.array:
+        return self.weight(weight).rows(ids)
+
+    def linear(self, x: Any, weight: Any, bias: Any = None) -> mx.array:
+        return self.weight(weight).apply(plain(x), self.vector(bias))
+
+    def rms_norm(self, x: Any, gain: Any, eps: float, offset: float = 0.0) -> mx.array:
+        return mx.fast.rms_norm(plain(x), self.weight(gain).shifted(offset), eps)
+
+    def layer_norm(self, x: Any, gain: Any, bias: Any, eps: float) -> mx.array:
+        return mx.fast.layer_norm(plain(x), self.vector(gain), self.vector(bias), eps)
+
+    def rope(self, x: Any, step: Step, freqs: Any, interleaved: bool = False, scale: float = 1.0) -> Heads:
+        x, dims = heads_first(x), 2 * freqs.shape[0]
+        turned = mx.fast.rope(
+            x, dims, traditional=interleaved, base=None, scale=1.0, freqs=self._wavelengths(freqs),
+            offset=self._where(step, x.shape[2]).offset,
+        )  # fmt: skip
+        if scale == 1.0:
+            return Heads(turned)
+        return Heads(mx.concatenate([turned[..., :dims] * scale, turned[..., dims:]], axis=-1))
+
+    def act(self, x: Any, kind: str) -> mx.array:
+        return _fused(kind)(plain(x))
+
+    def gated(self, gate: Any, up: Any, kind: str) -> mx.array:
+        return _fused_gate(kind)(plain(gate), plain(up))
+
+    def softcap(self, x: Any, cap: float) -> mx.array:
+        return mx.tanh(plain(x) / cap) * cap
+
+    def take(self, x: Any, rows: np.ndarray) -> mx.array:
+        return plain(x)[mx.array(rows)]
+
+    def split(self, x: Any, sizes: Sequence[int]) -> tuple[mx.array, ...]:
+        return tuple(mx.split(plain(x), np.cumsum(sizes)[:-1].tolist(), axis=-1))
+
+    # ---- attention
+
+    def new_cache(self, specs: Sequence[LayerCache], slots: int, capacity: int, dtype: str | None = None) -> MlxCache:
+        return MlxCache(specs, slots, capacity, self.dtype if dtype is None else DTYPES[dtype])
+
+    def attention(
+        self, q: Any, k: Any, v: Any, sinks: Any, spec: AttentionSpec, step: Step, layer: int
+    ) -> mx.array:
+        q, k, v = heads_first(q), heads_first(k), heads_first(v)
+        places, first = self._where(step, q.shape[2]), 0
+        if step.cache is not None:
+            step.cache.write(layer, places, k, v)
+            first = places.first_seen(spec) if places.even else 0
+            k, v = step.cache.read(layer, places, first, q.dtype)
+        return self._attend(q, k, v, self.vector(sinks), spec, places, first).swapaxes(1, 2)
+
+    def latent_attention(
+        self, q_nope: Any, q_rope: Any, c: Any, k_rope: Any, wk: Any, wv: Any, spec: AttentionSpec, step: Step, layer: int
+    ) -> mx.array:
+        """Absorbed: a query meets the latent itself, and what it takes of the latents is expanded once."""
+        wk, wv, c = self.weight(wk).numbers(), self.weight(wv).numbers(), plain(c)
+        q = mx.concatenate([heads_first(q_nope) @ wk, heads_first(q_rope)], axis=-1)  # [B, H, T, L + r]
+        k = mx.concatenate([c, plain(k_rope)], axis=-1)[:, None]
+        places, first = self._where(step, q.shape[2]), 0
+        if step.cache is not None:
+            step.cache.write(layer, places, k)
+            first = places.first_seen(spec) if places.even else 0
+            (k,) = step.cache.read(layer, places, first, q.dtype)
+        mixed = self._attend(q, k, k[..., : c.shape[-1]], None, spec, places, first)
+        return (mixed @ wv.swapaxes(-1, -2)).swapaxes(1, 2)
+
+    def _attend(
+        self, q: mx.array, k: mx.array, v: mx.array, sinks: mx.array | None, spec: AttentionSpec, places: Places,
+        first: int,
+    ) -> mx.array:  # fmt: skip
+        """q [B, H, T, d], k [B, K, S, d], v [B, K, S, dv], the keys from position `first` on -> [B, H, T, dv]"""
+        mask = places.mask(spec, first, k.shape[2])
+        if spec.softcap is not None:
+            return softcapped(q, k, v, spec, places.boolean(mask, k.shape[2]), sinks)
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=spec.scale, mask=mask, sinks=sinks)
+
+    def _where(self, step: Step, tokens: int) -> Places:
+        """Worked out for the first layer, kept for the others."""
+        if self._places is None or self._places.step is not step or self._places.tokens != tokens:
+            self._places = Places(step, tokens)
+        return self._places
+
+    def _wavelengths(self, freqs: Any) -> mx.array:
+        """MLX turns by position / wavelength; a pair that doesn't turn (frequency 0) has an infinite one."""
+        if self._turns is None or self._turns[0] is not freqs:
+            self._turns = freqs, 1.0 / mx.array(freqs).astype(mx.float32)
+        return self._turns[1]
+
+    # ---- sampling
+
+    def sample(
+        self, logits: Any, params: Sequence[SamplingParams], u: np.ndarray,
+        counts: tuple[np.ndarray, np.ndarray] | None = None, mask: np.ndarray | None = None,
+    ) -> Sampled:  # fmt: skip
+        """The one place that starts the machine without waiting for it."""
+        sampled = sampling.sample(plain(logits), params, u, counts, mask)
+        mx.async_eval(sampled.ids, *([sampled.logprobs, *sampled.top] if sampled.top else []))
+        return sampled
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return next(name for name, value in DTYPES.items() if value == dtype)
+
+
+def open_backend(exact: bool, threads: int | None, dtype: str | None) -> MlxBackend:
+    """See `create`."""
+    if threads is not None:
+        raise BadOption("The mlx backend has no setting for threads.", "Leave --threads out.")
+    if dtype is not None and dtype not in DTYPES:
+        raise BadOption(f"The mlx backend does not compute in {dtype!r}.", did_you_mean(dtype, DTYPES))
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    return MlxBackend("float32" if exact else dtype or ("float32" if on_cpu else "bfloat16"), exact)

@@ -1,0 +1,75 @@
+"""What training needs, on MLX's own automatic differentiation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ... import noise
+from .attention import plain
+
+
+class MlxTraining:
+    """A mixin of MlxBackend."""
+
+    def token_loss(self, logits: mx.array, targets: mx.array) -> mx.array:
+        logits = plain(logits).astype(mx.float32)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        if targets.ndim == 2:
+            return -(mx.softmax(targets.astype(mx.float32), axis=-1) * logprobs).sum(axis=-1)
+        picked = mx.take_along_axis(logprobs, mx.maximum(targets, 0)[:, None], axis=-1)[:, 0]
+        return mx.where(targets >= 0, -picked, 0.0)
+
+    def value_and_grad(self, fn: Callable) -> Callable:
+        return mx.value_and_grad(fn)
+
+    def remat(self, fn: Callable) -> Callable:
+        """mx.checkpoint follows the arrays among its arguments; the others pass by it."""
+
+        def rematerialised(params: Mapping[str, mx.array], *arrays: Any) -> mx.array:
+            where = [i for i, a in enumerate(arrays) if isinstance(a, mx.array)]
+
+            def run(params: Mapping[str, mx.array], *traced: mx.array) -> mx.array:
+                given = list(arrays)
+                for i, a in zip(where, traced, strict=True):
+                    given[i] = a
+                return plain(fn(params, *given))
+
+            return mx.checkpoint(run)(params, *(arrays[i] for i in where))
+
+        return lambda params, *arrays: rematerialised(params, *(plain(a) for a in arrays))
+
+    def dropout(self, x: mx.array, rate: float, seed: int, step: int) -> mx.array:
+        x = plain(x)
+        kept = noise.uniform(seed, "dropout", step, x.shape) >= rate
+        return x * mx.array(kept.astype(np.float32) / np.float32(1.0 - rate)).astype(x.dtype)
+
+    def adapted_norm(self, weight: Any, down: mx.array, up: mx.array, scale: float) -> mx.array:
+        adapted = self.weight(weight).numbers() + scale * (up @ down)
+        return mx.sqrt(mx.square(adapted.astype(mx.float32)).sum(axis=-1)).astype(self.dtype)
+
+    def sum(self, x: mx.array) -> mx.array:
+        return plain(x).astype(mx.float32).sum()
+
+    def quantized(self, codes: np.ndarray, scales: mx.array, biases: mx.array, bits: int, group_size: int) -> mx.array:
+        return mx.dequantize(mx.array(codes), scales, biases, group_size=group_size, bits=bits)
+
+    def adamw(
+        self, params: Mapping[str, mx.array], grads: Mapping[str, mx.array], state: dict, step: int, rate: float,
+        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, decay: float = 0.0,
+    ) -> tuple[dict[str, mx.array], dict]:  # fmt: skip
+        fresh, moments = {}, {}
+        for name, param in params.items():
+            grad = grads[name].astype(mx.float32)
+            m, v = (state.get(f"{name}.{moment}", mx.zeros(param.shape)) for moment in "mv")
+            m = betas[0] * m + (1 - betas[0]) * grad
+            v = betas[1] * v + (1 - betas[1]) * mx.square(grad)
+            moved = (m / (1 - betas[0] ** step)) / (mx.sqrt(v / (1 - betas[1] ** step)) + eps)
+            new = param.astype(mx.float32) * (1 - rate * decay) - rate * moved
+            fresh[name] = new.astype(param.dtype)
+            moments[f"{name}.m"], moments[f"{name}.v"] = m, v
+        mx.eval(fresh, moments)
+        return fresh, moments
