@@ -100,6 +100,10 @@ class Parameters:
         arrange = self._family.gguf.arrange if self.checkpoint.kind == "gguf" else None
         return arrange(name, tensor, self._config) if arrange else tensor
 
+    def stored(self, name: str) -> list[str]:
+        """Where one of ours stands in the checkpoint: one name, or one an expert."""
+        return self._where[name]
+
     def names_in(self, name: str, names: NameMap) -> str:
         """The name of one of ours in another naming (stacked experts: with `{e}` left in)."""
         return names.spell(name)

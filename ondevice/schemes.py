@@ -7,16 +7,17 @@ GGUF's block types follow ggml's layouts (one NumPy structure each); the packed 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
 
 from .errors import Unsupported
-from .tensors import Affine, Blocks, Dense, Tensor, floats, store
+from .tensors import STORAGE, Affine, Blocks, Dense, Tensor, floats, store
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+CHUNK = 1 << 22  # numbers converted at a time
 
 LAYOUT = {  # kind -> one block as it lies in the file (ggml's names for the fields)
     "Q4_0": np.dtype([("d", "<f2"), ("qs", "u1", 16)]),
@@ -248,12 +249,36 @@ def to_affine(tensor: Tensor) -> Tensor:
             f"{kind} has no exact form with float16 scales per group of 32.",
             "Choose a dense type for it: --dtype bfloat16 (or float16, float32).",
         )
-    codes, scales, biases, _ = k_parts(tensor)
-    overflows = bool((np.abs(biases) > np.finfo(np.float16).max).any())
-    dtype = "float32" if overflows else "float16"
-    bits = LEGACY_BITS[kind]
-    stored = {"weight": pack(codes, bits), "scales": store(scales, dtype), "biases": store(biases, dtype)}
+    bits, columns = LEGACY_BITS[kind], tensor.shape[-1]
+    weight = np.empty((*tensor.shape[:-1], columns * bits // 32), np.uint32)
+    scales, biases = np.empty((2, *tensor.shape[:-1], columns // 32), np.float32)
+    for chosen, chunk in _chunks(tensor):
+        codes, scales[chosen], biases[chosen], _ = k_parts(chunk)
+        weight[chosen] = pack(codes, bits)
+    dtype = "float32" if (np.abs(biases) > np.finfo(np.float16).max).any() else "float16"
+    stored = {"weight": weight, "scales": store(scales, dtype), "biases": store(biases, dtype)}
     return Tensor(tensor.shape, Affine(bits, 32, dtype), stored)
+
+
+def to_dense(tensor: Tensor, dtype: str) -> Tensor:
+    """The tensor in float32, float16 or bfloat16, rounded to nearest; one that is so already is returned as it is."""
+    form = Dense(dtype)
+    if tensor.format == form:
+        return tensor
+    weight = np.empty(tensor.shape, STORAGE[dtype])
+    for chosen, chunk in _chunks(tensor):
+        weight[chosen] = store(to_float(chunk), dtype)
+    return Tensor(tensor.shape, form, {"weight": weight})
+
+
+def _chunks(tensor: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The tensor in runs of rows (first axis), so that what is made of them on the way stays small."""
+    count = tensor.shape[0]
+    step = max(1, CHUNK * count // max(tensor.size, 1))
+    for start in range(0, count, step):
+        chosen = slice(start, min(start + step, count))
+        cut = {name: part[chosen] for name, part in tensor.parts.items()}
+        yield chosen, Tensor((chosen.stop - start, *tensor.shape[1:]), tensor.format, cut)
 
 
 def quantize_affine(values: np.ndarray, bits: int, group_size: int, dtype: str) -> Tensor:
@@ -298,6 +323,11 @@ def take_rows(tensor: Tensor, rows: np.ndarray | Sequence[int]) -> Tensor:
     rows = np.asarray(rows)
     taken = {name: part[rows] for name, part in tensor.parts.items()}
     return Tensor((len(rows), *tensor.shape[1:]), tensor.format, taken)
+
+
+def row(tensor: Tensor, index: int) -> Tensor:
+    """One row of the first axis, without it (an expert of a stack), as a view."""
+    return Tensor(tensor.shape[1:], tensor.format, {name: part[index] for name, part in tensor.parts.items()})
 
 
 def rows(tensor: Tensor, ids: np.ndarray | Sequence[int]) -> np.ndarray:

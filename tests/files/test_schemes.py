@@ -62,6 +62,27 @@ def test_a_bias_beyond_float16_widens_scales(kind, d):
     assert np.array_equal(schemes.to_float(affine), expected(tensor))
 
 
+@pytest.mark.parametrize("kind", ["Q5_1", "Q6_K"])
+def test_large_tensors_go_in_pieces_with_the_same_result(kind, monkeypatch):
+    tensor = blocks(kind, rows=7)
+    whole = schemes.to_dense(tensor, "bfloat16"), schemes.to_affine(tensor) if kind == "Q5_1" else None
+    monkeypatch.setattr(schemes, "CHUNK", 1024)
+    pieces = schemes.to_dense(tensor, "bfloat16"), schemes.to_affine(tensor) if kind == "Q5_1" else None
+    for one, other in zip(whole, pieces, strict=True):
+        assert one is None or all(np.array_equal(one.parts[name], part) for name, part in other.parts.items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_to_dense_rounds_to_nearest(kind, dtype):
+    tensor = blocks(kind)
+    made = schemes.to_dense(tensor, dtype)
+    assert made.format == Dense(dtype) and made.shape == tensor.shape
+    rounded = floats(store(expected(tensor), dtype), dtype)  # as numbers: a zero's sign is free
+    assert np.array_equal(schemes.to_float(made), rounded)
+    assert schemes.to_dense(made, dtype) is made
+
+
 def test_k_quants_have_no_exact_affine_form():
     with pytest.raises(Unsupported, match="Q4_K"):
         schemes.to_affine(blocks("Q4_K"))
@@ -127,6 +148,8 @@ def test_rows_move_in_every_format(tensor):
     assert taken.shape == (4, tensor.shape[1]) and taken.format == tensor.format
     assert np.array_equal(schemes.to_float(taken), whole[order])
     assert np.array_equal(schemes.rows(tensor, [[1, 2], [3, 1]]), whole[[[1, 2], [3, 1]]])
+    stacked = schemes.stack([tensor, taken := schemes.take_rows(tensor, [5, 4, 3, 2, 1, 0])])
+    assert np.array_equal(schemes.to_float(schemes.row(stacked, 1)), schemes.to_float(taken))
 
 
 @pytest.mark.parametrize("tensor", EVERY, ids=lambda tensor: schemes.label(tensor.format))
