@@ -105,7 +105,7 @@ class Places:
         return self._masks[key]
 
     def boolean(self, mask: mx.array | str | None, keys: int) -> mx.array | None:
-        """"causal" written out."""
+        """ "causal" written out."""
         if not isinstance(mask, str):
             return mask
         return mx.array(np.tri(self.tokens, keys, keys - self.tokens, dtype=bool))[None, None]

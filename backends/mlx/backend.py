@@ -39,39 +39,41 @@ ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
 }
 
 
-def _activation(kind: str) -> Callable[[mx.array], mx.array]:
+@cache
+def _activation(kind: str, fused: bool) -> Callable[[mx.array], mx.array]:
     if kind not in ACTIVATIONS:
         raise Unsupported(f"There is no activation named {kind!r}.", did_you_mean(kind, ACTIVATIONS))
-    return ACTIVATIONS[kind]
+    return mx.compile(ACTIVATIONS[kind], shapeless=True) if fused else ACTIVATIONS[kind]
 
 
 @cache
-def _fused(kind: str) -> Callable[[mx.array], mx.array]:
-    """One kernel instead of one for each operator."""
-    return mx.compile(_activation(kind), shapeless=True)
+def _gate(kind: str, fused: bool) -> Callable[[mx.array, mx.array], mx.array]:
+    function = _activation(kind, False)
 
+    def gate(gate: mx.array, up: mx.array) -> mx.array:
+        return function(gate) * up
 
-@cache
-def _fused_gate(kind: str) -> Callable[[mx.array, mx.array], mx.array]:
-    function = _activation(kind)
-    return mx.compile(lambda gate, up: function(gate) * up, shapeless=True)
+    return mx.compile(gate, shapeless=True) if fused else gate
 
 
 class MlxBackend(MlxExperts, MlxTraining, Backend):
-    """`dtype`: of activations and cache."""
+    """dtype: of activations and cache. fused: elementwise functions through mx.compile, one kernel each; on the CPU
+    that calls a C++ compiler for each function, so there it is off."""
 
     name = "mlx"
     features = frozenset(FEATURES) - {"compile"}
     asynchronous = True
 
-    def __init__(self, dtype: str, exact: bool):
-        self.dtype, self.exact = DTYPES[dtype], exact
+    def __init__(self, dtype: str, exact: bool, fused: bool):
+        self.dtype, self.exact, self.fused = DTYPES[dtype], exact, fused
         self._places: Places | None = None  # of the step that passes through the layers just now
         self._turns: tuple[Any, mx.array] | None = None
 
     def info(self) -> Info:
         device = mx.device_info().get("device_name", "unknown")
-        place = f"{device}, {'Metal' if mx.metal.is_available() else mx.default_device().type.name} (MLX {mx.__version__})"
+        place = (
+            f"{device}, {'Metal' if mx.metal.is_available() else mx.default_device().type.name} (MLX {mx.__version__})"
+        )
         return Info(self.name, place, _name(self.dtype), self.exact, self.features)
 
     # ---- life and transfer
@@ -91,8 +93,10 @@ class MlxBackend(MlxExperts, MlxTraining, Backend):
 
     def array(self, values: np.ndarray) -> mx.array:
         values = np.asarray(values)
-        return mx.array(values.astype(np.float32)).astype(self.dtype) if values.dtype.kind == "f" else mx.array(
-            values.astype(np.int32)
+        return (
+            mx.array(values.astype(np.float32)).astype(self.dtype)
+            if values.dtype.kind == "f"
+            else mx.array(values.astype(np.int32))
         )
 
     def numpy(self, a: Any) -> np.ndarray:
@@ -134,10 +138,10 @@ class MlxBackend(MlxExperts, MlxTraining, Backend):
         return Heads(mx.concatenate([turned[..., :dims] * scale, turned[..., dims:]], axis=-1))
 
     def act(self, x: Any, kind: str) -> mx.array:
-        return _fused(kind)(plain(x))
+        return _activation(kind, self.fused)(plain(x))
 
     def gated(self, gate: Any, up: Any, kind: str) -> mx.array:
-        return _fused_gate(kind)(plain(gate), plain(up))
+        return _gate(kind, self.fused)(plain(gate), plain(up))
 
     def softcap(self, x: Any, cap: float) -> mx.array:
         return mx.tanh(plain(x) / cap) * cap
@@ -153,9 +157,7 @@ class MlxBackend(MlxExperts, MlxTraining, Backend):
     def new_cache(self, specs: Sequence[LayerCache], slots: int, capacity: int, dtype: str | None = None) -> MlxCache:
         return MlxCache(specs, slots, capacity, self.dtype if dtype is None else DTYPES[dtype])
 
-    def attention(
-        self, q: Any, k: Any, v: Any, sinks: Any, spec: AttentionSpec, step: Step, layer: int
-    ) -> mx.array:
+    def attention(self, q: Any, k: Any, v: Any, sinks: Any, spec: AttentionSpec, step: Step, layer: int) -> mx.array:
         q, k, v = heads_first(q), heads_first(k), heads_first(v)
         places, first = self._where(step, q.shape[2]), 0
         if step.cache is not None:
@@ -165,7 +167,16 @@ class MlxBackend(MlxExperts, MlxTraining, Backend):
         return self._attend(q, k, v, self.vector(sinks), spec, places, first).swapaxes(1, 2)
 
     def latent_attention(
-        self, q_nope: Any, q_rope: Any, c: Any, k_rope: Any, wk: Any, wv: Any, spec: AttentionSpec, step: Step, layer: int
+        self,
+        q_nope: Any,
+        q_rope: Any,
+        c: Any,
+        k_rope: Any,
+        wk: Any,
+        wv: Any,
+        spec: AttentionSpec,
+        step: Step,
+        layer: int,
     ) -> mx.array:
         """Absorbed: a query meets the latent itself, and what it takes of the latents is expanded once."""
         wk, wv, c = self.weight(wk).numbers(), self.weight(wv).numbers(), plain(c)
@@ -205,11 +216,12 @@ class MlxBackend(MlxExperts, MlxTraining, Backend):
 
     def sample(
         self, logits: Any, params: Sequence[SamplingParams], u: np.ndarray,
-        counts: tuple[np.ndarray, np.ndarray] | None = None, mask: np.ndarray | None = None,
+        counts: tuple[np.ndarray, np.ndarray] | None = None, mask: np.ndarray | None = None, launch: bool = True,
     ) -> Sampled:  # fmt: skip
-        """The one place that starts the machine without waiting for it."""
+        """The one place that starts the machine without waiting for it. launch False: only the graph, to be looked at."""
         sampled = sampling.sample(plain(logits), params, u, counts, mask)
-        mx.async_eval(sampled.ids, *([sampled.logprobs, *sampled.top] if sampled.top else []))
+        if launch:
+            mx.async_eval(sampled.ids, *([sampled.logprobs, *sampled.top] if sampled.top else []))
         return sampled
 
 
@@ -224,4 +236,5 @@ def open_backend(exact: bool, threads: int | None, dtype: str | None) -> MlxBack
     if dtype is not None and dtype not in DTYPES:
         raise BadOption(f"The mlx backend does not compute in {dtype!r}.", did_you_mean(dtype, DTYPES))
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    return MlxBackend("float32" if exact else dtype or ("float32" if on_cpu else "bfloat16"), exact)
+    usual = "float32" if on_cpu else "bfloat16"
+    return MlxBackend("float32" if exact else dtype or usual, exact, fused=not on_cpu)

@@ -96,7 +96,9 @@ def prepare(tensor: Tensor, dtype: mx.Dtype) -> Weight:
     if isinstance(tensor.format, Affine):
         form, parts = tensor.format, tensor.parts
         scales, biases = (settled(stored(parts[name], form.dtype), dtype) for name in ("scales", "biases"))
-        return PackedWeight(mx.array(np.asarray(parts["weight"], np.uint32)), scales, biases, form.bits, form.group_size)
+        return PackedWeight(
+            mx.array(np.asarray(parts["weight"], np.uint32)), scales, biases, form.bits, form.group_size
+        )
     return _blocks(tensor, dtype)
 
 
