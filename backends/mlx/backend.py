@@ -218,7 +218,7 @@ class MlxBackend(MlxExperts, MlxTraining, Backend):
         self, logits: Any, params: Sequence[SamplingParams], u: np.ndarray,
         counts: tuple[np.ndarray, np.ndarray] | None = None, mask: np.ndarray | None = None, launch: bool = True,
     ) -> Sampled:  # fmt: skip
-        """The one place that starts the machine without waiting for it. launch False: only the graph, to be looked at."""
+        """The one place that starts the machine without waiting. launch False: only the graph, to be looked at."""
         sampled = sampling.sample(plain(logits), params, u, counts, mask)
         if launch:
             mx.async_eval(sampled.ids, *([sampled.logprobs, *sampled.top] if sampled.top else []))
