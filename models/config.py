@@ -1,16 +1,27 @@
-"""What a model is made of: frozen dataclasses every quirk of a family is a field with a neutral default, so that Llama is
-"no flags". Nothing here knows a family's name or a backend."""
+"""What a model is made of: frozen dataclasses in which every quirk of a family is a field with a neutral default, so
+that Llama is "no flags". Nothing here knows a family's name or a backend."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ..backends.base import AttentionSpec, LayerCache, RouteRule
-from ..errors import BadFile, Unsupported
+from .fields import (
+    activation,
+    contradiction,
+    flag,
+    groups,
+    head_dim,
+    number,
+    one_of,
+    sliding_layers,
+    table,
+    whole,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -19,33 +30,41 @@ class RopeConfig:
 
     dim: int
     base: float = 10000.0
-    scaling: Mapping | None = None
+    scaling: Mapping = field(default_factory=dict)
     interleaved: bool = False
 
     def frequencies(self) -> tuple[np.ndarray, float]:
         """Inverse frequencies [dim / 2] float32, and the factor on sine and cosine."""
         exponents = np.arange(0, self.dim, 2, dtype=np.float32) / np.float32(self.dim)
         freqs = (1.0 / np.float32(self.base) ** exponents).astype(np.float32)
-        rule = dict(self.scaling or {})
-        kind = rule.get("rope_type", rule.get("type", "default"))
-        if kind == "default":
-            return freqs, 1.0
-        if kind == "linear":
-            return (freqs / np.float32(rule["factor"])).astype(np.float32), 1.0
-        if kind == "llama3":
-            return _llama3(freqs, rule), 1.0
-        raise Unsupported(
-            f"The config asks for rope type {kind!r}, which is not known here.", "Known: default, linear, llama3."
-        )
+        key = "rope_type" if "rope_type" in self.scaling else "type"
+        scaled = one_of(self.scaling, key, SCALINGS, "default")(freqs, self.scaling)
+        return scaled.astype(np.float32), 1.0
+
+
+def _unscaled(freqs: np.ndarray, rule: Mapping) -> np.ndarray:
+    return freqs
+
+
+def _linear(freqs: np.ndarray, rule: Mapping) -> np.ndarray:
+    """All positions closer together (Chen et al. 2023)."""
+    return freqs / np.float32(number(rule, "factor"))
 
 
 def _llama3(freqs: np.ndarray, rule: Mapping) -> np.ndarray:
     """Llama 3.1's scaling: long wavelengths are stretched by `factor`, short ones kept, those between blended."""
-    low, high = rule["low_freq_factor"], rule["high_freq_factor"]
-    old = rule["original_max_position_embeddings"]
+    low, high = number(rule, "low_freq_factor"), number(rule, "high_freq_factor")
+    old = whole(rule, "original_max_position_embeddings")
+    if low >= high:
+        raise contradiction(f"The config has low_freq_factor = {low}, not below high_freq_factor = {high}.")
     wavelength = 2 * math.pi / freqs
     blend = np.clip((old / wavelength - low) / (high - low), 0.0, 1.0)
-    return ((1 - blend) * freqs / rule["factor"] + blend * freqs).astype(np.float32)
+    return (1 - blend) * freqs / number(rule, "factor") + blend * freqs
+
+
+SCALINGS: dict[str, Callable[[np.ndarray, Mapping], np.ndarray]] = {
+    "default": _unscaled, "linear": _linear, "llama3": _llama3,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,78 +134,62 @@ class ModelConfig:
         cls,
         hf: Mapping,
         *,
-        qk_norm: bool = False,
-        bias: bool = False,
         act: str | None = None,
         tied: bool = False,
-        base: float = 10000.0,
         eps: float = 1e-6,
-        feed_forward: tuple[MLPConfig | MoEConfig, ...] | None = None,
+        ropes: Mapping[str, RopeConfig] | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        qk_norm: bool = False,
+        post_norms: bool = False,
+        sliding: Callable[[int], bool] = lambda layer: False,
+        feed_forward: Sequence[MLPConfig | MoEConfig] | None = None,
         **fields,
     ) -> ModelConfig:
         """The config of a model that is Llama but for a few fields.
 
-        hf: config.json. Keyword arguments are the family's own facts and the defaults its config class has for what
-        the file leaves out; `feed_forward`: one a layer, where it is not the plain MLP.
+        hf: config.json. Keyword arguments are the family's own facts, and the defaults that its config class has for
+        what the file leaves out. ropes: "main", and "local" if layers with a window turn otherwise. sliding: which
+        layers have the window, where the file has no layer_types. feed_forward: one a layer, where it is not the plain
+        MLP. Raises BadFile and Unsupported for values that cannot be.
         """
-        count, heads = need(hf, "num_hidden_layers"), need(hf, "num_attention_heads")
-        kv_heads = hf.get("num_key_value_heads") or heads
-        head_dim = hf.get("head_dim") or need(hf, "hidden_size") // heads
-        if heads % kv_heads:
-            raise BadFile(
-                f"config.json says num_attention_heads = {heads} and num_key_value_heads = {kv_heads}.",
-                "The first must be a multiple of the second.",
-            )
-        window = hf.get("sliding_window") if hf.get("use_sliding_window", True) else None
-        plain = MLPConfig(need(hf, "intermediate_size"), act or activation(hf), hf.get("mlp_bias", False))
-        bias = hf.get("attention_bias", bias)
-        attention = AttentionConfig(
-            heads,
-            kv_heads,
-            head_dim,
-            AttentionSpec(head_dim**-0.5, window),
-            qk_norm=qk_norm,
-            bias=bias,
-            output_bias=bias,
-        )
+        heads, kv_heads = groups(hf)
+        d, bias = head_dim(hf), flag(hf, "attention_bias")
+        ropes = ropes or {"main": rope(hf, d)}
+        full = AttentionConfig(
+            heads, kv_heads, d, AttentionSpec(scale or d**-0.5, softcap=softcap),
+            qk_norm=qk_norm, bias=bias, output_bias=bias,
+        )  # fmt: skip
+        slides = sliding_layers(hf, sliding)
+        attention = {False: full}
+        if any(slides):
+            spec = replace(full.spec, window=whole(hf, "sliding_window"))
+            attention[True] = replace(full, rope="local" if "local" in ropes else "main", spec=spec)
+        if feed_forward is None:
+            plain = MLPConfig(whole(hf, "intermediate_size"), act or activation(hf), flag(hf, "mlp_bias"))
+            feed_forward = [plain] * len(slides)
         return cls(
-            vocab=need(hf, "vocab_size"),
-            width=need(hf, "hidden_size"),
-            layers=tuple(LayerConfig(attention, f) for f in feed_forward or (plain,) * count),
-            ropes={"main": rope(hf, head_dim, base)},
-            context=need(hf, "max_position_embeddings"),
-            norm_eps=hf.get("rms_norm_eps", eps),
-            tied=hf.get("tie_word_embeddings", tied),
+            vocab=whole(hf, "vocab_size"),
+            width=whole(hf, "hidden_size"),
+            layers=tuple(
+                LayerConfig(attention[slide], f, post_norms) for slide, f in zip(slides, feed_forward, strict=True)
+            ),
+            ropes=ropes,
+            context=whole(hf, "max_position_embeddings"),
+            norm_eps=number(hf, "rms_norm_eps", eps),
+            tied=flag(hf, "tie_word_embeddings", tied),
             **fields,
         )
 
 
 def rope(hf: Mapping, head_dim: int, base: float = 10000.0) -> RopeConfig:
     """Positions from config.json, old keys (rope_theta, rope_scaling) and new (rope_parameters)."""
-    rule = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    base = rule.get("rope_theta") or hf.get("rope_theta") or base
-    share = rule.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0
-    return RopeConfig(int(head_dim * share), float(base), rule)
-
-
-ACTIVATIONS = {  # Hugging Face's names -> the contract's
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
-    "relu": "relu", "relu2": "relu2",
-}  # fmt: skip
-
-
-def activation(hf: Mapping, key: str = "hidden_act", default: str = "silu") -> str:
-    kind = hf.get(key, default)
-    if kind not in ACTIVATIONS:
-        raise Unsupported(f"config.json asks for the activation {kind!r}.", f"Known: {', '.join(sorted(ACTIVATIONS))}.")
-    return ACTIVATIONS[kind]
-
-
-def need(hf: Mapping, key: str) -> int:
-    """A size that config.json must hold: a positive whole number, else BadFile."""
-    value = hf.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise BadFile(
-            f"config.json has {key} = {value!r}; a positive whole number is needed.", "Fetch the model again."
-        )
-    return value
+    rule = table(hf, "rope_parameters") or table(hf, "rope_scaling")
+    base = number(rule, "rope_theta", number(hf, "rope_theta", base))
+    share = number(rule, "partial_rotary_factor", number(hf, "partial_rotary_factor", 1.0))
+    dim = int(head_dim * share)
+    if share > 1 or dim < 2 or dim % 2:
+        raise contradiction(f"The config has heads of {head_dim}, of which {head_dim * share:g} cannot turn in pairs.")
+    found = RopeConfig(dim, base, rule)
+    found.frequencies()  # asked now, so that what cannot be is said before the weights are read
+    return found

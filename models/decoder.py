@@ -14,7 +14,7 @@ from .scope import Lora, Scope
 
 class Decoder:
     """A model made of prepared weights. Callable as a whole, or as `embed`, `block(i)`, `head`, so that tools can
-    stream layer by layer. `listen` shows every tapped activation to a function; while it listens nothing is compiled."""
+    stream layer by layer. `listener` is shown every tapped activation; while there is one, nothing is compiled."""
 
     def __init__(self, config: ModelConfig, ops: Backend, weights: Mapping[str, W]):
         self.config, self.ops, self.weights = config, ops, weights

@@ -70,25 +70,28 @@ class Parameters:
         return {name: self._names.find(name, self.checkpoint, count) for name in self.shapes}
 
     def _check(self) -> None:
-        missing = [name for name, found in self._where.items() if not found]
-        wrong = []
-        for name, found in self._where.items():
-            shape = self.shapes[name][-len(self.checkpoint[found[0]].shape) :] if found else None
-            wrong += [
-                f"{n} is {list(self.checkpoint[n].shape)}, not {list(shape)}"
-                for n in found
-                if self.checkpoint[n].shape != shape
-            ]
+        missing = [self._names.spell(name) for name, found in self._where.items() if not found]
         used = {n for found in self._where.values() for n in found}
         unused = [n for n in self.checkpoint.names if n not in used and not self._names.ignored(n)]
-        problems = [f"missing: {', '.join(self._names.spell(n) for n in missing)}"] if missing else []
-        problems += wrong + ([f"not used: {', '.join(unused)}"] if unused else [])
+        wrong = [f for name, found in self._where.items() for n in found if (f := self._fault(name, n, len(found)))]
+        lists = {"missing": missing, "not used": unused, "wrong": wrong}
+        problems = "; ".join(f"{what}: {_some(items)}" for what, items in lists.items() if items)
         if problems:
             raise BadFile(
-                f"The tensors in {self.checkpoint.path} do not fit its config ({len(problems)} kinds of mismatch): "
-                + "; ".join(_shorten(p) for p in problems),
-                "Fetch the model again, or check that config.json belongs to these weights.",
+                f"The tensors in {self.checkpoint.path} do not fit its config: {problems}.",
+                "Fetch the model again, or check that its config belongs to these weights.",
             )
+
+    def _fault(self, name: str, found: str, count: int) -> str | None:
+        """What is wrong with one tensor of the checkpoint, one of `count` that make up ours."""
+        tensor, shape = self.checkpoint[found], self.shapes[name]
+        if count > 1 or len(tensor.shape) == 2 < len(shape):
+            shape = shape[1:]  # one expert's
+        if tensor.shape != shape:
+            return f"{found} is {list(tensor.shape)}, not {list(shape)}"
+        if len(shape) == 1 and tensor.quantized:
+            return f"{found} is quantized, which vectors never are"
+        return None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -118,5 +121,6 @@ class Parameters:
         return weights
 
 
-def _shorten(text: str, limit: int = 400) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def _some(items: list[str], most: int = 12) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(item[:160] for item in items[:most]) + more

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,8 +44,9 @@ class NameMap(dict):
     def find(self, name: str, checkpoint: Checkpoint, experts: int) -> list[str]:
         """The names under which a checkpoint holds one of our tensors: one, or one an expert; [] when it does not."""
         for spelling in self.spellings(name):
-            names = [spelling.replace("{e}", str(e)) for e in range(experts)] if "{e}" in spelling else [spelling]
-            if names and all(n in checkpoint for n in names):
+            count = experts if "{e}" in spelling else 1
+            names = [*takewhile(checkpoint.__contains__, (spelling.replace("{e}", str(e)) for e in range(count)))]
+            if 0 < len(names) == count:
                 return names
         return []
 
@@ -116,7 +118,7 @@ def family_for(config: Mapping, path: Path) -> Family:
 def _known(kind: str, by_type: Mapping[str, Family], path: Path) -> Family:
     if kind not in by_type:
         raise Unsupported(
-            f"{path} is a model of type {kind!r}, which is not known here.",
+            f"{path} is a model of type {kind!r:.60}, which is not known here.",
             f"{did_you_mean(kind, by_type)} docs/families.md shows how to add one.",
         )
     return by_type[kind]

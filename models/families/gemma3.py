@@ -4,11 +4,11 @@ rotary base of its own, a scaled embedding, gains stored minus one."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 
-from ...backends.base import AttentionSpec
-from ..config import LayerConfig, ModelConfig, activation, rope
+from ...errors import Unsupported
+from ..config import ModelConfig, RopeConfig, rope
+from ..fields import activation, flag, head_dim, number, optional, table, whole
 from . import LLAMA, QK_NORM, Family, Gguf, gguf
 
 NAMES = LLAMA | QK_NORM | {
@@ -23,33 +23,33 @@ GGUF_NAMES = gguf.NAMES | {
 
 
 def config(hf: Mapping) -> ModelConfig:
-    head_dim = hf.get("head_dim", 256)
-    hf = {**hf, "head_dim": head_dim}
-    plain = ModelConfig.llama_like(
-        {**hf, "rope_parameters": None, "rope_scaling": None},
-        qk_norm=True, act=activation(hf, "hidden_activation", "gelu_pytorch_tanh"), tied=True,
-        embed_scale=float(hf["hidden_size"]) ** 0.5, norm_offset=1.0, logit_softcap=hf.get("final_logit_softcapping"),
-    )  # fmt: skip
-    scale, cap = hf.get("query_pre_attn_scalar", 256) ** -0.5, hf.get("attn_logit_softcapping")
-    full = replace(plain.layers[0].attention, spec=AttentionSpec(scale, None, softcap=cap))
-    local = replace(full, rope="local", spec=AttentionSpec(scale, hf.get("sliding_window", 4096), softcap=cap))
-    sandwich = LayerConfig(full, plain.layers[0].feed_forward, post_norms=True)
-    pattern = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern") or 6
-    kinds = hf.get("layer_types") or [
-        "full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(len(plain.layers))
-    ]
-    layers = tuple(sandwich if k == "full_attention" else replace(sandwich, attention=local) for k in kinds)
-    return replace(plain, layers=layers, ropes=_ropes(hf, head_dim))
+    if flag(hf, "use_bidirectional_attention"):
+        raise Unsupported("This Gemma looks both ways: it embeds text and does not write any.", "Take another model.")
+    pattern = whole(hf, "sliding_window_pattern", whole(hf, "_sliding_window_pattern", 6))
+    hf = {**hf, "head_dim": head_dim(hf, 256), "sliding_window": whole(hf, "sliding_window", 4096)}
+    return ModelConfig.llama_like(
+        hf,
+        act=activation(hf, "hidden_activation", "gelu_pytorch_tanh"),
+        tied=True,
+        ropes=_ropes(hf),
+        scale=number(hf, "query_pre_attn_scalar", 256) ** -0.5,
+        softcap=optional(number, hf, "attn_logit_softcapping"),
+        qk_norm=True,
+        post_norms=True,
+        sliding=lambda layer: (layer + 1) % pattern != 0,
+        embed_scale=whole(hf, "hidden_size") ** 0.5,
+        norm_offset=1.0,
+        logit_softcap=optional(number, hf, "final_logit_softcapping"),
+    )
 
 
-def _ropes(hf: Mapping, head_dim: int) -> dict:
-    both = hf.get("rope_parameters") or {}
-    if "full_attention" in both:
-        main, local = ({"rope_parameters": both[k]} for k in ("full_attention", "sliding_attention"))
-    else:
-        main = {"rope_scaling": hf.get("rope_scaling"), "rope_theta": hf.get("rope_theta")}
-        local = {"rope_theta": hf.get("rope_local_base_freq")}
-    return {"main": rope(main, head_dim, 1_000_000.0), "local": rope(local, head_dim, 10_000.0)}
+def _ropes(hf: Mapping) -> dict[str, RopeConfig]:
+    """Two rotary bases: nested by kind of layer, as transformers 5 writes them, or under two keys as before."""
+    both = table(hf, "rope_parameters")
+    main = table(both, "full_attention") or {"rope_theta": hf.get("rope_theta"), **table(hf, "rope_scaling")}
+    local = table(both, "sliding_attention") or {"rope_theta": hf.get("rope_local_base_freq")}
+    bases = {"main": (main, 1_000_000.0), "local": (local, 10_000.0)}
+    return {name: rope({"rope_parameters": rule}, hf["head_dim"], base) for name, (rule, base) in bases.items()}
 
 
 def _from_gguf(metadata: Mapping, checkpoint) -> dict:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...errors import BadFile
-from ...schemes import take_rows
-from ...tensors import Tensor, dense, floats
-from ..config import ModelConfig
+from ...errors import BadFile, Unsupported
+from ...schemes import take_rows, to_float
+from ...tensors import Tensor, dense
+from ..config import ModelConfig, RopeConfig, rope
+from ..fields import head_dim
 from . import NameMap
 
 if TYPE_CHECKING:
@@ -49,36 +51,69 @@ KEYS = {  # Hugging Face's name -> (key behind the architecture's name)
     "max_position_embeddings": "context_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
+    "rope_local_base_freq": "rope.freq_base_swa",
     "sliding_window": "attention.sliding_window",
+    "sliding_window_pattern": "attention.sliding_window_pattern",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
     "num_experts": "expert_count",
     "num_experts_per_tok": "expert_used_count",
     "moe_intermediate_size": "expert_feed_forward_length",
 }
+BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"}  # no metadata says so
 
 
 def config(metadata: Mapping, checkpoint: Checkpoint, model_type: str, architecture_class: str, **more) -> dict:
     """The metadata as a config.json of this model type; `more` is what the family adds or overrides."""
     prefix = metadata["general.architecture"]
     found = {hf: metadata.get(f"{prefix}.{key}") for hf, key in KEYS.items()}
-    hf = {key: _number(value) for key, value in found.items() if value is not None}
+    hf = {key: value for key, value in found.items() if value is not None}
     if "token_embd.weight" not in checkpoint:
         raise BadFile(
             f"{checkpoint.path} has no token_embd.weight.", "It may be one part of a split GGUF; fetch the whole."
         )
     hf["vocab_size"] = checkpoint["token_embd.weight"].shape[0]
     hf["tie_word_embeddings"] = "output.weight" not in checkpoint
-    if metadata.get(f"{prefix}.rope.scaling.type") == "linear":
-        hf["rope_scaling"] = {"rope_type": "linear", "factor": float(metadata[f"{prefix}.rope.scaling.factor"])}
+    hf |= {key: name in checkpoint for key, name in BIASES.items()}
+    hf |= _rope_scaling(metadata, prefix, checkpoint, hf)
     for ours in ("bos", "eos"):
         token = metadata.get(f"tokenizer.ggml.{ours}_token_id")
-        if token is not None:
-            hf[f"{ours}_token_id"] = int(token)
+        if isinstance(token, int):
+            hf[f"{ours}_token_id"] = token
     return {"architectures": [architecture_class], "model_type": model_type} | hf | more
 
 
-def _number(value):
-    """Plain Python numbers, so that the result can be written as JSON."""
-    return value.item() if isinstance(value, np.generic) else value
+def _rope_scaling(metadata: Mapping, prefix: str, checkpoint: Checkpoint, hf: Mapping) -> dict:
+    turning, size = metadata.get(f"{prefix}.rope.dimension_count"), head_dim(hf)
+    if turning not in (None, size):
+        raise Unsupported(
+            f"{checkpoint.path} turns {turning!r:.20} of a head's {size} dimensions, which {prefix} does not here.",
+            "Take the model as a Hugging Face folder.",
+        )
+    kind = metadata.get(f"{prefix}.rope.scaling.type", "none")
+    if kind != "none":
+        return {"rope_scaling": {"rope_type": kind, "factor": metadata.get(f"{prefix}.rope.scaling.factor")}}
+    return _llama3(checkpoint, rope(hf, size)) if "rope_freqs.weight" in checkpoint else {}
+
+
+def _llama3(checkpoint: Checkpoint, plain: RopeConfig) -> dict:
+    """`rope_freqs.weight`, by which llama.cpp divides the frequencies, as the rule that it was computed from: the
+    largest divisor is the factor, and the rest is the same in every Llama 3. Raises Unsupported for any other."""
+    divisors = to_float(checkpoint["rope_freqs.weight"])
+    rule = {
+        "rope_type": "llama3",
+        "factor": float(divisors.max(initial=1.0)),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    known, base = replace(plain, scaling=rule).frequencies()[0], plain.frequencies()[0]
+    if divisors.shape != base.shape or not np.allclose(base / divisors, known, rtol=1e-4):
+        raise Unsupported(
+            f"{checkpoint.path} scales its rotary frequencies (rope_freqs.weight) unlike Llama 3.",
+            "Take the model as a Hugging Face folder.",
+        )
+    return {"rope_scaling": rule}
 
 
 def unpermute(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
@@ -95,4 +130,4 @@ def minus_one(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
     """Gemma's norms: llama.cpp stores gain + 1."""
     if not name.endswith("norm"):
         return tensor
-    return dense(floats(tensor.parts["weight"], tensor.format.dtype) - np.float32(1))
+    return dense(to_float(tensor) - np.float32(1))

@@ -1,4 +1,4 @@
-"""Llama, and what is Llama by another name: SmolLM2, TinyLlama, Mistral without a window, Yi, …"""
+"""Llama, and what is Llama by another name: SmolLM2, TinyLlama, Yi, …"""
 
 from __future__ import annotations
 

@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from functools import partial
 
 from ..config import ModelConfig
+from ..fields import flag, head_dim, whole
 from . import LLAMA, QK_NORM, Family, Gguf, gguf
 
 
 def config(hf: Mapping) -> ModelConfig:
-    head_dim = hf.get("head_dim", 128)
-    window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
-    return ModelConfig.llama_like({**hf, "head_dim": head_dim, "sliding_window": window}, qk_norm=True)
+    first = whole(hf, "max_window_layers", 28, least=0) if flag(hf, "use_sliding_window") else None
+    return ModelConfig.llama_like(
+        {**hf, "head_dim": head_dim(hf, 128)},
+        qk_norm=True,
+        sliding=lambda layer: first is not None and layer >= first,
+    )
 
 
 qwen3 = Family(

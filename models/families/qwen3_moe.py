@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from functools import partial
 
 from ...backends.base import RouteRule
-from ..config import MLPConfig, ModelConfig, MoEConfig, activation, need
+from ..config import MLPConfig, ModelConfig, MoEConfig
+from ..fields import activation, contradiction, flag, layer_count, several, whole
 from . import LLAMA, QK_NORM, Family, Gguf, gguf
 
 NAMES = LLAMA | QK_NORM | {
@@ -21,16 +22,17 @@ NAMES = LLAMA | QK_NORM | {
 
 
 def config(hf: Mapping) -> ModelConfig:
-    act = activation(hf)
-    rule = RouteRule(renormalise=hf.get("norm_topk_prob", False))
-    moe = MoEConfig(
-        need(hf, "num_experts"), need(hf, "num_experts_per_tok"), need(hf, "moe_intermediate_size"), act, rule
-    )
-    plain = MLPConfig(need(hf, "intermediate_size"), act)
-    step, dense = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or ()
-    kinds = (plain if i in dense or (i + 1) % step else moe for i in range(need(hf, "num_hidden_layers")))
-    window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
-    return ModelConfig.llama_like({**hf, "sliding_window": window}, qk_norm=True, feed_forward=tuple(kinds))
+    experts = whole(hf, "num_experts" if "num_experts" in hf else "num_local_experts")  # transformers 5 renamed it
+    per_token = whole(hf, "num_experts_per_tok")
+    if per_token > experts:
+        raise contradiction(f"The config has {experts} experts and num_experts_per_tok = {per_token}.")
+    act, rule = activation(hf), RouteRule(renormalise=flag(hf, "norm_topk_prob"))
+    moe = MoEConfig(experts, per_token, whole(hf, "moe_intermediate_size"), act, rule)
+    plain = MLPConfig(whole(hf, "intermediate_size"), act)
+    every, dense = whole(hf, "decoder_sparse_step", 1), several(hf, "mlp_only_layers", int)
+    windowed = flag(hf, "use_sliding_window")
+    kinds = [plain if i in dense or (i + 1) % every else moe for i in range(layer_count(hf))]
+    return ModelConfig.llama_like(hf, qk_norm=True, sliding=lambda layer: windowed, feed_forward=kinds)
 
 
 def _from_gguf(metadata: Mapping, checkpoint) -> dict:

@@ -1,0 +1,34 @@
+"""The same twins as GGUF files: what llama.cpp's converter rearranges comes back to where it was."""
+
+from __future__ import annotations
+
+import gguf_twins
+import pytest
+import twins
+
+from ondevice.testing.family import check_family
+
+LLAMA3 = twins.LLAMA3 | {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+GEMMA = {"num_hidden_layers": 7, "query_pre_attn_scalar": 8, "sliding_window": 3}
+FILES = {
+    "llama": ("llama", {}),
+    "llama-untied": ("llama", {"tie_word_embeddings": False}),
+    "llama-linear": ("llama-linear", {}),
+    "llama3": ("llama-rope3", {"rope_parameters": LLAMA3}),
+    "llama-biases": ("llama-biases", {}),
+    "qwen3": ("qwen3", {}),
+    "gemma3": ("gemma3", GEMMA | {"sliding_window_pattern": 6}),
+    "gemma3-linear": ("gemma3-full", {"query_pre_attn_scalar": 8, "final_logit_softcapping": None, "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}),
+    "qwen3_moe": ("qwen3_moe", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_logits_of_a_gguf_are_those_of_the_twin(name, backend, tmp_path):
+    pytest.importorskip("transformers")
+    base, fields = FILES[name]
+    twin = twins.make(base, **fields)
+    gguf_twins.write(tmp_path / "twin.gguf", twin)
+    check_family(tmp_path / "twin.gguf", twin, backend)

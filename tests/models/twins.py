@@ -1,0 +1,77 @@
+"""Tiny models of random weights, made by transformers: what each family's decoder is held to.
+
+Sizes are odd on purpose: three query heads to a key head, heads whose sizes do not add up to the width, a window
+shorter than the text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ondevice.testing.family import randomise
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 36,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 50000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix, what differs from SIZES; tiny first
+    "llama": ("Llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-rope3": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5}}),
+    "llama-odd": ("Llama", {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 6, "hidden_act": "gelu"}),
+    "llama-defaults": ("Llama", {"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-2}),
+    "qwen3": ("Qwen3", {"tie_word_embeddings": True}),
+    "qwen3-biases": ("Qwen3", {"attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen3-window": ("Qwen3", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "gemma3": ("Gemma3", {"sliding_window": 5, "sliding_window_pattern": 2, "query_pre_attn_scalar": 24}),
+    "gemma3-full": (
+        "Gemma3",
+        {
+            "num_hidden_layers": 7,  # one more than the usual pattern of six
+            "sliding_window": 3,
+            "final_logit_softcapping": 2.5,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 300000.0, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        },
+    ),
+    "qwen3_moe": ("Qwen3Moe", {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True}),
+    "qwen3_moe-sums": ("Qwen3Moe", {"num_experts": 40, "num_experts_per_tok": 3, "norm_topk_prob": False}),
+    "qwen3_moe-some": (
+        "Qwen3Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 4,
+            "num_hidden_layers": 6,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+        },
+    ),
+}
+MOE = {"moe_intermediate_size": 12}
+
+
+def make(name: str, **fields: Any) -> Any:
+    """The twin called `name`, with `fields` of its config changed."""
+    import transformers
+
+    kind, own = TWINS[name]
+    config_class = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(kind, f"{kind}Config"))
+    sizes = SIZES | (MOE if kind == "Qwen3Moe" else {}) | own | fields
+    return randomise(getattr(transformers, f"{kind}ForCausalLM")(config_class(**sizes)))
