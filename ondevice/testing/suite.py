@@ -171,6 +171,12 @@ def given(ops: Backend, value: Any) -> Any:
     return value
 
 
+def equal(what: str, got: Any, want: Any) -> None:
+    """Raises AssertionError unless they are equal to the last bit (arrays: shape and numbers)."""
+    same = np.array_equal(got, want) if isinstance(got, np.ndarray) else got == want
+    assert same, f"{what}: {got} instead of {want}"
+
+
 def int32(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
 

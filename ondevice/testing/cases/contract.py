@@ -9,7 +9,7 @@ import numpy as np
 from ...backends.base import FEATURES, Backend, Info
 from ...errors import Unsupported
 from ...tensors import dense
-from ..suite import Pair, case
+from ..suite import Pair, case, equal
 
 
 @case()
@@ -34,8 +34,8 @@ def information(pair: Pair) -> None:
     assert isinstance(info, Info), f"info() returned {type(info).__name__}"
     assert info.name == pair.backend.name, f"info() speaks of {info.name!r}, the backend is {pair.backend.name!r}"
     assert info.dtype in ("float64", "float32", "float16", "bfloat16"), f"activations in {info.dtype!r}?"
-    assert info.exact == pair.backend.exact
-    assert info.features == pair.backend.features
+    equal("info().exact", info.exact, pair.backend.exact)
+    equal("info().features", info.features, pair.backend.features)
     unknown = pair.backend.features - set(FEATURES)
     assert not unknown, f"unknown features: {sorted(unknown)}"
 
@@ -64,11 +64,11 @@ def features_said_and_unsaid(pair: Pair) -> None:
 def there_and_back(pair: Pair, shape: tuple[int, ...]) -> None:
     for values in (pair.normal(*shape), pair.ids(1000, *shape)):
         a = pair.backend.array(values)
-        assert tuple(a.shape) == shape
+        equal("shape", tuple(a.shape), shape)
         back = pair.backend.numpy(a)
         expected = values.dtype if values.dtype == np.int32 or pair.dtype != "float64" else np.float64
         assert back.dtype == expected, f"{values.dtype} comes back as {back.dtype}"
-        assert np.array_equal(back, values)
+        equal("what comes back", back, values)
 
 
 @case()
@@ -77,18 +77,19 @@ def arrays_do_not_alias(pair: Pair) -> None:
     values = pair.normal(4, 4)
     kept, a = values.copy(), pair.backend.array(values)
     values[:] = 7.0
-    assert np.array_equal(pair.backend.numpy(a), kept)
+    equal("the array", pair.backend.numpy(a), kept)
 
 
 @case()
 def integers_of_any_width(pair: Pair) -> None:
     back = pair.backend.numpy(pair.backend.array(np.array([[1, 2, 70000]], np.int64)))
-    assert back.dtype == np.int32 and back.tolist() == [[1, 2, 70000]]
+    equal("dtype", back.dtype, np.dtype(np.int32))
+    equal("what comes back", back, [[1, 2, 70000]])
 
 
 @case()
 def zeros_are_zeros(pair: Pair) -> None:
-    assert np.array_equal(pair.backend.numpy(pair.backend.zeros((2, 3))), np.zeros((2, 3)))
+    equal("zeros", pair.backend.numpy(pair.backend.zeros((2, 3))), np.zeros((2, 3)))
 
 
 @case()

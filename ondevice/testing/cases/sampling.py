@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from ...backends.base import Backend, SamplingParams
-from ..suite import Pair, case
+from ..suite import Pair, case, equal
 
 
 class Way:
@@ -101,10 +101,10 @@ def the_lower_id_among_equals(pair: Pair) -> None:
     draws.logits[:] = 0.0
     draws.logits[1:, 20] = draws.logits[1:, 7] = 3.0
     draws.logits[2:, 5] = 4.0
-    assert draws.ids(pair.backend, [SamplingParams()] * 4).tolist() == [0, 7, 5, 5]
+    equal("ids", draws.ids(pair.backend, [SamplingParams()] * 4), [0, 7, 5, 5])
     draws.u[:] = 0.999
-    assert draws.ids(pair.backend, [SamplingParams(1.0, top_k=2)] * 4).tolist() == [1, 20, 7, 7]
-    assert draws.ids(pair.backend, [SamplingParams(1.0, top_k=1)] * 4).tolist() == [0, 7, 5, 5]
+    equal("ids", draws.ids(pair.backend, [SamplingParams(1.0, top_k=2)] * 4), [1, 20, 7, 7])
+    equal("ids", draws.ids(pair.backend, [SamplingParams(1.0, top_k=1)] * 4), [0, 7, 5, 5])
 
 
 @case()
@@ -115,7 +115,7 @@ def the_ends_of_the_draw(pair: Pair) -> None:
     draws.mask = np.full((2, 50), -np.inf, np.float32)
     draws.mask[:, 4:41] = 0.0
     draws.logits[:] = 0.0
-    assert draws.ids(pair.backend, [SamplingParams(1.0)] * 2).tolist() == [4, 40]
+    equal("ids", draws.ids(pair.backend, [SamplingParams(1.0)] * 2), [4, 40])
 
 
 @case()
@@ -142,7 +142,7 @@ def log_probabilities(pair: Pair, vocab: int) -> None:
         sampled = ops.sample(ops.array(draws.logits), params, draws.u, draws.counts)
         results.append([ops.numpy(a) for a in (sampled.ids, sampled.logprobs, *sampled.top)])
     (ids, logprobs, top, top_logprobs), (want_ids, want_logprobs, want_top, want_top_logprobs) = results
-    assert top.shape == (3, 5) and top.dtype == np.int32
+    equal("shape and dtype of top", (top.shape, top.dtype), ((3, 5), np.dtype(np.int32)))
     pair.close("sample", ids[firm], want_ids[firm])
     pair.close("sample", logprobs[firm], want_logprobs[firm])
     pair.close("sample", top_logprobs, want_top_logprobs)
@@ -154,11 +154,11 @@ def log_probabilities(pair: Pair, vocab: int) -> None:
 def nothing_asked_nothing_given(pair: Pair) -> None:
     ops = pair.backend
     sampled = ops.sample(ops.array(pair.normal(1, 9)), [SamplingParams()], np.zeros(1, np.float32))
-    assert sampled.logprobs is None and sampled.top is None
+    equal("logprobs and top", (sampled.logprobs, sampled.top), (None, None))
 
 
 @case()
 def a_vocabulary_of_one(pair: Pair) -> None:
     draws = Draws(pair, 1, 1)
     for params in (SamplingParams(), replace(WAYS[13].params, top_logprobs=1)):
-        assert draws.ids(pair.backend, [params]).tolist() == [0]
+        equal("ids", draws.ids(pair.backend, [params]), [0])

@@ -6,7 +6,7 @@ import numpy as np
 
 from ...tensors import dense
 from ..gradients import TRAINABLES, Trainable, draw, gradients
-from ..suite import Pair, case, int32
+from ..suite import Pair, case, equal, int32
 
 
 @case("training", vocab=[6, 4099])
@@ -49,7 +49,7 @@ def only_params_are_differentiated(pair: Pair) -> None:
 
     (value, aux), grads = ops.value_and_grad(loss)({"w": ops.array(w)}, ops.array(x))
     y = x @ w.T
-    assert set(grads) == {"w"} and tuple(value.shape) == ()
+    equal("names and shape of the loss", (set(grads), tuple(value.shape)), ({"w"}, ()))
     pair.close("gradient", ops.numpy(value), np.asarray((y * y).sum()))
     pair.close("gradient", ops.numpy(aux["y"]), y)
     pair.close("gradient", ops.numpy(grads["w"]), 2 * y.T @ x)
@@ -128,7 +128,7 @@ def adapted_norm(pair: Pair) -> None:
 def sums(pair: Pair) -> None:
     x = pair.normal(7, 9)
     got = pair.on(pair.backend, lambda ops, x: ops.sum(x), x)[0]
-    assert got.shape == ()
+    equal("shape", got.shape, ())
     pair.close("sum", got, np.asarray(x.sum(dtype=np.float64)), tolerance=10 * pair.tolerance("sum"))
 
 

@@ -1,0 +1,16 @@
+"""The suite is worth what it rejects: every broken twin must fail, with a reason, in the area that it is broken in."""
+
+from __future__ import annotations
+
+import pytest
+from twins import TWINS
+
+from ondevice.testing.conformance import run
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_rejected(name: str) -> None:
+    area, make = TWINS[name]
+    failures = run(make(), lambda case: case.name.startswith(f"{area}."), first=True)
+    assert failures, f"the {area} cases accept {name}"
+    assert str(failures[0].error), f"{failures[0].case.name} rejects {name} without a word"
