@@ -189,6 +189,7 @@ def _write_shard(path: Path, specs: list[Spec], written: Callable[[Spec], None])
                 entries[name] = _header_entry(dtype, part.shape, at, part.nbytes)
                 file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
                 at += part.nbytes
+                del part  # else it would stay in memory while the next tensor is made
             written(spec)
         file.seek(0)
         file.write(room.to_bytes(8, "little") + _header(entries).ljust(room))

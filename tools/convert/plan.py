@@ -1,0 +1,144 @@
+"""What each tensor becomes, known before anything is read or written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ...checkpoint import Checkpoint, Spec, release, write_folder
+from ...errors import BadOption, Unsupported
+from ...models.families import NameMap, family_of
+from ...models.parameters import Parameters
+from ...schemes import LEGACY_BITS, label, row, to_affine, to_dense
+from ...tensors import Affine, Blocks, Dense, Tensor
+from .side_files import side_files
+
+Format = Dense | Affine | Blocks
+FLOATS = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion, ready to run. specs: what will be written; sources: the format each of them has now."""
+
+    checkpoint: Checkpoint
+    config: Mapping[str, Any]
+    specs: tuple[Spec, ...]
+    sources: tuple[Format, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors written."""
+        return sum(spec.nbytes for spec in self.specs)
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """Name of a format -> bytes written in it, most first."""
+        sizes: Counter[str] = Counter()
+        for spec in self.specs:
+            sizes[label(spec.format)] += spec.nbytes
+        return dict(sizes.most_common())
+
+
+def plan(checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool = False) -> Plan:
+    """How to convert a checkpoint.
+
+    dtype: float32, float16 or bfloat16 for every dense tensor and for what can't stay quantized; None: as they are.
+    dequantize: nothing stays quantized. Raises BadOption when that lacks a dtype, Unsupported when a K-quant does.
+    """
+    if dtype not in (None, *FLOATS):
+        raise BadOption(f"There is no type {dtype!r} to convert to.", f"Choose from {', '.join(FLOATS)}.")
+    if dequantize and dtype is None:
+        raise BadOption("--dequantize needs a type to go to.", "Add --dtype bfloat16 (or float16, float32).")
+    family, hf_config = family_of(checkpoint)
+    parameters = Parameters(family, family.config(hf_config), checkpoint)
+    _check_k_quants(checkpoint, parameters, dtype)
+    specs: list[Spec] = []
+    sources: list[Format] = []
+    for name in parameters:
+        for source, spec in _specs(parameters, family.names, name, dtype, dequantize):
+            specs.append(spec)
+            sources.append(source)
+    return Plan(checkpoint, _config(checkpoint, hf_config, specs[0], dtype), tuple(specs), tuple(sources))
+
+
+def convert(plan: Plan, dest: str | Path, written: Callable[[Spec], None] = lambda spec: None) -> None:
+    """Run a plan: `dest` appears complete or not at all; peak memory is about one tensor. Raises OnDeviceError."""
+    write_folder(dest, plan.config, plan.specs, side_files(plan.checkpoint), written=written)
+
+
+def _check_k_quants(checkpoint: Checkpoint, parameters: Parameters, dtype: str | None) -> None:
+    forms = (checkpoint[stored].format for name in parameters for stored in parameters.stored(name))
+    kinds = Counter(form.kind for form in forms if isinstance(form, Blocks) and form.kind not in LEGACY_BITS)
+    if kinds and dtype is None:
+        held = ", ".join(f"{count} as {kind}" for kind, count in kinds.most_common())
+        raise Unsupported(
+            f"{checkpoint.path} stores tensors ({held}) in a way that a Hugging Face folder has no exact place for.",
+            "Choose a type for them: --dtype bfloat16 (or float16, float32).",
+        )
+
+
+def _specs(
+    parameters: Parameters, names: NameMap, name: str, dtype: str | None, dequantize: bool
+) -> Iterator[tuple[Format, Spec]]:
+    """What one parameter is written as: one tensor, or one an expert where the family's files have it so."""
+    shape, stored = parameters.shapes[name], parameters.stored(name)
+    source = parameters.checkpoint[stored[0]].format
+    target = _target(source, dtype, dequantize)
+    spelled = _spell(names, name, isinstance(target, Affine))
+    if "{e}" not in spelled:
+        yield source, Spec(spelled, shape, target, partial(_load, parameters, name, target))
+        return
+    for e in range(shape[0]):
+        load = partial(_load_expert, parameters, name, e, target)
+        yield source, Spec(spelled.replace("{e}", str(e)), shape[1:], target, load)
+
+
+def _target(source: Format, dtype: str | None, dequantize: bool) -> Dense | Affine:
+    if isinstance(source, Dense):
+        return Dense(dtype) if dtype and source.dtype in (*FLOATS, "float64") else source
+    if isinstance(source, Affine) and not dequantize:
+        return source
+    if isinstance(source, Blocks) and source.kind in LEGACY_BITS and not dequantize:
+        return Affine(LEGACY_BITS[source.kind], 32, "float16")
+    return Dense(dtype)
+
+
+def _spell(names: NameMap, name: str, quantized: bool) -> str:
+    """Hugging Face's name; quantized experts go under the stacked one that mlx-lm reads, where there is one."""
+    spellings = names.spellings(name)
+    stacked = [spelling for spelling in spellings if "{e}" not in spelling]
+    return stacked[0] if quantized and stacked else spellings[0]
+
+
+def _load(parameters: Parameters, name: str, target: Format) -> Tensor:
+    made = _convert(parameters[name], target)
+    for stored in parameters.stored(name):
+        release(parameters.checkpoint[stored])
+    return made
+
+
+def _load_expert(parameters: Parameters, name: str, expert: int, target: Format) -> Tensor:
+    stored = parameters.stored(name)
+    several = len(stored) > 1
+    source = parameters.checkpoint[stored[expert]] if several else row(parameters[name], expert)
+    made = _convert(source, target)
+    release(source)
+    return made
+
+
+def _convert(tensor: Tensor, target: Format) -> Tensor:
+    if isinstance(target, Dense):
+        return to_dense(tensor, target.dtype)
+    return to_affine(tensor) if isinstance(tensor.format, Blocks) else tensor
+
+
+def _config(checkpoint: Checkpoint, hf: Mapping, embedding: Spec, dtype: str | None) -> dict[str, Any]:
+    """config.json with the type that the weights now have; a folder's own is kept where none was chosen."""
+    if checkpoint.kind != "gguf" and dtype is None:
+        return dict(hf)
+    return {key: value for key, value in hf.items() if key != "torch_dtype"} | {"dtype": embedding.format.dtype}
