@@ -17,7 +17,7 @@ def _backend(name: str) -> Backend:
     return create_backend(name, exact=True)
 
 
-@pytest.fixture(params=["reference", "cpu", "cuda", "mlx"])
+@pytest.fixture(params=twins.BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Backend:
     probe = probe_backends()[request.param]
     if not probe.ready:

@@ -2,13 +2,155 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
 import pytest
 import twins
 
-from ondevice.testing.family import check_family
+from ondevice.backends.reference import create as create_reference
+from ondevice.models.config import ModelConfig, MoEConfig, RopeConfig
+from ondevice.models.decoder import Decoder
+from ondevice.testing.family import check_decoder, check_family, logits_of, open_decoder
 
 
-@pytest.mark.parametrize("name", twins.TWINS)
+@pytest.mark.parametrize(("backend", "name"), twins.PAIRS, indirect=["backend"])
 def test_logits_are_those_of_transformers(name, backend, twin_folder):
     twin, folder = twin_folder(name)
     check_family(folder, twin, backend)
+
+
+def published(hf: dict[str, Any]) -> dict[str, Any]:
+    """A config.json as models published before transformers 5 have it."""
+    rule = hf.pop("rope_parameters")
+    hf.pop("layer_types", None)
+    full = dict(rule.get("full_attention", rule))
+    hf["rope_theta"] = full.pop("rope_theta")
+    hf["rope_scaling"] = None if full["rope_type"] == "default" else full
+    if hf["rope_scaling"] == {"rope_type": "linear", "factor": 2.5}:
+        hf["rope_scaling"] = {"type": "linear", "factor": 2.5}  # older still
+    if hf["model_type"] == "gemma3_text":
+        hf["rope_local_base_freq"] = rule["sliding_attention"]["rope_theta"]
+        hf["sliding_window_pattern"] = hf.pop("_sliding_window_pattern")
+        for usual in ("hidden_activation", "tie_word_embeddings", "attention_bias", "rms_norm_eps"):
+            del hf[usual]
+    if hf["model_type"] == "qwen3_moe":
+        hf["num_experts"] = hf.pop("num_local_experts")
+    if hf["model_type"].startswith("qwen3") and not hf["use_sliding_window"]:
+        hf["sliding_window"] = 4  # published configs have one, switched off
+    return hf
+
+
+@pytest.mark.parametrize("name", twins.TWINS)
+def test_older_configs_mean_the_same(name, twin_folder, tmp_path):
+    twin, folder = twin_folder(name)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = published(json.loads((folder / "config.json").read_text()))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    check_family(tmp_path, twin)
+
+
+def attention(**fields: Any):
+    """A change of every layer's attention."""
+    return lambda c: replace(c, layers=[replace(x, attention=replace(x.attention, **fields)) for x in c.layers])
+
+
+def spec(**fields: Any):
+    """A change of how scores are made, in layers that have a window."""
+
+    def change(c: ModelConfig) -> ModelConfig:
+        layers = [
+            replace(x, attention=replace(x.attention, spec=replace(x.attention.spec, **fields)))
+            if x.attention.spec.window
+            else x
+            for x in c.layers
+        ]
+        return replace(c, layers=layers)
+
+    return change
+
+
+def experts(**fields: Any):
+    def change(c: ModelConfig) -> ModelConfig:
+        layers = [
+            replace(x, feed_forward=replace(x.feed_forward, **fields)) if isinstance(x.feed_forward, MoEConfig) else x
+            for x in c.layers
+        ]
+        return replace(c, layers=layers)
+
+    return change
+
+
+def rope(name: str, **fields: Any):
+    return lambda c: replace(c, ropes={**c.ropes, name: replace(c.ropes[name], **fields)})
+
+
+MUTATIONS = {
+    "llama another base": ("llama", rope("main", base=20000.0)),
+    "llama interleaved": ("llama", rope("main", interleaved=True)),
+    "llama without rope": ("llama", attention(rope=None)),
+    "llama another epsilon": ("llama-defaults", lambda c: replace(c, norm_eps=1e-6)),
+    "llama gains from one": ("llama", lambda c: replace(c, norm_offset=1.0)),
+    "llama without llama3": ("llama-rope3", rope("main", scaling={})),
+    "llama3 another factor": ("llama-rope3", rope("main", scaling=twins.LLAMA3 | {"factor": 7.0})),
+    "llama3 another blend": ("llama-rope3", rope("main", scaling=twins.LLAMA3 | {"high_freq_factor": 5.0})),
+    "llama without linear": ("llama-linear", rope("main", scaling={})),
+    "qwen3 without q/k norm": ("qwen3", attention(qk_norm=False)),
+    "qwen3 without a window": ("qwen3-window", spec(window=None)),
+    "qwen3 a window too long": ("qwen3-window", spec(window=6)),
+    "gemma3 a window too short": ("gemma3", spec(window=4)),
+    "gemma3 one window for all": ("gemma3", lambda c: replace(c, layers=[c.layers[0]] * len(c.layers))),
+    "gemma3 one rope for all": ("gemma3", attention(rope="main")),
+    "gemma3 another local base": ("gemma3-full", rope("local", base=10000.0)),
+    "gemma3 without linear": ("gemma3-full", rope("main", scaling={})),
+    "gemma3 linear everywhere": ("gemma3-full", rope("local", scaling={"rope_type": "linear", "factor": 8.0})),
+    "gemma3 embedding as it is": ("gemma3", lambda c: replace(c, embed_scale=1.0)),
+    "gemma3 gains as they are": ("gemma3", lambda c: replace(c, norm_offset=0.0)),
+    "gemma3 scores by head": ("gemma3", spec(scale=8**-0.5)),
+    "gemma3 logits uncapped": ("gemma3-full", lambda c: replace(c, logit_softcap=None)),
+    "gemma3 without sandwich": (
+        "gemma3",
+        lambda c: replace(c, layers=[replace(x, post_norms=False) for x in c.layers]),
+    ),
+    "gemma3 another gelu": (
+        "gemma3",
+        lambda c: replace(c, layers=[replace(x, feed_forward=replace(x.feed_forward, act="gelu")) for x in c.layers]),
+    ),
+    "experts renormalised": ("qwen3_moe-sums", lambda c: experts(rule=renormalise(c, True))(c)),
+    "experts not renormalised": ("qwen3_moe", lambda c: experts(rule=renormalise(c, False))(c)),
+    "an expert fewer": ("qwen3_moe", experts(per_token=1)),
+}
+
+
+def renormalise(config: ModelConfig, yes: bool):
+    return replace(config.layers[-1].feed_forward.rule, renormalise=yes)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_twins_notice(mutation, twin_folder):
+    """What would go wrong with a fact of a family got wrong does go wrong: the comparison is sharp enough."""
+    name, change = MUTATIONS[mutation]
+    twin, folder = twin_folder(name)
+    ops = create_reference()
+    decoder = open_decoder(folder, ops)
+    mutant = Decoder(change(decoder.config), ops, decoder.weights)
+    ids = np.random.default_rng(0).integers(0, decoder.config.vocab, (2, 13)).astype(np.int32)
+    with pytest.raises(AssertionError, match="allowed"):
+        check_decoder(mutant, ids, logits_of(twin, ids))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-rope3", "llama-linear"])
+def test_rotary_frequencies_are_those_of_transformers(name, twin_folder):
+    twin, folder = twin_folder(name)
+    freqs, scale = open_decoder(folder, create_reference()).config.ropes["main"].frequencies()
+    rotary = twin.model.rotary_emb
+    assert scale == rotary.attention_scaling
+    np.testing.assert_allclose(freqs, rotary.inv_freq.numpy(), rtol=3e-7)
+
+
+def test_part_of_a_head_may_turn():
+    freqs, _ = RopeConfig(dim=4, base=100.0).frequencies()
+    np.testing.assert_allclose(freqs, [1.0, 0.1], rtol=1e-6)

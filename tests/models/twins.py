@@ -22,7 +22,7 @@ SIZES = {
 }
 LLAMA3 = {
     "rope_type": "llama3",
-    "rope_theta": 50000.0,
+    "rope_theta": 40.0,  # of four wavelengths one is kept, one blended, two stretched
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -65,6 +65,8 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix
     ),
 }
 MOE = {"moe_intermediate_size": 12}
+BACKENDS = ("reference", "cpu", "cuda", "mlx")
+PAIRS = [(b, name) for b in BACKENDS for name in TWINS if b != "mlx" or "-" not in name]  # MLX is slow without a GPU
 
 
 def make(name: str, **fields: Any) -> Any:
