@@ -353,8 +353,11 @@ def probe() -> Probe:
     return Probe.available(f"NumPy on {platform.machine()}", priority=0, reason="the definition, not made for speed")
 
 
-def create(exact: bool = True, dtype: str = "float32") -> ReferenceBackend:
-    """`exact` changes nothing: this backend has no other mode. dtype float64 is for checking gradients."""
+def create(exact: bool = False, threads: int | None = None, dtype: str = "float32") -> ReferenceBackend:
+    """exact: always so, whatever is asked for. dtype: float32, or float64 to check gradients. Raises BadOption for
+    other types and for `threads`, which are NumPy's own affair."""
+    if threads is not None:
+        raise BadOption("The reference backend does not choose its threads.", "Set OMP_NUM_THREADS for NumPy instead.")
     if dtype not in ("float32", "float64"):
         raise BadOption(f"The reference backend does not compute in {dtype!r}.", "Choose float32 or float64.")
     return ReferenceBackend(NumpyKernels(dtype))

@@ -28,9 +28,10 @@ def test_gradients_are_central_differences(t: Trainable) -> None:
         np.testing.assert_allclose(grads[name], want, rtol=1e-6, atol=1e-7, err_msg=name)
 
 
-def test_only_two_types() -> None:
+@pytest.mark.parametrize("options", [{"dtype": "float16"}, {"threads": 2}])
+def test_options_that_make_no_sense(options) -> None:
     with pytest.raises(BadOption):
-        create(dtype="float16")
+        create(**options)
 
 
 def test_a_cache_is_not_trained_through() -> None:
