@@ -20,8 +20,9 @@ from ...errors import BadOption, Unsupported
 from ...registry import did_you_mean
 from ...tensors import Tensor
 from ..base import FEATURES, AttentionSpec, Backend, Info, LayerCache, Sampled, SamplingParams, Step
+from ..places import CAUSAL, causal
 from . import sampling
-from .attention import Heads, MlxCache, Places, heads_first, plain, softcapped
+from .attention import Heads, MlxCache, MlxPlaces, heads_first, plain, softcapped
 from .experts import MlxExperts
 from .training import MlxTraining
 from .weights import DenseWeight, PackedWeight, Weight, prepare
@@ -66,7 +67,7 @@ class MlxBackend(MlxExperts, MlxTraining, Backend):
 
     def __init__(self, dtype: str, exact: bool, fused: bool):
         self.dtype, self.exact, self.fused = DTYPES[dtype], exact, fused
-        self._places: Places | None = None  # of the step that passes through the layers just now
+        self._places: MlxPlaces | None = None  # of the step that passes through the layers just now
         self._turns: tuple[Any, mx.array] | None = None
 
     def info(self) -> Info:
@@ -162,7 +163,7 @@ class MlxBackend(MlxExperts, MlxTraining, Backend):
         places, first = self._where(step, q.shape[2]), 0
         if step.cache is not None:
             step.cache.write(layer, places, k, v)
-            first = places.first_seen(spec) if places.even else 0
+            first = places.first_seen(spec)
             k, v = step.cache.read(layer, places, first, q.dtype)
         return self._attend(q, k, v, self.vector(sinks), spec, places, first).swapaxes(1, 2)
 
@@ -185,25 +186,26 @@ class MlxBackend(MlxExperts, MlxTraining, Backend):
         places, first = self._where(step, q.shape[2]), 0
         if step.cache is not None:
             step.cache.write(layer, places, k)
-            first = places.first_seen(spec) if places.even else 0
+            first = places.first_seen(spec)
             (k,) = step.cache.read(layer, places, first, q.dtype)
         mixed = self._attend(q, k, k[..., : c.shape[-1]], None, spec, places, first)
         return (mixed @ wv.swapaxes(-1, -2)).swapaxes(1, 2)
 
     def _attend(
-        self, q: mx.array, k: mx.array, v: mx.array, sinks: mx.array | None, spec: AttentionSpec, places: Places,
+        self, q: mx.array, k: mx.array, v: mx.array, sinks: mx.array | None, spec: AttentionSpec, places: MlxPlaces,
         first: int,
     ) -> mx.array:  # fmt: skip
         """q [B, H, T, d], k [B, K, S, d], v [B, K, S, dv], the keys from position `first` on -> [B, H, T, dv]"""
         mask = places.mask(spec, first, k.shape[2])
         if spec.softcap is not None:
-            return softcapped(q, k, v, spec, places.boolean(mask, k.shape[2]), sinks)
+            mask = mx.array(causal(q.shape[2], k.shape[2])) if mask is CAUSAL else mask
+            return softcapped(q, k, v, spec, mask, sinks)
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=spec.scale, mask=mask, sinks=sinks)
 
-    def _where(self, step: Step, tokens: int) -> Places:
+    def _where(self, step: Step, tokens: int) -> MlxPlaces:
         """Worked out for the first layer, kept for the others."""
         if self._places is None or self._places.step is not step or self._places.tokens != tokens:
-            self._places = Places(step, tokens)
+            self._places = MlxPlaces(step, tokens)
         return self._places
 
     def _wavelengths(self, freqs: Any) -> mx.array:
