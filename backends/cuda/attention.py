@@ -1,0 +1,223 @@
+"""Attention on torch: the cache, and a step's places as tensors, from the host's numbers or from the device's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..base import AttentionSpec, Cache, LayerCache, Step
+from ..places import CAUSAL, Places
+
+
+class _Turns:
+    """Sines and cosines of a step's positions, once for all layers alike. positions: [B, T] float32"""
+
+    positions: torch.Tensor
+
+    @cached_property
+    def _tables(self) -> dict[tuple, Any]:
+        return {}
+
+    def turns(self, freqs: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [B, T, 1, r / 2] float32, times scale."""
+        key = id(freqs), scale
+        if key not in self._tables:
+            angles = self.positions[:, :, None, None] * freqs.to(self.positions.device, torch.float32)
+            self._tables[key] = freqs, angles.cos() * scale, angles.sin() * scale  # freqs: so that its id stays its own
+        return self._tables[key][1:]
+
+
+class TorchPlaces(Places, _Turns):
+    """Places as tensors, each made when first asked for."""
+
+    def __init__(self, step: Step, tokens: int, device: torch.device):
+        super().__init__(step, tokens)
+        self.device = device
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        steps = torch.arange(self.tokens, dtype=torch.float32, device=self.device)
+        return self._there(self.step.starts).float()[:, None] + steps
+
+    @cached_property
+    def _scattered(self) -> list[torch.Tensor]:
+        return [self._there(part) for part in self.real_tokens()]
+
+    @cached_property
+    def _masks(self) -> dict[tuple, torch.Tensor | str | None]:
+        return {}
+
+    def _there(self, values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.array(values, np.int64)).to(self.device)
+
+    def mask(self, spec: AttentionSpec, first: int, keys: int) -> torch.Tensor | str | None:
+        """`seen`, once for all layers alike. CAUSAL only of squares: torch aligns it to the first key."""
+        key = spec.window, spec.chunk, first, keys
+        if key not in self._masks:
+            seen = self.seen(spec, first, keys)
+            if isinstance(seen, np.ndarray):
+                seen = torch.from_numpy(seen).to(self.device)
+            elif seen is CAUSAL and keys != self.tokens:
+                seen = lower_right(self.tokens, keys, self.device)
+            self._masks[key] = seen
+        return self._masks[key]
+
+    def write(self, kept: torch.Tensor, new: torch.Tensor) -> None:
+        """new [B, T, K, d] to where this step's tokens belong in kept [slots, capacity, K, d]."""
+        if self.even:
+            kept[self.slots, self.start : self.end] = new
+        else:
+            row, place, slot, position = self._scattered
+            kept[slot, position] = new[row, place].to(kept.dtype)
+
+    def read(self, kept: torch.Tensor, first: int) -> torch.Tensor:
+        """Of the step's rows, from position `first` to the end, [B, S, K, d]; a view where it can be."""
+        if self.even:
+            return kept[self.slots, first : self.end]
+        return kept[:, first : self.end][self._there(self.step.slots)]
+
+
+class DevicePlaces(_Turns):
+    """A step of one token a row whose starts and lengths are on the device, so that a recorded step serves all that
+    follow. Which slots, and how many positions are looked at, is fixed."""
+
+    def __init__(self, step: Step, room: int, starts: torch.Tensor, lengths: torch.Tensor):
+        self.step, self.tokens, self.room = step, 1, room
+        self.starts, self.lengths = starts, lengths
+        host = Places(step, 1)
+        side_by_side = bool((step.slots == host.slot + np.arange(host.rows)).all())
+        self.slot_ids = torch.from_numpy(step.slots.astype(np.int64)).to(starts.device)
+        self.slots = host.slots if side_by_side else self.slot_ids
+
+    @property
+    def positions(self) -> torch.Tensor:
+        return self.starts.float()[:, None]
+
+    def forget(self) -> None:
+        """Before another run: what was computed from the old numbers goes."""
+        self.__dict__.pop("_tables", None)
+        self.__dict__.pop("_masks", None)
+
+    @cached_property
+    def _masks(self) -> dict[tuple, torch.Tensor]:
+        return {}
+
+    def check(self, capacity: int) -> None:
+        """Done where the numbers are known: before the replay."""
+
+    def first_seen(self, spec: AttentionSpec) -> int:
+        return 0
+
+    def mask(self, spec: AttentionSpec, first: int, keys: int) -> torch.Tensor:
+        """bool [B, 1, 1, room]"""
+        key = spec.window, spec.chunk
+        if key not in self._masks:
+            i, j = self.starts[:, None], torch.arange(keys, device=self.starts.device)
+            seen = j <= i
+            if spec.window is not None:
+                seen = seen & (i - j < spec.window)
+            if spec.chunk is not None:
+                seen = seen & (i // spec.chunk == j // spec.chunk)
+            self._masks[key] = seen[:, None, None]
+        return self._masks[key]
+
+    def write(self, kept: torch.Tensor, new: torch.Tensor) -> None:
+        where = self.slot_ids, self.starts.long().clamp(max=kept.shape[1] - 1)
+        real = (self.lengths > 0)[:, None, None]
+        kept[where] = torch.where(real, new[:, 0].to(kept.dtype), kept[where])
+
+    def read(self, kept: torch.Tensor, first: int) -> torch.Tensor:
+        return kept[:, : self.room][self.slots]
+
+
+class TorchCache(Cache):
+    """Keys and values by layer, [slots, capacity, K, d], set aside at once: recorded steps need them to stay where they
+    are. No ring: `truncate` goes back to any length."""
+
+    def __init__(
+        self, specs: Sequence[LayerCache], slots: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ):
+        self.capacity = capacity
+        self.lengths = np.zeros(slots, np.int32)
+        self.layers = [
+            [
+                torch.zeros((slots, capacity, spec.kv_heads, width), dtype=dtype, device=device)
+                for width in (spec.key_dim, spec.value_dim)
+                if width
+            ]
+            for spec in specs
+        ]
+
+    def exchange(
+        self, layer: int, places: TorchPlaces | DevicePlaces, first: int, *new: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Writes the step's keys (and values, unless their width is 0), [B, T, K, d]; reads all that its queries may
+        see, [B, S, K, d], in new's dtype. Raises ContextFull before anything is written."""
+        places.check(self.capacity)
+        for kept, values in zip(self.layers[layer], new, strict=True):
+            places.write(kept, values)
+        return [places.read(kept, first).to(new[0].dtype) for kept in self.layers[layer]]
+
+    def snapshot(self, slot: int) -> tuple[int, list[list[torch.Tensor]]]:
+        n = int(self.lengths[slot])
+        return n, [[part[slot, :n].clone() for part in parts] for parts in self.layers]
+
+    def restore(self, slot: int, state: tuple[int, list[list[torch.Tensor]]]) -> None:
+        n, copies = state
+        for parts, kept in zip(copies, self.layers, strict=True):
+            for part, into in zip(parts, kept, strict=True):
+                into[slot, :n] = part
+        self.lengths[slot] = n
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for parts in self.layers for part in parts)
+
+
+def lower_right(tokens: int, keys: int, device: torch.device) -> torch.Tensor:
+    """CAUSAL written out, bool [1, 1, tokens, keys]: the last query is the last key's."""
+    return torch.ones(1, 1, tokens, keys, dtype=torch.bool, device=device).tril(keys - tokens)
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, spec: AttentionSpec,
+    mask: torch.Tensor | str | None,
+) -> torch.Tensor:  # fmt: skip
+    """q [B, T, H, d], k [B, S, K, d], v [B, S, K, dv] -> [B, T, H, dv]"""
+    (b, tokens, heads, d), kv_heads = q.shape, k.shape[2]
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
+    if spec.softcap is not None or sinks is not None:
+        return _composed(q.transpose(1, 2), k, v, sinks, spec, mask).transpose(1, 2)
+    if tokens == 1 and heads != kv_heads:  # the heads that share a key head are queries side by side: nothing is copied
+        grouped = q.reshape(b, kv_heads, heads // kv_heads, d)
+        y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=spec.scale)
+        return y.reshape(b, 1, heads, -1)
+    how = {"is_causal": True} if mask is CAUSAL else {"attn_mask": mask}
+    y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, scale=spec.scale, enable_gqa=heads != kv_heads, **how)
+    return y.transpose(1, 2)
+
+
+def _composed(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, spec: AttentionSpec,
+    mask: torch.Tensor | str | None,
+) -> torch.Tensor:  # fmt: skip
+    """What torch's own can't do: scores through a softcap, sinks. q [B, H, T, d] -> [B, H, T, dv]"""
+    (b, heads, tokens, d), kv_heads, keys = q.shape, k.shape[1], k.shape[2]
+    grouped = (q * spec.scale).reshape(b, kv_heads, heads // kv_heads, tokens, d)
+    scores = (grouped @ k[:, :, None].transpose(-1, -2)).float()
+    if spec.softcap is not None:
+        scores = (scores / spec.softcap).tanh() * spec.softcap
+    if mask is CAUSAL:
+        mask = lower_right(tokens, keys, q.device)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
+    if sinks is not None:
+        last = sinks.float().reshape(1, kv_heads, -1, 1, 1)
+        scores = torch.cat([scores, last.expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = scores.softmax(dim=-1)[..., :keys].to(v.dtype)
+    return (weights @ v[:, :, None]).reshape(b, heads, tokens, -1)
