@@ -6,7 +6,7 @@ exact place in such a folder and go to a dense type that the user chooses.
 
 from __future__ import annotations
 
-from .estimate import Estimate, estimate
-from .plan import Plan, convert, plan
+from .estimating import Estimate, estimate
+from .planning import Plan, convert, plan
 
 __all__ = ["Estimate", "Plan", "convert", "estimate", "plan"]

@@ -7,27 +7,39 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...checkpoint import Checkpoint
+from ...runtime.tokenizer import Tokenizer, load_tokenizer
 
-STOPS = ("eos", "eot", "eom")  # the tokens that end an answer, a turn, a message
 SAMPLING = {  # GGUF's general.sampling.… -> Hugging Face's generation_config.json
     "temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty",
 }  # fmt: skip
 
 
 def side_files(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Name -> content of every file beside config.json and the weights: a folder's own, or a GGUF's translated."""
+    """Name -> content of every file beside config.json and the weights: a folder's own, or a GGUF's translated.
+
+    Raises what `load_tokenizer` raises for a GGUF whose tokenizer is missing, damaged or not known.
+    """
     if checkpoint.kind != "gguf":
         return {name: path.read_bytes() for name, path in checkpoint.files.items()}
-    generation = json.dumps(generation_config(checkpoint.metadata), indent=2) + "\n"
-    return {"generation_config.json": generation.encode()}
+    tokenizer = load_tokenizer(checkpoint.metadata)
+    generation = json.dumps(generation_config(checkpoint.metadata, tokenizer), indent=2) + "\n"
+    return {**tokenizer.files(), "generation_config.json": generation.encode()}
 
 
-def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def generation_config(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
     """A GGUF's special tokens and recommended sampling as a generation_config.json."""
-    ids = {kind: metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "padding", *STOPS)}
-    stops = list(dict.fromkeys(ids[kind] for kind in STOPS if ids[kind] is not None))
-    tokens = {"bos_token_id": ids["bos"], "eos_token_id": stops[0] if len(stops) == 1 else stops or None}
-    found = {name: metadata.get(f"general.sampling.{key}") for key, name in SAMPLING.items()}
-    config = tokens | {"pad_token_id": ids["padding"]} | found
-    config = {key: value for key, value in config.items() if value is not None}
-    return config | ({"do_sample": True} if found["temperature"] else {})
+    main = metadata.get("tokenizer.ggml.eos_token_id")
+    stops = sorted(tokenizer.eos_ids, key=lambda id: (id != main, id))
+    config: dict[str, Any] = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": stops if len(stops) > 1 else next(iter(stops), None),
+    }
+    config["pad_token_id"] = metadata.get("tokenizer.ggml.padding_token_id")
+    config |= {name: metadata.get(f"general.sampling.{key}") for key, name in SAMPLING.items()}
+    given = {key: _short(value) for key, value in config.items() if isinstance(value, int | float | list)}
+    return given | ({"do_sample": True} if given.get("temperature") else {})
+
+
+def _short(value: Any) -> Any:
+    """A float32 as its author wrote it: 0.6, not 0.6000000238418579."""
+    return float(f"{value:.7g}") if isinstance(value, float) else value

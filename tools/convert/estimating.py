@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ...checkpoint import Spec
 from ...errors import OnDeviceError
-from .plan import Format, Plan
+from .planning import Format, Plan
 
 DISK_SAMPLE = 16 << 20  # bytes written to learn how fast the disk is
 

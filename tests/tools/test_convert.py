@@ -1,0 +1,269 @@
+"""convert: the same numbers under other names, read by the programs that such folders are for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import gguf
+import gguf_twins
+import numpy as np
+import pytest
+import twins
+from small_models import random_blocks
+
+from ondevice import schemes
+from ondevice.checkpoint import open_checkpoint, verify
+from ondevice.errors import BadFile, BadOption, OnDeviceError, Unsupported
+from ondevice.models.families import family_of
+from ondevice.models.parameters import Parameters
+from ondevice.registry import create_backend
+from ondevice.testing.family import check_family
+from ondevice.tools import convert as tool
+from ondevice.tools.convert import planning
+
+WIDE = {"hidden_size": 96, "intermediate_size": 64, "head_dim": 32}  # rows of whole blocks
+LEGACY = {".weight": "Q5_1"}
+
+
+@pytest.fixture
+def without_tokenizer(monkeypatch):
+    """Twins have none."""
+    monkeypatch.setattr(planning, "side_files", lambda checkpoint: {})
+
+
+def run(source, dest, dtype=None, dequantize=False):
+    with open_checkpoint(source) as checkpoint:
+        plan = tool.plan(checkpoint, dtype, dequantize)
+        tool.convert(plan, dest)
+    return plan
+
+
+def parameters(path) -> Parameters:
+    checkpoint = open_checkpoint(path)
+    family, config = family_of(checkpoint)
+    return Parameters(family, family.config(config), checkpoint)
+
+
+def same_numbers(one, other) -> bool:
+    one, other = parameters(one), parameters(other)
+    return list(one) == list(other) and all(
+        np.array_equal(schemes.to_float(one[name]), schemes.to_float(other[name])) for name in one
+    )
+
+
+def gguf_twin(folder, name, kinds=None, **fields):
+    pytest.importorskip("transformers")
+    twin = twins.make(name, **fields)
+    gguf_twins.write(folder / "twin.gguf", twin, kinds)
+    return folder / "twin.gguf", twin
+
+
+FILES = {
+    "llama": {}, "qwen3": {}, "qwen3_moe": {},
+    "gemma3": {"num_hidden_layers": 7, "sliding_window_pattern": 6, "query_pre_attn_scalar": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_gguf_becomes_what_transformers_had(name, tmp_path, without_tokenizer):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    source, twin = gguf_twin(tmp_path, name, **FILES[name])
+    run(source, tmp_path / "out")
+    assert same_numbers(source, tmp_path / "out")
+    check_family(tmp_path / "out", twin, create_backend("reference", exact=True))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32")
+    ids = torch.arange(12)[None] % 61
+    with torch.no_grad():
+        assert torch.allclose(loaded(ids).logits, twin(ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "qwen3_moe"])
+def test_quantized_codes_are_kept_and_mlx_lm_reads_them(name, tmp_path, without_tokenizer):
+    utils = pytest.importorskip("mlx_lm.utils")
+    import mlx.core as mx
+
+    source, _ = gguf_twin(tmp_path, name, LEGACY, **WIDE, **({"moe_intermediate_size": 32} if "moe" in name else {}))
+    plan = run(source, tmp_path / "out")
+    assert same_numbers(source, tmp_path / "out")
+    assert set(plan.formats) == {"5-bit (groups of 32)", "float32"}
+    model, _ = utils.load_model(tmp_path / "out")
+    model.set_dtype(mx.float32)  # else it computes in the type of the scales, float16
+    ids = np.arange(1, 12)
+    run(source, tmp_path / "dense", "float32", dequantize=True)
+    dense, _ = utils.load_model(tmp_path / "dense")
+    difference = np.abs(np.array(model(mx.array(ids[None])) - dense(mx.array(ids[None]))))
+    assert difference.max() < 1e-4
+
+
+def test_quantized_experts_stand_where_mlx_lm_looks(tmp_path, without_tokenizer):
+    source, _ = gguf_twin(tmp_path, "qwen3_moe", LEGACY, **WIDE, moe_intermediate_size=32)
+    names = {spec.name for spec in run(source, tmp_path / "out").specs}
+    assert "model.layers.0.mlp.switch_mlp.up_proj.weight" in names
+    names = {spec.name for spec in run(source, tmp_path / "dense", "float16", True).specs}
+    assert {f"model.layers.0.mlp.experts.{e}.up_proj.weight" for e in range(5)} <= names
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "float16", "bfloat16"])
+def test_a_folder_is_rewritten_in_another_type(dtype, tmp_path):
+    pytest.importorskip("transformers")
+    twins.make("qwen3_moe").bfloat16().save_pretrained(tmp_path / "in")
+    (tmp_path / "in" / "tokenizer.json").write_text("{}")
+    plan = run(tmp_path / "in", tmp_path / "out", dtype)
+    assert list(plan.formats) == [dtype or "bfloat16"] == [open_checkpoint(tmp_path / "out").config["dtype"]]
+    assert set(open_checkpoint(tmp_path / "out").names) == set(open_checkpoint(tmp_path / "in").names)
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    if dtype != "float16":
+        assert same_numbers(tmp_path / "in", tmp_path / "out")
+
+
+def test_a_quantized_folder_stays_or_is_dequantized(tmp_path, without_tokenizer):
+    source, _ = gguf_twin(tmp_path, "llama", LEGACY, **WIDE)
+    run(source, tmp_path / "first")
+    run(tmp_path / "first", tmp_path / "second")
+    run(tmp_path / "second", tmp_path / "dense", "float32", dequantize=True)
+    assert same_numbers(source, tmp_path / "second") and same_numbers(source, tmp_path / "dense")
+    assert "quantization" not in open_checkpoint(tmp_path / "dense").config
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second")]
+    assert weights[0] == weights[1]
+
+
+# ------------------------------------------------------------------------------------------------ K-quants
+
+
+def k_quant_file(folder, kind="Q4_K"):
+    """A llama of one layer whose matrices are blocks of `kind`, and whose tokenizer has four tokens."""
+    writer = gguf.GGUFWriter(folder / "k.gguf", "llama")
+    writer.add_embedding_length(256)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(256)
+    writer.add_head_count(4)
+    writer.add_context_length(64)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_float32("general.sampling.temp", 0.6)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(["a", "b", "ab", "<end>"])
+    writer.add_token_types([1, 1, 1, 3])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(3)
+    blocks = random_blocks(kind, 256, 256)
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+        writer.add_tensor(f"blk.0.{name}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.add_tensor("token_embd.weight", blocks[:4], raw_dtype=gguf.GGMLQuantizationType[kind])
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(256, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "k.gguf"
+
+
+def test_k_quants_need_a_type(tmp_path):
+    source = k_quant_file(tmp_path)
+    with pytest.raises(Unsupported, match="8 as Q4_K") as caught:
+        run(source, tmp_path / "out")
+    assert "--dtype bfloat16" in caught.value.hint and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_k_quants_go_to_that_type(kind, tmp_path):
+    source = k_quant_file(tmp_path, kind)
+    run(source, tmp_path / "out", "float32")
+    assert same_numbers(source, tmp_path / "out")
+
+
+def test_a_ggufs_settings_become_files(tmp_path):
+    run(k_quant_file(tmp_path), tmp_path / "out", "float16")
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": 3, "temperature": 0.6, "do_sample": True}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "float16" and config["model_type"] == "llama"
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+# ------------------------------------------------------------------------------------------------ refusals, the plan
+
+
+def test_dequantize_needs_a_type(tmp_path):
+    with pytest.raises(BadOption, match="needs a type"):
+        run(k_quant_file(tmp_path), tmp_path / "out", dequantize=True)
+    with pytest.raises(BadOption, match="'int4'"):
+        run(k_quant_file(tmp_path), tmp_path / "out", "int4")
+
+
+def test_a_gguf_without_tokenizer_is_refused(tmp_path):
+    source, _ = gguf_twin(tmp_path, "llama")
+    with pytest.raises(BadFile, match="no tokenizer"):
+        run(source, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["twin.gguf"]
+
+
+def test_an_existing_destination_is_refused(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OnDeviceError, match="exists already"):
+        run(k_quant_file(tmp_path), tmp_path / "out", "float16")
+
+
+def test_the_plan_is_what_happens(tmp_path):
+    source = k_quant_file(tmp_path)
+    with open_checkpoint(source) as checkpoint:
+        plan = tool.plan(checkpoint, "float16")
+        expected = tool.estimate(plan, tmp_path / "out")
+        assert os.listdir(tmp_path) == ["k.gguf"] and expected.free_bytes > 0 and 0 < expected.seconds < 60
+        tool.convert(plan, tmp_path / "out")
+    made = verify(tmp_path / "out")
+    assert (made.nbytes, made.tensors, made.formats) == (plan.nbytes, len(plan.specs), plan.formats)
+
+
+def test_a_plan_for_nowhere_is_refused(tmp_path):
+    with open_checkpoint(k_quant_file(tmp_path)) as checkpoint, pytest.raises(OnDeviceError, match="no folder"):
+        tool.estimate(tool.plan(checkpoint, "float16"), tmp_path / "a" / "out")
+
+
+# ------------------------------------------------------------------------------------------------ the real model
+
+
+def ondevice(*args):
+    command = [sys.executable, "-m", "ondevice", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_smollm2_by_the_command_line(smollm2_gguf, tmp_path):
+    """transformers on the dequantized folder and mlx-lm on the quantized one say the same."""
+    torch, utils = pytest.importorskip("torch"), pytest.importorskip("mlx_lm.utils")
+    transformers = pytest.importorskip("transformers")
+    import mlx.core as mx
+
+    planned = ondevice("convert", smollm2_gguf, tmp_path / "mlx", "--plan", "--json")
+    assert planned.returncode == 0, planned.stderr
+    assert os.listdir(tmp_path) == []
+    done = ondevice("convert", smollm2_gguf, tmp_path / "mlx", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(planned.stdout)["bytes"] == json.loads(done.stdout)["bytes"] == verify(tmp_path / "mlx").nbytes
+    assert ondevice("convert", smollm2_gguf, tmp_path / "hf", "--dtype", "float32", "--dequantize").returncode == 0
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    messages = [{"role": "user", "content": "The quick brown fox 1234"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        wanted = model(torch.tensor([ids])).logits.numpy()
+    quantized, _ = utils.load_model(tmp_path / "mlx")
+    quantized.set_dtype(mx.float32)
+    got = np.array(quantized(mx.array([ids])))
+    assert np.abs(got - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+
+def test_the_command_line_refuses_in_two_lines(tmp_path):
+    source = k_quant_file(tmp_path)
+    for args, status in (((), 1), (("--dequantize",), 2), (("--dtype", "int3"), 2)):
+        done = ondevice("convert", source, tmp_path / "out", *args)
+        assert done.returncode == status and done.stdout == "" and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
