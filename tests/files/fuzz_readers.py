@@ -18,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
-from small_models import write_gguf, write_hf
+from small_models import write_gguf, write_hf, write_llama
 
 from ondevice import schemes
 from ondevice.checkpoint import open_checkpoint, verify
 from ondevice.errors import OnDeviceError
+from ondevice.tools.convert import convert, plan
 
 GROWTH_LIMIT = 200 << 20
 INTERESTING = [0, 1, 7, 8, 31, 32, 255, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, 1 << 63,
@@ -43,6 +44,9 @@ def originals(folder: Path) -> dict[str, tuple[Path, Path]]:
     save_file({f"m.{part}": values for part, values in tensor.parts.items()}, quantized / "model.safetensors")
     settings = {"bits": 4, "group_size": 32, "m": {"bits": 4, "group_size": 32}}
     (quantized / "config.json").write_text(json.dumps({"quantization": settings}))
+    write_llama(folder / "llama.gguf", "Q4_K")
+    with open_checkpoint(folder / "llama.gguf") as model:
+        convert(plan(model, "float16"), folder / "llama")
     return {
         "gguf": (folder / "all.gguf", folder / "all.gguf"),
         "small gguf": (folder / "few.gguf", folder / "few.gguf"),
@@ -51,6 +55,8 @@ def originals(folder: Path) -> dict[str, tuple[Path, Path]]:
         "index": (folder / "two", folder / "two" / "model.safetensors.index.json"),
         "config": (folder / "mlx", folder / "mlx" / "config.json"),
         "mlx": (folder / "mlx", folder / "mlx" / "model.safetensors"),
+        "whole gguf": (folder / "llama.gguf", folder / "llama.gguf"),
+        "whole config": (folder / "llama", folder / "llama" / "config.json"),
     }
 
 
@@ -95,6 +101,9 @@ def read_everything(path: Path) -> None:
     with open_checkpoint(path) as model:
         for name in model.names:
             schemes.to_float(model[name])
+        if "llama" in path.name:  # a whole model: families and tools read it too
+            for spec in plan(model, "float16").specs:
+                spec.load()
 
 
 def run(folder: Path, first: int, count: int) -> tuple[int, int]:

@@ -7,12 +7,11 @@ import os
 import subprocess
 import sys
 
-import gguf
 import gguf_twins
 import numpy as np
 import pytest
 import twins
-from small_models import random_blocks
+from small_models import write_llama
 
 from ondevice import schemes
 from ondevice.checkpoint import open_checkpoint, verify
@@ -135,31 +134,7 @@ def test_a_quantized_folder_stays_or_is_dequantized(tmp_path, without_tokenizer)
 
 
 def k_quant_file(folder, kind="Q4_K"):
-    """A llama of one layer whose matrices are blocks of `kind`, and whose tokenizer has four tokens."""
-    writer = gguf.GGUFWriter(folder / "k.gguf", "llama")
-    writer.add_embedding_length(256)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(256)
-    writer.add_head_count(4)
-    writer.add_context_length(64)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_float32("general.sampling.temp", 0.6)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(["a", "b", "ab", "<end>"])
-    writer.add_token_types([1, 1, 1, 3])
-    writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(3)
-    blocks = random_blocks(kind, 256, 256)
-    for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
-        writer.add_tensor(f"blk.0.{name}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
-    writer.add_tensor("token_embd.weight", blocks[:4], raw_dtype=gguf.GGMLQuantizationType[kind])
-    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
-        writer.add_tensor(f"{name}.weight", np.ones(256, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_llama(folder / "k.gguf", kind)
     return folder / "k.gguf"
 
 
