@@ -105,7 +105,7 @@ def test_rope_is_transformers(backend) -> None:
     cos, sin = (f(torch.cat([angles, angles], -1))[None] for f in (torch.cos, torch.sin))
     want = llama.apply_rotary_pos_emb(torch.from_numpy(x), torch.from_numpy(x), cos, sin, unsqueeze_dim=2)[0]
     step = Step(np.array([3], np.int32), np.array([7], np.int32), np.array([0], np.int32))
-    agree(backend, backend.rope(backend.array(x), step, backend.array(turns)), want)
+    agree(backend, backend.rope(backend.array(x), step, turns), want)
 
 
 def test_losses_are_torchs(torch, backend) -> None:

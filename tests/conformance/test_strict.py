@@ -69,7 +69,7 @@ TRESPASSES = {
     "another backend's weight": lambda a, w, ops: StrictBackend(create()).dequantize(w),
     "a routing's insides": lambda a, w, ops: ops.route(a, 1, RouteRule()).rule,
     "starts of another type": lambda a, w, ops: ops.rope(
-        a.reshape(1, 1, 1, 6), Step(*(np.zeros(1, np.int64),) * 3), ops.zeros((1,))
+        a.reshape(1, 1, 1, 6), Step(*(np.zeros(1, np.int64),) * 3), np.ones(1, np.float32)
     ),
 }
 

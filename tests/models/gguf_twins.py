@@ -9,6 +9,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import twins
 
 MODEL_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 BLOCK_NAMES = {
@@ -28,22 +29,40 @@ GEMMA_NAMES = {
 
 def write(path: Path, twin: Any, kinds: dict[str, str] | None = None) -> None:
     """kinds: the end of a tensor's name -> the block type that it is quantized to; float32 where none fits."""
-    architecture = {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}.get(
-        twin.config.model_type, twin.config.model_type
-    )
+    architecture = _architecture(twin)
     writer = gguf.GGUFWriter(path, architecture)
     _metadata(writer, twin.config, architecture)
     for name, values in _tensors(twin, architecture).items():
-        kind = next((k for end, k in (kinds or {}).items() if name.endswith(end) and values.ndim > 1), None)
-        if kind is None:
-            writer.add_tensor(name, values)
-        else:
-            to = gguf.GGMLQuantizationType[kind]
-            writer.add_tensor(name, gguf.quants.quantize(values, to), raw_dtype=to)
+        kind = _kind(name, values, kinds or {})
+        writer.add_tensor(name, values if kind is None else gguf.quants.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def as_quantized(twin: Any, kinds: dict[str, str]) -> Any:
+    """The twin with the weights that the blocks `write` makes stand for: a block never leaves its row."""
+    names, tensors = _names(_architecture(twin)), twins.saved(twin)
+    for name, values in tensors.items():
+        kind = _kind(_rename(re.sub(r"experts\.\d+", "experts", name), names), values, kinds)
+        if kind is not None:
+            tensors[name] = gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind)
+    return twins.with_tensors(twin, tensors)
+
+
+def _architecture(twin: Any) -> str:
+    kind = twin.config.model_type
+    return {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}.get(kind, kind)
+
+
+def _names(architecture: str) -> dict[str, str]:
+    return BLOCK_NAMES | (GEMMA_NAMES if architecture == "gemma3" else {})
+
+
+def _kind(name: str, values: np.ndarray, kinds: dict[str, str]) -> gguf.GGMLQuantizationType | None:
+    kind = next((k for end, k in kinds.items() if name.endswith(end)), None)
+    return None if kind is None or values.ndim == 1 else gguf.GGMLQuantizationType[kind]
 
 
 def _metadata(writer: gguf.GGUFWriter, config: Any, architecture: str) -> None:
@@ -75,9 +94,9 @@ def _metadata(writer: gguf.GGUFWriter, config: Any, architecture: str) -> None:
 
 def _tensors(twin: Any, architecture: str) -> dict[str, np.ndarray]:
     config, experts, found = twin.config, {}, {}
-    names = BLOCK_NAMES | (GEMMA_NAMES if architecture == "gemma3" else {})
+    names = _names(architecture)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    for name, values in saved(twin).items():
+    for name, values in twins.saved(twin).items():
         if name in tied:
             continue
         if architecture == "llama" and re.search(r"[qk]_proj", name):
@@ -94,18 +113,6 @@ def _tensors(twin: Any, architecture: str) -> dict[str, np.ndarray]:
     if architecture == "llama" and config.rope_parameters["rope_type"] == "llama3":
         found["rope_freqs.weight"] = _divisors(config.rope_parameters, config.head_dim)
     return found
-
-
-def saved(twin: Any) -> dict[str, np.ndarray]:
-    """The tensors as save_pretrained writes them, in its order."""
-    import tempfile
-
-    from safetensors.numpy import load_file
-
-    with tempfile.TemporaryDirectory() as folder:
-        twin.save_pretrained(folder)
-        tensors = load_file(Path(folder) / "model.safetensors")
-    return dict(sorted(tensors.items(), key=lambda item: [int(p) if p.isdigit() else p for p in item[0].split(".")]))
 
 
 def _rename(name: str, names: dict[str, str]) -> str:

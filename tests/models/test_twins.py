@@ -23,32 +23,11 @@ def test_logits_are_those_of_transformers(name, backend, twin_folder):
     check_family(folder, twin, backend)
 
 
-def published(hf: dict[str, Any]) -> dict[str, Any]:
-    """A config.json as models published before transformers 5 have it."""
-    rule = hf.pop("rope_parameters")
-    hf.pop("layer_types", None)
-    full = dict(rule.get("full_attention", rule))
-    hf["rope_theta"] = full.pop("rope_theta")
-    hf["rope_scaling"] = None if full["rope_type"] == "default" else full
-    if hf["rope_scaling"] == {"rope_type": "linear", "factor": 2.5}:
-        hf["rope_scaling"] = {"type": "linear", "factor": 2.5}  # older still
-    if hf["model_type"] == "gemma3_text":
-        hf["rope_local_base_freq"] = rule["sliding_attention"]["rope_theta"]
-        hf["sliding_window_pattern"] = hf.pop("_sliding_window_pattern")
-        for usual in ("hidden_activation", "tie_word_embeddings", "attention_bias", "rms_norm_eps"):
-            del hf[usual]
-    if hf["model_type"] == "qwen3_moe":
-        hf["num_experts"] = hf.pop("num_local_experts")
-    if hf["model_type"].startswith("qwen3") and not hf["use_sliding_window"]:
-        hf["sliding_window"] = 4  # published configs have one, switched off
-    return hf
-
-
 @pytest.mark.parametrize("name", twins.TWINS)
 def test_older_configs_mean_the_same(name, twin_folder, tmp_path):
     twin, folder = twin_folder(name)
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    config = published(json.loads((folder / "config.json").read_text()))
+    config = twins.published(json.loads((folder / "config.json").read_text()))
     (tmp_path / "config.json").write_text(json.dumps(config))
     check_family(tmp_path, twin)
 

@@ -6,7 +6,12 @@ shorter than the text.
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from ondevice.testing.family import randomise
 
@@ -73,7 +78,45 @@ def make(name: str, **fields: Any) -> Any:
     """The twin called `name`, with `fields` of its config changed."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     kind, own = TWINS[name]
     config_class = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(kind, f"{kind}Config"))
     sizes = SIZES | (MOE if kind == "Qwen3Moe" else {}) | own | fields
     return randomise(getattr(transformers, f"{kind}ForCausalLM")(config_class(**sizes)))
+
+
+def saved(twin: Any) -> dict[str, np.ndarray]:
+    """The tensors as save_pretrained names them, layers and experts in their order."""
+    with TemporaryDirectory() as folder:
+        twin.save_pretrained(folder)
+        tensors = load_file(Path(folder) / "model.safetensors")
+    return dict(sorted(tensors.items(), key=lambda item: [int(p) if p.isdigit() else p for p in item[0].split(".")]))
+
+
+def with_tensors(twin: Any, tensors: dict[str, np.ndarray]) -> Any:
+    """A copy of the twin with other weights, named as `saved` does."""
+    with TemporaryDirectory() as folder:
+        twin.save_pretrained(folder)
+        save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        return type(twin).from_pretrained(folder).eval()
+
+
+def published(hf: dict[str, Any]) -> dict[str, Any]:
+    """A config.json as models published before transformers 5 have it."""
+    rule = hf.pop("rope_parameters")
+    hf.pop("layer_types", None)
+    full = dict(rule.get("full_attention", rule))
+    hf["rope_theta"] = full.pop("rope_theta")
+    hf["rope_scaling"] = None if full["rope_type"] == "default" else full
+    if hf["rope_scaling"] == {"rope_type": "linear", "factor": 2.5}:
+        hf["rope_scaling"] = {"type": "linear", "factor": 2.5}  # older still
+    if hf["model_type"] == "gemma3_text":
+        hf["rope_local_base_freq"] = rule["sliding_attention"]["rope_theta"]
+        hf["sliding_window_pattern"] = hf.pop("_sliding_window_pattern")
+        for usual in ("hidden_activation", "tie_word_embeddings", "attention_bias", "rms_norm_eps"):
+            del hf[usual]
+    if hf["model_type"] == "qwen3_moe":
+        hf["num_experts"] = hf.pop("num_local_experts")
+    if hf["model_type"].startswith("qwen3") and not hf["use_sliding_window"]:
+        hf["sliding_window"] = 4  # published configs have one, switched off
+    return hf
