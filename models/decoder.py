@@ -20,10 +20,7 @@ class Decoder:
         self.config, self.ops, self.weights = config, ops, weights
         self.loras: Mapping[str, Sequence[Lora]] = {}
         self.listener: Callable[[str, A], None] | None = None
-        self.ropes = {}
-        for name, rope in config.ropes.items():
-            freqs, scale = rope.frequencies()
-            self.ropes[name] = (ops.array(freqs), scale, rope.interleaved)
+        self.ropes = {name: (*rope.frequencies(), rope.interleaved) for name, rope in config.ropes.items()}
 
     def scope(self, trainable: Mapping[str, A] | None = None) -> Scope:
         cfg = self.config

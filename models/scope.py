@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from ..backends.base import A, Backend, Routing, W
 
 
@@ -33,7 +35,7 @@ class Scope:
     listener: Callable[[str, A], None] | None = None
     eps: float = 1e-5
     norm_offset: float = 0.0
-    ropes: Mapping[str, tuple[A, float, bool]] = field(default_factory=dict)
+    ropes: Mapping[str, tuple[np.ndarray, float, bool]] = field(default_factory=dict)
     prefix: str = ""
     layer: int = -1
 

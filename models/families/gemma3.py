@@ -4,11 +4,10 @@ rotary base of its own, a scaled embedding, gains stored minus one."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 from ...errors import Unsupported
 from ..config import ModelConfig, RopeConfig, rope
-from ..fields import activation, flag, head_dim, number, optional, table, whole
+from ..fields import activation, flag, head_dim, layer_count, number, optional, table, whole
 from . import LLAMA, QK_NORM, Family, Gguf, gguf
 
 NAMES = LLAMA | QK_NORM | {
@@ -53,10 +52,9 @@ def _ropes(hf: Mapping) -> dict[str, RopeConfig]:
 
 
 def _from_gguf(metadata: Mapping, checkpoint) -> dict:
-    fill = partial(gguf.config, model_type="gemma3_text", architecture_class="Gemma3ForCausalLM")
-    hf = fill(metadata, checkpoint)
-    largest = hf["num_hidden_layers"] == 62  # the 27B model alone scales its scores by width per head
-    scalar = hf["hidden_size"] // hf["num_attention_heads"] if largest else hf["head_dim"]
+    hf = gguf.config(metadata, checkpoint, "gemma3_text", "Gemma3ForCausalLM")
+    largest = layer_count(hf) == 62  # the 27B model alone scales its scores by width per head
+    scalar = whole(hf, "hidden_size") // whole(hf, "num_attention_heads") if largest else head_dim(hf)
     return {"query_pre_attn_scalar": scalar, "hidden_activation": "gelu_pytorch_tanh"} | hf
 
 

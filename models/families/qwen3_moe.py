@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 from ...backends.base import RouteRule
 from ..config import MLPConfig, ModelConfig, MoEConfig
@@ -36,9 +35,12 @@ def config(hf: Mapping) -> ModelConfig:
 
 
 def _from_gguf(metadata: Mapping, checkpoint) -> dict:
-    fill = partial(gguf.config, model_type="qwen3_moe", architecture_class="Qwen3MoeForCausalLM", norm_topk_prob=True)
-    hf = fill(metadata, checkpoint)
-    return {"intermediate_size": hf["moe_intermediate_size"], "decoder_sparse_step": 1, "mlp_only_layers": []} | hf
+    hf = gguf.config(metadata, checkpoint, "qwen3_moe", "Qwen3MoeForCausalLM", norm_topk_prob=True)
+    return {
+        "intermediate_size": whole(hf, "moe_intermediate_size"),
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    } | hf
 
 
 qwen3_moe = Family(

@@ -1,0 +1,92 @@
+"""However weights are stored, in shards, in halves, quantized by MLX or GGUF: the logits of what they stand for."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import gguf_twins
+import numpy as np
+import pytest
+import twins
+
+from ondevice.checkpoint import Spec, open_checkpoint, write_folder
+from ondevice.schemes import quantize_affine, to_float
+from ondevice.tensors import dense
+from ondevice.testing.family import check_family
+
+pytest.importorskip("transformers")
+torch = pytest.importorskip("torch")
+WIDE = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "head_dim": 16,
+    "num_attention_heads": 4,
+    "moe_intermediate_size": 32,
+}
+
+
+def wide(name: str, **fields: Any) -> Any:
+    """A twin with rows that can be cut in groups of 32 and 64."""
+    own = WIDE if "moe" in name else {k: v for k, v in WIDE.items() if "moe" not in k}
+    return twins.make(name, **own, **fields)
+
+
+def test_shards(backend, twin_folder, tmp_path):
+    twin, _ = twin_folder("qwen3_moe")
+    twin.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    check_family(tmp_path, twin, backend)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(dtype, backend, tmp_path):
+    twin = twins.make("gemma3").to(getattr(torch, dtype))
+    twin.save_pretrained(tmp_path)
+    check_family(tmp_path, type(twin).from_pretrained(tmp_path, dtype=torch.float32), backend)
+
+
+BITS = {"q_proj": 8, "k_proj": 2, "down_proj": 6, "embed_tokens": 8}  # and 4 for all others: overrides by tensor
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biases", "qwen3_moe"])
+def test_affine(name, backend, tmp_path):
+    """Quantized by us, in MLX's convention, experts one by one; the twin gets what the codes stand for."""
+    twin = wide(name)
+    held = {n: quantized(n, values) for n, values in twins.saved(twin).items()}
+    specs = [Spec(n, t.shape, t.format, lambda t=t: t) for n, t in held.items()]
+    write_folder(tmp_path / "quantized", twin.config.to_dict(), specs, {})
+    assert open_checkpoint(tmp_path / "quantized").config["quantization"]["bits"] == 4
+    dequantized = twins.with_tensors(twin, {n: to_float(t) for n, t in held.items()})
+    check_family(tmp_path / "quantized", dequantized, backend)
+
+
+def quantized(name: str, values: np.ndarray) -> Any:
+    bits = next((b for part, b in BITS.items() if part in name), 4)
+    return dense(values) if values.ndim == 1 else quantize_affine(values, bits, 32, "float32")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "qwen3_moe"])
+def test_made_by_mlx_lm(name, backend, tmp_path):
+    """Loaded, quantized and saved by mlx-lm: experts stacked as switch_mlp, the router in eight bits."""
+    mx, utils = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm.utils")
+    wide(name).save_pretrained(tmp_path / "original")
+    place = tmp_path / "original" / "config.json"
+    place.write_text(json.dumps(twins.published(json.loads(place.read_text()))))
+    model, config = utils.load_model(tmp_path / "original")
+    model, config = utils.quantize_model(model, config, group_size=32, bits=4)
+    utils.save_model(tmp_path / "quantized", model)
+    utils.save_config(config, tmp_path / "quantized" / "config.json")
+    stacked = [n for n in open_checkpoint(tmp_path / "quantized").names if "switch_mlp" in n]
+    assert bool(stacked) == (name == "qwen3_moe")
+    check_family(tmp_path / "quantized", lambda ids: np.array(model(mx.array(ids))), backend)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe"])
+def test_gguf_blocks(name, backend, tmp_path):
+    """Rows of blocks are permuted and stacked as they are; the twin gets what they stand for."""
+    fields = {"query_pre_attn_scalar": 16, "sliding_window_pattern": 6} if name == "gemma3" else {}
+    twin, path = wide(name, **fields), tmp_path / "twin.gguf"
+    kinds = {"attn_q.weight": "Q8_0", "attn_k.weight": "Q5_1", "token_embd.weight": "Q8_0", "weight": "Q4_1"}
+    gguf_twins.write(path, twin, kinds)
+    check_family(path, gguf_twins.as_quantized(twin, kinds), backend)
