@@ -265,11 +265,11 @@ class Backend(ABC):
         """(x - mean) / sqrt(variance + eps) * gain + bias over the last axis (Ba et al. 2016)."""
 
     @abstractmethod
-    def rope(self, x: A, step: Step, freqs: A, interleaved: bool = False, scale: float = 1.0) -> A:
+    def rope(self, x: A, step: Step, freqs: np.ndarray, interleaved: bool = False, scale: float = 1.0) -> A:
         """Rotary positions (Su et al. 2021). x [B, T, H, d]; token t of row b has position p = starts[b] + t.
 
-        freqs [r / 2] float32, angle of pair i: p * freqs[i]; the first r of d dimensions turn, the others pass.
-        Pairs are (i, i + r/2), or (2i, 2i + 1) when interleaved. scale multiplies sine and cosine (yarn).
+        freqs [r / 2] float32, on the host; angle of pair i: p * freqs[i]; the first r of d dimensions turn, the others
+        pass. Pairs are (i, i + r/2), or (2i, 2i + 1) when interleaved. scale multiplies sine and cosine (yarn).
         """
 
     @abstractmethod

@@ -138,8 +138,8 @@ class TapedBackend(Backend):
     def layer_norm(self, x: A, gain: W, bias: W | None, eps: float) -> A:
         return self._call("layer_norm", (x, gain, bias), eps)
 
-    def rope(self, x: A, step: Step, freqs: A, interleaved: bool = False, scale: float = 1.0) -> A:
-        return self._call("rope", (x,), step, freqs.data, interleaved, scale)
+    def rope(self, x: A, step: Step, freqs: np.ndarray, interleaved: bool = False, scale: float = 1.0) -> A:
+        return self._call("rope", (x,), step, freqs, interleaved, scale)
 
     def attention(self, q: A, k: A, v: A, sinks: W | None, spec: AttentionSpec, step: Step, layer: int) -> A:
         return self._call("attention", (q, k, v, sinks), spec, step, layer)

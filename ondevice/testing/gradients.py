@@ -209,14 +209,14 @@ def functions(ops, p, frozen):
 def _rope(interleaved: bool) -> Callable:
     def fn(ops, p, frozen):
         step = Step(int32(0, 3), int32(4, 4), int32(0, 1))
-        return ops.rope(p["x"], step, frozen["freqs"], interleaved, 1.2)
+        return ops.rope(p["x"], step, freqs(4), interleaved, 1.2)
 
     fn.__name__ = "rope_interleaved" if interleaved else "rope"
     return fn
 
 
 for _interleaved in (False, True):
-    trainable(lambda random: {"freqs": freqs(4)}, x=(2, 4, 2, 6))(_rope(_interleaved))
+    trainable(x=(2, 4, 2, 6))(_rope(_interleaved))
 
 QKV = {"q": (2, 5, 4, 6), "k": (2, 5, 2, 6), "v": (2, 5, 2, 3)}
 

@@ -36,7 +36,7 @@ def model(pair: Pair, quantized: bool) -> dict[str, Tensor]:
 def decoder(ops: Backend, weights: dict[str, Tensor], windows: Sequence[int | None] = (None, 5)) -> Callable:
     """(ids [B, T], step) -> logits [B, T, V]: everything that a dense decode step does."""
     w = {name: ops.prepare(tensor) for name, tensor in weights.items()}
-    turns = ops.array(freqs(D // H))
+    turns = freqs(D // H)
 
     def block(i: int, x, step: Step):
         rows, tokens = x.shape[:2]

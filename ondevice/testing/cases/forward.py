@@ -124,7 +124,7 @@ ROPES = {"whole": 16, "part": 8, "pair": 2}
 def rope(pair: Pair, turned: str, interleaved: bool, tokens: int) -> None:
     step = Step(int32(0, 11), int32(tokens, tokens), int32(0, 1))
     x, f = pair.normal(2, tokens, 3, 16), freqs(ROPES[turned])
-    pair.same("rope", lambda ops, x: ops.rope(x, step, ops.array(f), interleaved), x)
+    pair.same("rope", lambda ops, x: ops.rope(x, step, f, interleaved), x)
 
 
 @case(turned=[32, 12], interleaved=[False, True])
@@ -132,7 +132,7 @@ def rope_scaled_and_far(pair: Pair, turned: int, interleaved: bool) -> None:
     """The scale is for what turns; the other dimensions pass as they are."""
     step = Step(int32(2000, 0, 37), int32(2, 2, 2), int32(0, 1, 2))
     x, f = pair.normal(3, 2, 1, 32), freqs(turned)
-    pair.same("rope", lambda ops, x: ops.rope(x, step, ops.array(f), interleaved, 1.3), x)
+    pair.same("rope", lambda ops, x: ops.rope(x, step, f, interleaved, 1.3), x)
 
 
 @case()
@@ -144,7 +144,7 @@ def rope_is_relative(pair: Pair) -> None:
         q_step, k_step = (Step(int32(p), int32(1), int32(0)) for p in (at, at - back))
         turned = pair.on(
             pair.backend,
-            lambda ops, q, k: (ops.rope(q, q_step, ops.array(f)), ops.rope(k, k_step, ops.array(f))),
+            lambda ops, q, k: (ops.rope(q, q_step, f), ops.rope(k, k_step, f)),
             q, k,
         )  # fmt: skip
         return float((turned[0] * turned[1]).sum())
@@ -160,8 +160,8 @@ def empty_step(pair: Pair) -> None:
     """No token at all in a row: nothing to compute, nothing to break."""
     step = Step(int32(0, 5), int32(0, 2), int32(0, 1))
     x, f = pair.normal(2, 2, 1, 8), freqs(8)
-    got = pair.on(pair.backend, lambda ops, x: ops.rope(x, step, ops.array(f)), x)[0]
-    want = pair.on(pair.reference, lambda ops, x: ops.rope(x, step, ops.array(f)), x)[0]
+    got = pair.on(pair.backend, lambda ops, x: ops.rope(x, step, f), x)[0]
+    want = pair.on(pair.reference, lambda ops, x: ops.rope(x, step, f), x)[0]
     pair.close("rope", got[1], want[1])
     assert np.isfinite(got).all(), "padding is not finite"
 
