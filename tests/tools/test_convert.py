@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+import tracemalloc
 
 import gguf_twins
 import numpy as np
@@ -234,6 +237,31 @@ def test_smollm2_by_the_command_line(smollm2_gguf, tmp_path):
     quantized.set_dtype(mx.float32)
     got = np.array(quantized(mx.array([ids])))
     assert np.abs(got - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+
+def test_memory_holds_about_one_tensor(smollm2_gguf, tmp_path):
+    with open_checkpoint(smollm2_gguf) as checkpoint:
+        plan = tool.plan(checkpoint, "bfloat16", dequantize=True)
+        largest = max(spec.nbytes for spec in plan.specs)
+        tracemalloc.start()
+        try:
+            tool.convert(plan, tmp_path / "out")
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert peak < 2.5 * largest < 0.6 * plan.nbytes
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_interrupted_it_leaves_nothing(smollm2_gguf, tmp_path):
+    command = [sys.executable, "-m", "ondevice", "convert", smollm2_gguf, tmp_path / "out", "--dtype", "float32"]
+    running = subprocess.Popen([*map(str, command), "--dequantize"], stderr=subprocess.PIPE, text=True)
+    while running.poll() is None and not os.listdir(tmp_path):
+        time.sleep(0.005)
+    running.send_signal(signal.SIGINT)
+    said = running.communicate(timeout=60)[1]
+    assert (running.returncode, os.listdir(tmp_path)) == (130, []), said
+    assert "Traceback" not in said
 
 
 def test_the_command_line_refuses_in_two_lines(tmp_path):
