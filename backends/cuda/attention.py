@@ -24,12 +24,11 @@ class _Turns:
         return {}
 
     def turns(self, freqs: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [B, T, 1, r / 2] float32, times scale."""
-        key = id(freqs), scale
-        if key not in self._tables:
-            angles = self.positions[:, :, None, None] * freqs.to(self.positions.device, torch.float32)
-            self._tables[key] = freqs, angles.cos() * scale, angles.sin() * scale  # freqs: so that its id stays its own
-        return self._tables[key][1:]
+        """freqs [r / 2] -> cosines and sines [B, T, 1, r / 2] float32, times scale."""
+        if (freqs, scale) not in self._tables:
+            angles = self.positions[:, :, None, None] * freqs
+            self._tables[freqs, scale] = angles.cos() * scale, angles.sin() * scale
+        return self._tables[freqs, scale]
 
 
 class TorchPlaces(Places, _Turns):

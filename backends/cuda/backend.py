@@ -44,6 +44,7 @@ class CudaBackend(TorchExperts, TorchTraining, Backend):
         self.device, self.dtype, self.exact, self.packed = device, TORCH[dtype], exact, packed
         self.asynchronous = device.type != "cpu"
         self.features = frozenset(FEATURES) - (set() if device.type == "cuda" else {"compile"})
+        self._freqs: dict[int, tuple[np.ndarray, torch.Tensor]] = {}
         self._places: TorchPlaces | DevicePlaces | None = None  # of the step that passes through the layers just now
 
     def info(self) -> Info:
@@ -101,9 +102,9 @@ class CudaBackend(TorchExperts, TorchTraining, Backend):
         return F.layer_norm(x, x.shape[-1:], self.vector(gain), self.vector(bias), eps)
 
     def rope(
-        self, x: torch.Tensor, step: Step, freqs: torch.Tensor, interleaved: bool = False, scale: float = 1.0
+        self, x: torch.Tensor, step: Step, freqs: np.ndarray, interleaved: bool = False, scale: float = 1.0
     ) -> torch.Tensor:
-        cos, sin = self._where(step, x.shape[1]).turns(freqs, scale)
+        cos, sin = self._where(step, x.shape[1]).turns(self._on_device(freqs), scale)
         dims = 2 * cos.shape[-1]
         turning = x[..., :dims].float()
         first, second = turning.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else turning.chunk(2, dim=-1)
@@ -159,6 +160,13 @@ class CudaBackend(TorchExperts, TorchTraining, Backend):
         if self._places is None or self._places.step is not step or self._places.tokens != tokens:
             self._places = TorchPlaces(step, tokens, self.device)
         return self._places
+
+    def _on_device(self, freqs: np.ndarray) -> torch.Tensor:
+        """Kept by identity, for models keep theirs (and a recording can't fetch from the host); the array is kept
+        beside it, so that its id stays its own."""
+        if id(freqs) not in self._freqs:
+            self._freqs[id(freqs)] = freqs, torch.from_numpy(np.array(freqs, np.float32)).to(self.device)
+        return self._freqs[id(freqs)][1]
 
     @contextmanager
     def at(self, places: DevicePlaces) -> Iterator[None]:

@@ -68,7 +68,7 @@ class MlxBackend(MlxExperts, MlxTraining, Backend):
     def __init__(self, dtype: str, exact: bool, fused: bool):
         self.dtype, self.exact, self.fused = DTYPES[dtype], exact, fused
         self._places: MlxPlaces | None = None  # of the step that passes through the layers just now
-        self._turns: tuple[Any, mx.array] | None = None
+        self._turns: dict[int, tuple[np.ndarray, mx.array]] = {}
 
     def info(self) -> Info:
         device = mx.device_info().get("device_name", "unknown")
@@ -128,7 +128,7 @@ class MlxBackend(MlxExperts, MlxTraining, Backend):
     def layer_norm(self, x: Any, gain: Any, bias: Any, eps: float) -> mx.array:
         return mx.fast.layer_norm(plain(x), self.vector(gain), self.vector(bias), eps)
 
-    def rope(self, x: Any, step: Step, freqs: Any, interleaved: bool = False, scale: float = 1.0) -> Heads:
+    def rope(self, x: Any, step: Step, freqs: np.ndarray, interleaved: bool = False, scale: float = 1.0) -> Heads:
         x, dims = heads_first(x), 2 * freqs.shape[0]
         turned = mx.fast.rope(
             x, dims, traditional=interleaved, base=None, scale=1.0, freqs=self._wavelengths(freqs),
@@ -208,11 +208,13 @@ class MlxBackend(MlxExperts, MlxTraining, Backend):
             self._places = MlxPlaces(step, tokens)
         return self._places
 
-    def _wavelengths(self, freqs: Any) -> mx.array:
-        """MLX turns by position / wavelength; a pair that doesn't turn (frequency 0) has an infinite one."""
-        if self._turns is None or self._turns[0] is not freqs:
-            self._turns = freqs, 1.0 / mx.array(freqs).astype(mx.float32)
-        return self._turns[1]
+    def _wavelengths(self, freqs: np.ndarray) -> mx.array:
+        """What MLX divides positions by; infinite for a pair that doesn't turn. Kept by identity, for models keep
+        theirs; the array is kept beside it, so that its id stays its own."""
+        if id(freqs) not in self._turns:
+            with np.errstate(divide="ignore"):
+                self._turns[id(freqs)] = freqs, mx.array(np.float32(1) / freqs)
+        return self._turns[id(freqs)][1]
 
     # ---- sampling
 

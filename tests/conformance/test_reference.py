@@ -34,6 +34,11 @@ def test_options_that_make_no_sense(options) -> None:
         create(**options)
 
 
+def test_unknown_scoring() -> None:
+    with pytest.raises(Unsupported):
+        RouteRule(scoring="softmx")
+
+
 def test_a_cache_is_not_trained_through() -> None:
     ops = create()
     step = Step.whole(1, 2)

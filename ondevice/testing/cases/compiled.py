@@ -24,7 +24,7 @@ def model(pair: Pair, quantized: bool) -> dict[str, Tensor]:
         form = Format(Affine(4, 32, "float16"))
         return form.tensor(pair.random, rows, columns=columns)
 
-    weights = {"embed": matrix(V, D)}
+    weights = {"embed": matrix(V, D), "head": matrix(V, D)}
     for i in range(LAYERS):
         sizes = {"q": (D, D), "k": (D // 2, D), "v": (D // 2, D), "o": (D, D)}
         sizes |= {"gate": (96, D), "up": (96, D), "down": (D, 96)}
@@ -55,7 +55,7 @@ def decoder(ops: Backend, weights: dict[str, Tensor], windows: Sequence[int | No
         x = ops.embed(w["embed"], ids) * 8.0
         for i in range(LAYERS):
             x = block(i, x, step)
-        return ops.linear(x, w["embed"])
+        return ops.linear(x, w["head"])
 
     return forward
 
