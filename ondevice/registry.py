@@ -39,7 +39,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Plugin:
-    """A backend's face: `probe()` answers in milliseconds, importing nothing heavy; `create(**options)` does the work."""
+    """A backend's face: `probe()` answers in milliseconds and imports nothing heavy; `create(**options)` does the rest."""
 
     name: str
     probe: Callable[[], Probe]
@@ -97,6 +97,22 @@ def create_backend(name: str | None = None, **options):
     return plugin.create(**options)
 
 
+@cache
+def _families() -> tuple[dict[str, Any], dict[str, str]]:
+    loaded, broken = {}, {}
+    for name in sorted(_entries("ondevice.families")):
+        try:
+            loaded[name] = _load("ondevice.families", "family", name)
+        except Exception as error:  # as above: one broken plug-in must not take the others down
+            broken[name] = f"{type(error).__name__}: {error}"
+    return loaded, broken
+
+
 def families() -> dict[str, Any]:
-    """Every model family known: name -> Family."""
-    return {name: _load("ondevice.families", "family", name) for name in sorted(_entries("ondevice.families"))}
+    """Every model family that is ready: name -> Family."""
+    return _families()[0]
+
+
+def broken_families() -> dict[str, str]:
+    """The families whose plug-in does not load: name -> why."""
+    return _families()[1]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import Unsupported
-from ...registry import did_you_mean, families
+from ...registry import broken_families, did_you_mean, families
 from ...tensors import Tensor
 from ..config import ModelConfig
 
@@ -104,21 +104,27 @@ def family_of(checkpoint: Checkpoint) -> tuple[Family, dict]:
     """
     if checkpoint.kind != "gguf":
         return family_for(checkpoint.config, checkpoint.path), checkpoint.config
-    by_type = {f.gguf.architecture: f for f in families().values() if f.gguf}
-    family = _known(str(checkpoint.metadata.get("general.architecture")), by_type, checkpoint.path)
+    kind = checkpoint.metadata.get("general.architecture")
+    family = _serving(kind, lambda f: (f.gguf.architecture,) if f.gguf else (), checkpoint.path)
     return family, family.gguf.config(checkpoint.metadata, checkpoint)
 
 
 def family_for(config: Mapping, path: Path) -> Family:
     """The family of a config.json that came from `path`."""
-    by_type = {t: f for f in families().values() for t in f.model_types}
-    return _known(str(config.get("model_type")), by_type, path)
+    return _serving(config.get("model_type"), lambda f: f.model_types, path)
 
 
-def _known(kind: str, by_type: Mapping[str, Family], path: Path) -> Family:
-    if kind not in by_type:
+def _serving(kind: object, types: Callable[[Family], Sequence[str]], path: Path) -> Family:
+    serving = {name: family for name, family in families().items() if kind in types(family)}
+    if not serving:
+        broken = "".join(f" The plug-in {name} failed: {why:.200}." for name, why in broken_families().items())
+        known = {t for family in families().values() for t in types(family)}
         raise Unsupported(
             f"{path} is a model of type {kind!r:.60}, which is not known here.",
-            f"{did_you_mean(kind, by_type)} docs/families.md shows how to add one.",
+            f"{did_you_mean(str(kind), known)} docs/families.md shows how to add one.{broken}",
         )
-    return by_type[kind]
+    if len(serving) > 1:
+        raise Unsupported(
+            f"{path} is a model of type {kind!r}, which {' and '.join(serving)} both claim.", "Uninstall one of them."
+        )
+    return next(iter(serving.values()))

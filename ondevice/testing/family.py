@@ -1,9 +1,9 @@
 """A family beside transformers: a tiny random twin of the model, its logits compared in every way that tokens can go.
 
-    from ondevice.testing.family import check_family, randomise
+    from ondevice.testing.family import TINY, check_family, randomise
 
     def test_my_family(tmp_path):
-        twin = randomise(MyForCausalLM(MyConfig(vocab_size=61, hidden_size=32, …)))
+        twin = randomise(MyForCausalLM(MyConfig(**TINY)))
         twin.save_pretrained(tmp_path)
         check_family(tmp_path, twin)
 
@@ -25,6 +25,16 @@ from ..models.decoder import Decoder
 from ..models.families import family_of
 from ..models.parameters import Parameters
 
+TINY = {  # sizes for a twin's config: odd ones, so that none passes for another
+    "vocab_size": 61,
+    "hidden_size": 36,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
 TOLERANCE = 1e-4  # of the logits' size (root mean square), in float32
 
 

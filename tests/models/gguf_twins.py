@@ -4,6 +4,7 @@ Gemma, experts stacked. Written by the `gguf` package."""
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,15 @@ GEMMA_NAMES = {
 }
 
 
-def write(path: Path, twin: Any, kinds: dict[str, str] | None = None) -> None:
+def write(
+    path: Path,
+    twin: Any,
+    kinds: dict[str, str] | None = None,
+    writer_class: Callable[[Path, str], gguf.GGUFWriter] = gguf.GGUFWriter,
+) -> None:
     """kinds: the end of a tensor's name -> the block type that it is quantized to; float32 where none fits."""
     architecture = _architecture(twin)
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = writer_class(path, architecture)
     _metadata(writer, twin.config, architecture)
     for name, values in _tensors(twin, architecture).items():
         kind = _kind(name, values, kinds or {})

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import random
+from functools import partial
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +18,19 @@ import pytest
 import twins
 from safetensors.numpy import load_file, save_file
 
+from ondevice import registry
 from ondevice.backends.base import Step
 from ondevice.backends.reference import create as create_reference
+from ondevice.checkpoint import open_checkpoint
 from ondevice.errors import BadFile, OnDeviceError, Unsupported
+from ondevice.registry import families
 from ondevice.testing.family import open_decoder
 
 
 @pytest.fixture
 def folder(request, twin_folder, tmp_path) -> Path:
     """A copy of a twin's folder, to be spoiled; `llama` unless parametrised."""
-    twin, original = twin_folder(getattr(request, "param", "llama"))
+    _, original = twin_folder(getattr(request, "param", "llama"))
     for file in original.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path
@@ -61,6 +67,23 @@ def test_an_unknown_family_is_told_which_are_known(folder):
 def test_a_model_type_that_is_none(folder, model_type):
     change_config(folder, model_type=model_type)
     refusal(folder, Unsupported)
+
+
+def test_a_broken_plug_in_takes_nothing_down_and_is_named(folder, monkeypatch, request):
+    broken = EntryPoint("broken", "no_such_module:family", "ondevice.families")
+    entries = registry._entries("ondevice.families")
+    monkeypatch.setattr(registry, "_entries", lambda group: entries | {"broken": broken})
+    registry._families.cache_clear()
+    request.addfinalizer(registry._families.cache_clear)
+    open_decoder(folder, create_reference())
+    change_config(folder, model_type="unheard of")
+    assert "The plug-in broken failed: ModuleNotFoundError" in refusal(folder, Unsupported).hint
+
+
+def test_two_families_of_one_type(folder, monkeypatch):
+    llama = families()["llama"]
+    monkeypatch.setattr(registry, "_families", lambda: ({"llama": llama, "llama2": llama}, {}))
+    assert "llama and llama2 both claim" in refusal(folder, Unsupported).message
 
 
 def test_an_unknown_gguf_architecture(tmp_path):
@@ -211,7 +234,7 @@ def opens_or_says_why(path: Path) -> bool:
 @pytest.mark.parametrize("name", ["llama-rope3", "qwen3-window", "gemma3-full", "qwen3_moe-some"])
 @pytest.mark.parametrize("older", [False, True])
 def test_spoilt_configs(name, older, twin_folder, tmp_path):
-    twin, original = twin_folder(name)
+    _, original = twin_folder(name)
     (tmp_path / "model.safetensors").symlink_to(original / "model.safetensors")
     hf = json.loads((original / "config.json").read_text())
     hf = twins.published(hf) if older else hf
@@ -222,29 +245,37 @@ def test_spoilt_configs(name, older, twin_folder, tmp_path):
     assert refused > 25
 
 
+VALUES = gguf.GGUFValueType
+ODD_METADATA = (
+    None, (0, VALUES.UINT32), (-1, VALUES.INT32), (float("nan"), VALUES.FLOAT32), ("x", VALUES.STRING),
+    ([1, 2], VALUES.ARRAY), (1 << 40, VALUES.UINT64),
+)  # fmt: skip
+
+
+class SpoilingWriter(gguf.GGUFWriter):
+    """Writes something else than it is told for one key, or leaves it out."""
+
+    def __init__(self, path: Path, architecture: str, key: str, instead: tuple[Any, VALUES] | None):
+        self.key, self.instead = key, instead
+        super().__init__(path, architecture)
+
+    def add_key_value(self, key: str, val: Any, vtype: VALUES, sub_type: VALUES | None = None) -> None:
+        if key != self.key:
+            super().add_key_value(key, val, vtype, sub_type)
+        elif self.instead:
+            super().add_key_value(key, *self.instead, VALUES.INT32 if self.instead[1] == VALUES.ARRAY else None)
+
+
 @pytest.mark.parametrize("name", ["llama-linear", "gemma3", "qwen3_moe"])
-def test_spoilt_gguf_metadata(name, tmp_path, monkeypatch):
-    """Every number of the metadata, in turn, as another number, a word, a list, or not there."""
+def test_spoilt_gguf_metadata(name, tmp_path):
+    """Every value of the metadata, in turn, as another number, a word, a list, or not there."""
     twin = twins.make(name)
-    calls: list[str] = []
-    plain = gguf.GGUFWriter.add_key_value
-
-    def spoiling(writer: gguf.GGUFWriter, key: str, value: Any, kind: Any, sub_type: Any = None) -> None:
-        calls.append(key)
-        if key == target and replacement is None:
-            return
-        spoilt = key == target
-        value, kind = replacement if spoilt else (value, kind)
-        plain(writer, key, value, kind, gguf.GGUFValueType.INT32 if spoilt and isinstance(value, list) else sub_type)
-
-    monkeypatch.setattr(gguf.GGUFWriter, "add_key_value", spoiling)
-    target = replacement = None
     gguf_twins.write(tmp_path / "whole.gguf", twin)
-    kinds = gguf.GGUFValueType
-    odd = [None, (0, kinds.UINT32), (-1, kinds.INT32), (float("nan"), kinds.FLOAT32), ("x", kinds.STRING),
-           ([1, 2], kinds.ARRAY), (1 << 40, kinds.UINT64)]  # fmt: skip
-    for target in sorted(set(calls)):
-        for i, replacement in enumerate(odd):
-            path = tmp_path / f"{i}.gguf"
-            gguf_twins.write(path, twin)
-            opens_or_says_why(path)
+    with open_checkpoint(tmp_path / "whole.gguf") as checkpoint:
+        keys = [key for key in checkpoint.metadata if not key.startswith("GGUF.")]
+    refused = 0
+    for key, (i, instead) in itertools.product(keys, enumerate(ODD_METADATA)):
+        path = tmp_path / f"{i}.gguf"
+        gguf_twins.write(path, twin, writer_class=partial(SpoilingWriter, key=key, instead=instead))
+        refused += opens_or_says_why(path)
+    assert refused > 50

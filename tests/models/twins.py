@@ -1,7 +1,6 @@
 """Tiny models of random weights, made by transformers: what each family's decoder is held to.
 
-Sizes are odd on purpose: three query heads to a key head, heads whose sizes do not add up to the width, a window
-shorter than the text.
+Three query heads to a key head, heads whose sizes do not add up to the width, windows shorter than the text.
 """
 
 from __future__ import annotations
@@ -13,18 +12,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from ondevice.testing.family import randomise
+from ondevice.testing.family import TINY, randomise
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 36,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 40.0,  # of four wavelengths one is kept, one blended, two stretched
@@ -33,7 +22,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix, what differs from SIZES; tiny first
+TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix, what differs from TINY
     "llama": ("Llama", {"tie_word_embeddings": True}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-rope3": ("Llama", {"rope_parameters": LLAMA3}),
@@ -71,7 +60,7 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix
 }
 MOE = {"moe_intermediate_size": 12}
 BACKENDS = ("reference", "cpu", "cuda", "mlx")
-PAIRS = [(b, name) for b in BACKENDS for name in TWINS if b != "mlx" or "-" not in name]  # MLX is slow without a GPU
+PAIRS = [(b, name) for b in BACKENDS for name in TWINS if b != "mlx" or "-" not in name]  # MLX is slow on a CPU
 
 
 def make(name: str, **fields: Any) -> Any:
@@ -81,7 +70,7 @@ def make(name: str, **fields: Any) -> Any:
     transformers.utils.logging.disable_progress_bar()
     kind, own = TWINS[name]
     config_class = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(kind, f"{kind}Config"))
-    sizes = SIZES | (MOE if kind == "Qwen3Moe" else {}) | own | fields
+    sizes = TINY | (MOE if kind == "Qwen3Moe" else {}) | own | fields
     return randomise(getattr(transformers, f"{kind}ForCausalLM")(config_class(**sizes)))
 
 
