@@ -39,7 +39,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Plugin:
-    """A backend's face: `probe()` answers in milliseconds and imports nothing heavy; `create(**options)` does the rest."""
+    """A backend's face: `probe()` is quick and imports nothing heavy; `create(**options)` does the work."""
 
     name: str
     probe: Callable[[], Probe]
