@@ -5,6 +5,7 @@ It knows nothing of text, tokenizers or files, and nothing prints from here.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,16 +20,39 @@ from ..models.decoder import Decoder
 PREFILL_CHUNK = 512  # tokens a forward pass at most: bounds the memory of a long prompt
 
 
+SENSIBLE = {  # a field of SamplingParams -> whether a value makes sense, and which do
+    "temperature": (lambda v: 0 <= v < math.inf, "0 or more"),
+    "top_k": (lambda v: v >= 0, "0 or more"),
+    "top_p": (lambda v: 0 < v <= 1, "above 0, up to 1"),
+    "min_p": (lambda v: 0 <= v <= 1, "from 0 to 1"),
+    "repetition": (lambda v: 0 < v < math.inf, "above 0"),
+    "presence": (math.isfinite, "finite"),
+    "frequency": (math.isfinite, "finite"),
+    "top_logprobs": (lambda v: v >= 0, "0 or more"),
+}
+
+
 @dataclass(frozen=True)
 class GenerateOptions:
-    """How an answer is made. max_tokens None: as many as the context holds. stop_ids end the answer (and belong to it).
-    logit_bias: id -> what is added to its logit."""
+    """How an answer is made. max_tokens None: as many as the context holds. stop_ids end the answer (and belong to it);
+    None: the model's own, where there is a session that knows them. logit_bias: (id, what is added to its logit).
+    Raises BadOption for values that make no sense."""
 
     max_tokens: int | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0
-    stop_ids: frozenset[int] = frozenset()
+    stop_ids: frozenset[int] | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self):
+        for name, (sensible, which) in SENSIBLE.items():
+            value = getattr(self.sampling, name)
+            if not sensible(value):
+                raise BadOption(f"{name} = {value} makes no sense.", f"Give a number that is {which}.")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise BadOption(f"max_tokens = {self.max_tokens} makes no sense.", "Give 1 or more.")
+        if any(math.isnan(bias) or bias == math.inf for _, bias in self.logit_bias):
+            raise BadOption("A logit bias is not a number.", "Give finite numbers, or -inf to forbid a token.")
 
 
 @dataclass(frozen=True)
@@ -65,7 +89,10 @@ class Engine:
         self.decoder, self.ops, self.capacity = decoder, decoder.ops, capacity
         self.cache = decoder.new_cache(1, capacity, kv_dtype)
         self.held: list[int] = []  # the ids whose keys and values the cache holds
-        self._decode = self.ops.compile(self._logits, [self.cache, decoder.weights])
+        self._compile()
+
+    def _compile(self) -> None:
+        self._decode = self.ops.compile(self._logits, [self.cache, self.decoder.weights])
 
     def _logits(self, ids: A, step: Step) -> A:
         """ids [1, 1] -> logits [1, V]"""
@@ -78,37 +105,36 @@ class Engine:
     def recompile(self) -> None:
         """After the adapters changed: what was recorded or computed with the old ones is dropped."""
         self.reset()
-        self._decode = self.ops.compile(self._logits, [self.cache, self.decoder.weights])
+        self._compile()
 
     def generate(self, prompt: Sequence[int], options: GenerateOptions) -> Iterator[Prefilled | Token | Finished]:
         """Raises ContextFull when the prompt leaves no room for an answer, BadOption for ids out of range. The
-        generator may be closed at any token: the cache stays true."""
-        prompt = self._checked(prompt)
+        generator may be closed at any token, or interrupted anywhere: the cache stays true."""
+        prompt = self._checked(prompt, options)
         logits, prefilled = self.prefill(prompt)
         yield prefilled
         room = self.capacity - len(prompt) + 1  # the last token needs no place: nothing follows it
-        wanted = room if options.max_tokens is None else min(options.max_tokens, room)
+        wanted = min(options.max_tokens or room, room)
         draw = _Draw(self.ops, options, prompt, self.decoder.config.vocab)
-        started, count, reason = time.perf_counter(), 0, "length"
-        pending = draw(logits, len(prompt)) if wanted else None
-        try:
-            while count < wanted:
-                count += 1
-                ahead = None
-                if self.ops.asynchronous and count < wanted and not draw.needs_history:
-                    ahead = draw(self._forward(pending.ids.reshape(1, 1), 1), len(prompt) + count)
-                token = draw.read(pending)
-                yield token
-                if token.id in options.stop_ids:
-                    reason = "stop"
-                    break
-                if count < wanted:
-                    pending = ahead or draw(self._forward(self._ids([token.id]), 1), len(prompt) + count)
+        reason = "length" if wanted == options.max_tokens else "context"
+        started, pending = 0.0, draw(logits, len(prompt))
+        for count in range(1, wanted + 1):
+            ahead = None
+            if self.ops.asynchronous and count < wanted and not draw.needs_history:
+                ahead = draw(self._forward(pending.ids.reshape(1, 1), 1), len(prompt) + count)
+            token = draw.read(pending)
+            if ahead:
+                self.held.append(token.id)  # it went through the model before anyone knew it
+            started = started or time.perf_counter()
+            yield token
+            if token.id in (options.stop_ids or ()):
+                reason = "stop"
+                break
+            if count < wanted:
+                if not ahead:
+                    logits = self._forward(self._ids([token.id]), 1)
                     self.held.append(token.id)
-        finally:
-            self._forget(len(self.held))  # a step that ran ahead of a stop
-        if reason == "length" and wanted == room and wanted != options.max_tokens:
-            reason = "context"
+                pending = ahead or draw(logits, len(prompt) + count)
         yield Finished(reason, count, time.perf_counter() - started)
 
     def prefill(self, prompt: Sequence[int]) -> tuple[A, Prefilled]:
@@ -121,22 +147,26 @@ class Engine:
             chunk = list(prompt[at : at + PREFILL_CHUNK])
             logits = self._forward(self._ids(chunk), len(chunk), head=at + PREFILL_CHUNK >= len(prompt))
             self.held += chunk
+        self.ops.numpy(logits)  # wait, so that the time is true
         return logits, Prefilled(len(prompt) - reused, reused, time.perf_counter() - started)
 
     def _forward(self, ids: A, count: int, head: bool = True) -> A | None:
         """`count` more tokens through the model -> logits [1, V] behind the last, or None without the head."""
         slots, lengths = np.zeros(1, np.int32), np.full(1, count, np.int32)
         step = Step(self.cache.lengths[:1].copy(), lengths, slots, cache=self.cache)
-        if count == 1:
-            logits = self._decode(ids, step)
-        elif head:
-            logits = self.decoder(ids, step, np.array([count - 1], np.int32))
-        else:
-            logits = None
-            x = self.decoder.hidden(ids, step)
-            self.ops.numpy(
-                self.ops.take(x.reshape(-1, self.decoder.config.width), slots)
-            )  # wait: bounds what is queued
+        try:
+            if count == 1:
+                logits = self._decode(ids, step)
+            elif head:
+                logits = self.decoder(ids, step, np.array([count - 1], np.int32))
+            else:
+                logits, x = None, self.decoder.hidden(ids, step).reshape(-1, self.decoder.config.width)
+                self.ops.numpy(self.ops.take(x, slots))  # wait: bounds what is queued
+        except BaseException:  # interrupted: some layers have written to their places already, others have not
+            self.cache.advance(slots, lengths)
+            self._forget(len(self.held))
+            self._compile()
+            raise
         self.cache.advance(slots, lengths)
         return logits
 
@@ -146,12 +176,14 @@ class Engine:
     def _forget(self, length: int) -> None:
         self.held = self.held[: self.cache.truncate(0, length)]
 
-    def _checked(self, prompt: Sequence[int]) -> list[int]:
+    def _checked(self, prompt: Sequence[int], options: GenerateOptions) -> list[int]:
         prompt, vocab = [int(i) for i in prompt], self.decoder.config.vocab
         if not prompt:
             raise BadOption("The prompt is empty.", "Give at least one token of text.")
         if not all(0 <= i < vocab for i in prompt):
             raise BadOption(f"The prompt has token ids outside 0 … {vocab - 1}.", "Use the model's own tokenizer.")
+        if not all(0 <= i < vocab for i, _ in options.logit_bias):
+            raise BadOption(f"A logit bias is for an id outside 0 … {vocab - 1}.", "Use the model's own tokenizer.")
         if len(prompt) > self.capacity:
             raise ContextFull(
                 f"The prompt has {len(prompt)} tokens and the context holds {self.capacity}.",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..backends.base import Backend, SamplingParams
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..errors import BadFile, OnDeviceError
+from ..errors import BadFile, BadOption, OnDeviceError
 from ..models.config import ModelConfig
 from ..models.decoder import Decoder
 from ..models.families import Family, family_of
@@ -70,6 +70,8 @@ class Session:
         """The tokens that end an answer: the tokenizer's, and those that generation_config.json names."""
         named = self.generation_config.get("eos_token_id")
         named = [named] if isinstance(named, int) else named or []
+        if not isinstance(named, list) or not all(type(i) is int for i in named):
+            raise BadFile(f"{self.path}: generation_config.json has a strange eos_token_id.", "Fetch the model again.")
         return self.tokenizer.eos_ids | frozenset(named)
 
     @cached_property
@@ -88,17 +90,25 @@ class Session:
 
     def default_sampling(self) -> SamplingParams:
         """How the model's authors sample from it; greedy where they say so or say nothing."""
-        g = self.generation_config
-        greedy = SamplingParams(repetition=float(g.get("repetition_penalty") or 1.0))
-        if not g.get("do_sample"):
+        greedy = SamplingParams(repetition=self._authors("repetition_penalty", 1.0))
+        if not self.generation_config.get("do_sample"):
             return greedy
         return replace(
             greedy,
-            temperature=float(g.get("temperature") or 1.0),
-            top_k=int(g.get("top_k") or 0),
-            top_p=float(g.get("top_p") or 1.0),
-            min_p=float(g.get("min_p") or 0.0),
+            temperature=self._authors("temperature", 1.0),
+            top_k=int(self._authors("top_k", 0)),
+            top_p=self._authors("top_p", 1.0),
+            min_p=self._authors("min_p", 0.0),
         )
+
+    def _authors(self, name: str, neutral: float) -> float:
+        """A number of generation_config.json."""
+        value = self.generation_config.get(name)
+        if value is None:
+            return neutral
+        if type(value) not in (int, float):
+            raise BadFile(f"{self.path}: generation_config.json has {name} = {value!r:.60}.", "Fetch the model again.")
+        return value
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Raw text, plus what the tokenizer itself adds; special tokens in it are parsed."""
@@ -112,7 +122,8 @@ class Session:
         self, prompt: Sequence[int], options: GenerateOptions, stop: Sequence[str] = ()
     ) -> Iterator[Piece | TextFinished]:
         """Prompt ids -> text events. `stop`: strings that end the answer and are not part of it."""
-        options = replace(options, stop_ids=options.stop_ids or self.stop_ids)
+        if options.stop_ids is None:
+            options = replace(options, stop_ids=self.stop_ids)
         return stream_text(self.engine.generate(prompt, options), self.tokenizer, options.stop_ids, stop)
 
     def close(self) -> None:
@@ -136,20 +147,23 @@ def open_session(
     threads: int | None = None,
     kv_dtype: str | None = None,
     progress: Callable[[Loading], None] = lambda event: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Session:
     """Open a model: a folder, a .gguf file, a Hugging Face repo id or a catalog name.
 
     backend: a name, a Backend, or None for the best that is ready. exact: float32 throughout. context: tokens of
-    prompt and answer together; None: what the model was made for, up to 8,192. Raises OnDeviceError's children.
+    prompt and answer together; None: what the model was made for, up to 8,192. `say` hears what is fetched from where.
+    Raises OnDeviceError's children.
     """
     from .. import hub
 
     started = time.perf_counter()
-    path = hub.resolve(str(model))
+    path = hub.resolve(str(model), say)
     checkpoint = open_checkpoint(path)
     try:
         family, hf_config = family_of(checkpoint)
         config = family.config(hf_config)
+        capacity = _capacity(config, context)
         options = {"exact": exact} | ({"threads": threads} if threads else {})
         ops = backend if isinstance(backend, Backend) else create_backend(backend, **options)
         parameters = Parameters(family, config, checkpoint)
@@ -163,10 +177,20 @@ def open_session(
     except BaseException:
         checkpoint.close()
         raise
-    capacity = min(context or min(config.context, DEFAULT_CONTEXT), config.context)
     decoder = Decoder(config, ops, weights)
     seconds = time.perf_counter() - started
     return Session(path, family, hf_config, config, decoder, checkpoint, capacity, seconds, kv_dtype)
+
+
+def _capacity(config: ModelConfig, context: int | None) -> int:
+    if context is None:
+        return min(config.context, DEFAULT_CONTEXT)
+    if not 1 <= context <= config.context:
+        raise BadOption(
+            f"A context of {context} tokens is not possible: this model was made for {config.context}.",
+            f"Give 1 to {config.context}.",
+        )
+    return context
 
 
 def _reporter(total: int, progress: Callable[[Loading], None]) -> Callable[[int], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -26,7 +27,8 @@ class TextFinished:
     reason: str
     prompt_tokens: int
     reused_tokens: int
-    prefill_seconds: float  # from the request to the prompt's end
+    prefill_seconds: float  # the prompt's new tokens through the model
+    first_token_seconds: float  # from the request to the first token
     decode_seconds: float  # from the first token to the last
     last_text: str = ""  # what no piece has shown yet
 
@@ -82,25 +84,28 @@ def stream_text(
     """The engine's events as text. Ends with one TextFinished; closing it early closes the engine's generator."""
     decoder, stopper = tokenizer.stream(), _Stopper([s for s in stop if s])
     ids: list[int] = []
-    prefilled, finished = Prefilled(0, 0, 0.0), None
+    reason, asked, first = "stop", time.perf_counter(), 0.0
     for event in events:
         if isinstance(event, Prefilled):
             prefilled = event
         elif isinstance(event, Finished):
-            finished = event
+            reason = event.reason
         else:
+            latest = time.perf_counter()
+            first = first or latest
             ids.append(event.id)
             yield Piece(stopper.push("" if event.id in stop_ids else decoder.push(event.id)), event)
             if stopper.stopped:
                 break
-    last = "" if stopper.stopped else stopper.push(decoder.flush()) + stopper.flush()
+    unshown = "" if stopper.stopped else stopper.push(decoder.flush()) + stopper.flush()
     yield TextFinished(
-        "".join(stopper.shown),
-        ids,
-        "stop" if stopper.stopped else finished.reason,
-        prefilled.tokens,
-        prefilled.reused,
-        prefilled.seconds,
-        finished.seconds if finished else 0.0,
-        last,
+        text="".join(stopper.shown),
+        token_ids=ids,
+        reason="stop" if stopper.stopped else reason,
+        prompt_tokens=prefilled.tokens,
+        reused_tokens=prefilled.reused,
+        prefill_seconds=prefilled.seconds,
+        first_token_seconds=first - asked,
+        decode_seconds=latest - first,
+        last_text=unshown,
     )

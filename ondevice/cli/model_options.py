@@ -1,0 +1,119 @@
+"""Options that several commands share: which model, how it runs, how it samples. Defaults live in the dataclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from . import console
+
+if TYPE_CHECKING:
+    from ..runtime.engine import GenerateOptions
+    from ..runtime.session import Session
+
+model_argument = click.argument("model")
+
+SAMPLING = {  # option -> the field of SamplingParams it sets, its type, its help
+    "temperature": ("temperature", float, "0: always the likeliest token; 1: as the model was trained."),
+    "top-k": ("top_k", int, "Draw from the K likeliest tokens; 0: from all."),
+    "top-p": ("top_p", float, "Draw from the likeliest tokens that make up this probability; 1: from all."),
+    "min-p": ("min_p", float, "Leave out tokens below this share of the likeliest one's probability; 0: none."),
+    "repetition-penalty": ("repetition", float, "Makes tokens that occurred less likely; 1: off."),
+    "presence-penalty": ("presence", float, "Taken from the score of tokens in the answer, once; 0: off."),
+    "frequency-penalty": ("frequency", float, "Taken from it for each occurrence; 0: off."),
+}
+
+
+def _stack(options: list[Callable]) -> Callable:
+    """Several decorators as one; the first comes first in the help."""
+
+    def decorate(function: Callable) -> Callable:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def runtime_options(context: bool = True, kv_dtype: bool = False) -> Callable:
+    """--backend, --exact, --threads; with --context and --kv-dtype where they make sense."""
+    options = [
+        click.option("--backend", metavar="NAME", help="reference, cpu, cuda, mlx, …; default: the best one here."),
+        click.option("--exact", is_flag=True, help="float32 activations, cache and products throughout."),
+        click.option("--threads", type=click.IntRange(1), help="CPU threads; default: one a core."),
+    ]
+    if context:
+        help = "Tokens of prompt and answer together; default: what the model was made for, up to 8192."
+        options.append(click.option("--context", type=click.IntRange(1), help=help))
+    if kv_dtype:
+        kinds = click.Choice(["float32", "float16", "bfloat16"])
+        options.append(click.option("--kv-dtype", type=kinds, help="Of the cache; default: the backend's choice."))
+    return _stack(options)
+
+
+def sampling_options() -> Callable:
+    """How tokens are drawn. What is not given (None) is the model's own, from its generation_config.json."""
+    options = [click.option(f"--{name}", type=type, help=help) for name, (_, type, help) in SAMPLING.items()]
+    options += [
+        click.option(
+            "--logit-bias", "logit_bias", metavar="TOKEN:BIAS", multiple=True,
+            help="Added to a token's score; the token by id or by its text. May be given several times.",
+        ),
+        click.option("--seed", type=int, help="Same seed, same text; default: another one each time."),
+        click.option("--stop", multiple=True, help="A text that ends the answer. May be given several times."),
+        click.option("--ignore-eos", is_flag=True, help="Go on where the model would end."),
+    ]  # fmt: skip
+    return _stack(options)
+
+
+def open_model(model: str, **options: Any) -> Session:
+    """`open_session`, with what is fetched and loaded shown on stderr."""
+    from ..runtime.session import open_session
+
+    with console.progress("Loading", unit="bytes") as progress:
+        return open_session(
+            model, progress=lambda event: progress.update(event.done, event.total), say=console.status, **options
+        )
+
+
+def generate_options(session: Session, given: Mapping[str, Any], **fields: Any) -> GenerateOptions:
+    """What the model's authors chose, changed by the options that were given (those of `sampling_options`).
+
+    fields: more of GenerateOptions. Raises BadOption for values that make no sense.
+    """
+    import secrets
+    from dataclasses import replace
+
+    from ..runtime.engine import GenerateOptions
+
+    names = {name.replace("-", "_"): field for name, (field, _, _) in SAMPLING.items()}
+    chosen = {field: given[name] for name, field in names.items() if given.get(name) is not None}
+    return GenerateOptions(
+        sampling=replace(session.default_sampling(), **chosen),
+        seed=secrets.randbits(32) if given.get("seed") is None else given["seed"],
+        stop_ids=frozenset() if given.get("ignore_eos") else None,
+        logit_bias=tuple(_bias(session, text) for text in given.get("logit_bias", ())),
+        **fields,
+    )
+
+
+def _bias(session: Session, text: str) -> tuple[int, float]:
+    """TOKEN:BIAS -> (id, bias)"""
+    from ..errors import BadOption
+
+    token, _, bias = text.rpartition(":")
+    hint = "Use ID:BIAS or TEXT:BIAS, for example 42:-5 or ' dog':2.5"
+    try:
+        value = float(bias)
+    except ValueError:
+        raise BadOption(f"--logit-bias {text!r} does not end in a number.", hint) from None
+    if not token:
+        raise BadOption(f"--logit-bias {text!r} names no token.", hint)
+    if token.isdecimal():
+        return int(token), value
+    ids = session.tokenizer.encode(token, add_special=False)
+    if len(ids) != 1:
+        raise BadOption(f"--logit-bias: {token!r} is {len(ids)} tokens of this model, not one.", hint)
+    return ids[0], value
