@@ -78,11 +78,11 @@ def open_model(model: str, **options: Any) -> Session:
         )
 
 
-def generate_options(session: Session, given: Mapping[str, Any], **fields: Any) -> GenerateOptions:
-    """What the model's authors chose, changed by the options that were given (those of `sampling_options`).
-
-    fields: more of GenerateOptions. Raises BadOption for values that make no sense.
-    """
+def generate_options(
+    session: Session, given: Mapping[str, Any], max_tokens: int, top_logprobs: int = 0
+) -> GenerateOptions:
+    """What the model's authors chose, changed by the options that were given (those of `sampling_options`). Raises
+    BadOption for values that make no sense."""
     import secrets
     from dataclasses import replace
 
@@ -91,11 +91,11 @@ def generate_options(session: Session, given: Mapping[str, Any], **fields: Any) 
     names = {name.replace("-", "_"): field for name, (field, _, _) in SAMPLING.items()}
     chosen = {field: given[name] for name, field in names.items() if given.get(name) is not None}
     return GenerateOptions(
-        sampling=replace(session.default_sampling(), **chosen),
+        max_tokens=max_tokens,
+        sampling=replace(session.default_sampling(), top_logprobs=top_logprobs, **chosen),
         seed=secrets.randbits(32) if given.get("seed") is None else given["seed"],
         stop_ids=frozenset() if given.get("ignore_eos") else None,
         logit_bias=tuple(_bias(session, text) for text in given.get("logit_bias", ())),
-        **fields,
     )
 
 

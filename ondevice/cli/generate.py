@@ -1,0 +1,150 @@
+"""`ondevice generate MODEL --prompt …`: continue a text, or answer one message."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from contextlib import closing
+
+import click
+
+from . import console
+from .model_options import generate_options, model_argument, open_model, runtime_options, sampling_options
+
+MAX_TOKENS = 256
+
+
+@click.command("generate")
+@model_argument
+@click.option("--prompt", help="The text to continue; - reads it from stdin, as does a pipe without --prompt.")
+@click.option("--chat", is_flag=True, help="The prompt is a message: the model's chat template is put around it.")
+@click.option("--system", help="With --chat: what the model is told first.")
+@click.option("--max-tokens", type=click.IntRange(1), help=f"Default: {MAX_TOKENS}; 1 with --top-logprobs.")
+@click.option("--top-logprobs", default=0, type=click.IntRange(0), help="List the N likeliest next tokens instead.")
+@sampling_options()
+@runtime_options(kv_dtype=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, at the end.")
+def command(
+    model, prompt, chat, system, max_tokens, top_logprobs, stop, as_json,
+    backend, exact, context, threads, kv_dtype, **sampling,
+):  # fmt: skip
+    """Continue a text with MODEL (a folder, a .gguf file, a Hub repo or a catalog name).
+
+    The prompt is taken as it is, plus what the model's tokenizer itself adds; special tokens in it count as such. From
+    stdin, one newline at its end is left out. Text goes to stdout as it comes, speed to stderr. What is not given of
+    temperature and the like is as the model's generation_config.json says; without one, the likeliest token is taken.
+    """
+    from ..errors import BadOption
+
+    if system is not None and not chat:
+        raise BadOption("--system has no place in a plain prompt.", "Add --chat, or put it in the prompt yourself.")
+    text = _read_prompt(prompt)
+    runtime = {"backend": backend, "exact": exact, "context": context, "threads": threads, "kv_dtype": kv_dtype}
+    with open_model(model, **runtime) as session:
+        max_tokens = max_tokens or (1 if top_logprobs else MAX_TOKENS)
+        options = generate_options(session, sampling, max_tokens=max_tokens, top_logprobs=top_logprobs)
+        if chat:
+            messages = [{"role": "system", "content": system}] if system else []
+            ids = session.encode_messages([*messages, {"role": "user", "content": text}])
+        else:
+            ids = session.encode_prompt(text)
+        show = not as_json and not top_logprobs
+        tokens, finished = stream(session.generate(ids, options, stop), show)
+        facts = describe(session, ids, options, tokens, finished)
+    if as_json:
+        console.json({"model": model, **facts})
+        return
+    for token in facts.get("top_logprobs", ()):
+        _print_top(token)
+    _print_stats(facts, finished)
+
+
+def _read_prompt(prompt: str | None) -> str:
+    from ..errors import BadFile, BadOption
+
+    if prompt not in (None, "-"):
+        return prompt
+    if prompt is None and sys.stdin.isatty():
+        raise BadOption("There is no prompt.", "Give --prompt TEXT, or pipe a text in.")
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError:
+        raise BadFile("What came from stdin is not UTF-8 text.", "Convert it first: iconv -t utf-8.") from None
+
+
+def stream(events, show: bool):
+    """Runs an answer to its end, shown as it comes if `show`: (its tokens, TextFinished)."""
+    from ..runtime.text import Piece
+
+    tokens = []
+    try:
+        with closing(events):
+            for event in events:
+                if isinstance(event, Piece):
+                    tokens.append(event.token)
+                text = event.text if isinstance(event, Piece) else event.last_text
+                if show and text:
+                    console.answer(text, end="")
+    finally:
+        if show and tokens:
+            console.answer()
+    return tokens, event
+
+
+def describe(session, prompt_ids, options, tokens, finished) -> dict:
+    """An answer for programs: what went in, what came out, how fast."""
+    from ..runtime.memory import peak_memory_bytes
+
+    facts = {
+        "text": finished.text,
+        "token_ids": finished.token_ids,
+        "prompt_token_ids": list(prompt_ids),
+        "finish_reason": finished.reason,
+        "backend": session.backend.name,
+        "device": session.backend.info().device,
+        "seed": options.seed,
+        "reused_tokens": finished.reused_tokens,
+        "load_seconds": session.load_seconds,
+        "time_to_first_token_seconds": finished.first_token_seconds,
+        "prefill_tokens_per_second": finished.prefill_tokens_per_second,
+        "decode_tokens_per_second": finished.decode_tokens_per_second,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    if options.sampling.top_logprobs:
+        facts["top_logprobs"] = [
+            {
+                **_likelihood(session, token.id, token.logprob),
+                "top": [_likelihood(session, id, logprob) for id, logprob in token.top],
+            }
+            for token in tokens
+        ]
+    return facts
+
+
+def _likelihood(session, id: int, logprob: float) -> dict:
+    return {"id": id, "token": session.tokenizer.piece(id), "logprob": logprob, "probability": math.exp(logprob)}
+
+
+def _print_top(token: dict) -> None:
+    """The list of what could have come, the chosen one marked."""
+    rows = [
+        (
+            "*" if t["id"] == token["id"] else "",
+            f"{t['probability']:8.3%}",
+            json.dumps(t["token"], ensure_ascii=False),
+            t["id"],
+        )
+        for t in token["top"]
+    ]
+    console.table(rows, ("", "    prob.", "token", "id"))
+
+
+def _print_stats(facts: dict, finished) -> None:
+    count, seconds = len(facts["token_ids"]), facts["time_to_first_token_seconds"]
+    prefill, decode = facts["prefill_tokens_per_second"], facts["decode_tokens_per_second"]
+    console.status(
+        f"prompt {finished.prompt_tokens} tokens, {prefill:.1f} a second; first token after {seconds:.2f} s; "
+        f"{count} tokens, {decode:.1f} a second, ended by {facts['finish_reason']}; "
+        f"{facts['backend']}: {facts['device']}; {facts['peak_memory_bytes'] / 1e6:.0f} MB"
+    )
