@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from ...backends.base import RouteRule
-from ...errors import Unsupported
 from ...tensors import dense
 from ..suite import Pair, case
 
@@ -126,12 +125,3 @@ def all_to_one_expert(pair: Pair) -> None:
         return ops.combine(ops.expert_linear(x, w, routing), routing)
 
     pair.same("chain", inner, x, w, logits)
-
-
-@case("experts")
-def unknown_scoring(pair: Pair) -> None:
-    try:
-        pair.backend.route(pair.backend.zeros((1, 4)), 1, RouteRule(scoring="softmx"))
-    except Unsupported:
-        return
-    raise AssertionError("an unknown scoring was accepted")

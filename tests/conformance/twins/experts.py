@@ -134,3 +134,15 @@ class ValuesByTheKeysMap(NumpyKernels):
     def latent_attention(self, q_nope, q_rope, c, k_rope, wk, wv, spec, step, layer):
         wrong = self.values(wk)[:, : self.values(wv).shape[1]]
         return super().latent_attention(q_nope, q_rope, c, k_rope, wk, wrong, spec, step, layer)
+
+
+@twin("latent")
+class RotaryPartIsNotCached(NumpyKernels):
+    """Right in one pass; what is read back has lost its positions."""
+
+    def context(self, k, v, spec, step, layer, row):
+        keys, values, seen = super().context(k, v, spec, step, layer, row)
+        if step.cache is not None:
+            keys = keys.copy()
+            keys[:, : int(step.starts[row]), -4:] = 0.0
+        return keys, values, seen

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from ondevice.backends.numerics import rotate
+from ondevice import schemes
+from ondevice.backends.numerics import ACTIVATIONS, rotate
 from ondevice.backends.reference import NumpyKernels, ReferenceBackend
 from ondevice.backends.tape import Array
-from ondevice.tensors import Affine, Blocks, Dense
+from ondevice.tensors import Affine, Blocks, Dense, Tensor
 
 from . import twin
 
@@ -82,6 +83,20 @@ class OneGeluForBoth(NumpyKernels):
         return super().act(x, "gelu" if kind == "gelu_tanh" else kind)
 
 
+def leaning(kind: str) -> type:
+    """A backend with one activation slightly off, as a rough approximation is."""
+
+    def act(self: NumpyKernels, x: np.ndarray, asked: str) -> np.ndarray:
+        y = NumpyKernels.act(self, x, asked)
+        return y + np.float32(1e-3) * (np.abs(x) < 4) if asked == kind else y
+
+    return type(f"Leaning{kind}", (NumpyKernels,), {"act": act})
+
+
+for _kind in ACTIVATIONS:
+    twin("forward")(leaning(_kind))
+
+
 @twin("forward")
 class UnknownActivationPasses(NumpyKernels):
     def act(self, x, kind):
@@ -137,6 +152,54 @@ class AddsInPlace(NumpyKernels):
 
 
 @twin("forward")
+class NumbersMadeInteger(NumpyKernels):
+    def mul(self, a, b):
+        return a * (int(b) if type(b) is float else b)
+
+
+@twin("forward")
+class ReshapesByColumns(NumpyKernels):
+    def reshape(self, x, shape):
+        return x.reshape(shape, order="F")
+
+
+@twin("forward")
+class SoftcapToOne(NumpyKernels):
+    def softcap(self, x, cap):
+        return np.tanh(x / cap)
+
+
+@twin("forward")
+class SquaresOverflow(NumpyKernels):
+    """The mean of squares in float16, which holds them up to 65,504."""
+
+    def rms_norm(self, x, gain, eps, offset=0.0):
+        with np.errstate(over="ignore"):
+            squares = (x * x).astype(np.float16).astype(np.float32)
+        return x / np.sqrt(squares.mean(-1, keepdims=True) + eps) * (self.values(gain) + offset)
+
+
+@twin("forward")
+class ArraysAreNoWeights(NumpyKernels):
+    def rms_norm(self, x, gain, eps, offset=0.0):
+        return super().rms_norm(x, np.ones_like(gain) if isinstance(gain, np.ndarray) else gain, eps, offset)
+
+
+@twin("forward")
+class RepackedForLinearAlone(NumpyKernels):
+    """A weight that `linear` has used no longer serves `embed`."""
+
+    def linear(self, x, weight, bias=None):
+        y = super().linear(x, weight, bias)
+        weight.dense = weight.dense[::-1]
+        return y
+
+    def embed(self, weight, ids):
+        self.values(weight)
+        return super().embed(weight, ids)
+
+
+@twin("forward")
 class TakeSorts(NumpyKernels):
     def take(self, x, rows):
         return x[np.sort(rows)]
@@ -186,12 +249,21 @@ class ScalesOfTheNextGroup(Reading):
         return tensor
 
 
-@twin("weights")
-class OddBytesOfQ6K(Reading):
-    def read(self, tensor):
-        if tensor.format == Blocks("Q6_K"):
-            return replace(tensor, parts={"weight": tensor.parts["weight"] ^ np.uint8(1)})
-        return tensor
+def misread(form: Blocks | Dense) -> type:
+    """A reader of one format that takes every odd byte for an even one, or the other way round."""
+
+    def read(self: Reading, tensor: Tensor) -> Tensor:
+        if tensor.format != form:
+            return tensor
+        octets = np.ascontiguousarray(tensor.parts["weight"]).view(np.uint8).copy()
+        octets[..., 1::2] ^= np.uint8(1 << 4)
+        return replace(tensor, parts={"weight": octets.view(tensor.parts["weight"].dtype)})
+
+    return type(f"Misreads{schemes.label(form)}", (Reading,), {"read": read})
+
+
+for _form in (Dense("float16"), Dense("float32"), *map(Blocks, schemes.LAYOUT)):
+    twin("weights")(misread(_form))
 
 
 @twin("weights")

@@ -138,3 +138,34 @@ class DrawsNothing(NumpyKernels):
 
     def sample(self, logits, params, u, counts, mask):
         return sampling.sample(logits, params, u * 0 + 0.5, counts, mask)
+
+
+@twin("sampling")
+class TopKOfMoreThanThereAre(NumpyKernels):
+    def sample(self, logits, params, u, counts, mask):
+        for p in params:
+            np.partition(logits, -max(p.top_k, 1), axis=-1)
+        return sampling.sample(logits, params, u, counts, mask)
+
+
+@twin("sampling")
+class AlwaysLogprobs(NumpyKernels):
+    def sample(self, logits, params, u, counts, mask):
+        ids, chosen, top = sampling.sample(logits, params, u, counts, mask)
+        return ids, log_softmax(logits).max(-1) if chosen is None else chosen, top
+
+
+@twin("sampling")
+class SecondBest(NumpyKernels):
+    """Greedy is not."""
+
+    def sample(self, logits, params, u, counts, mask):
+        ids, chosen, top = sampling.sample(logits, params, u, counts, mask)
+        cold = np.array([p.temperature == 0 for p in params])
+        return np.where(cold, np.argsort(logits, -1)[:, -2:][:, 0], ids).astype(np.int32), chosen, top
+
+
+@twin("sampling")
+class TopPNeedsOnePercent(Choosing):
+    def way(self, p: SamplingParams) -> SamplingParams:
+        return replace(p, top_p=p.top_p if p.top_p > 0.01 else 1.0)

@@ -185,3 +185,56 @@ class NormOfColumns(NumpyKernels):
     def adapted_norm(self, weight, down, up, scale):
         adapted = self.values(weight) + scale * (self.values(up) @ self.values(down))
         return np.linalg.norm(adapted, axis=0)[: len(adapted)]
+
+
+@twin("training")
+class NothingBesideTheLoss(ReferenceBackend):
+    def value_and_grad(self, fn):
+        inner = super().value_and_grad(fn)
+
+        def bare(params, *arrays):
+            (loss, _), grads = inner(params, *arrays)
+            return (loss, loss), grads
+
+        return bare
+
+
+@twin("training")
+class UnusedParamsAreLeftOut(ReferenceBackend):
+    def value_and_grad(self, fn):
+        inner = super().value_and_grad(fn)
+
+        def used(params, *arrays):
+            result, grads = inner(params, *arrays)
+            return result, {name: g for name, g in grads.items() if g.data.any()}
+
+        return used
+
+
+@twin("training")
+class CodesWithoutBiases(NumpyKernels):
+    def affine(self, scales, biases, codes, bits, group_size):
+        return super().affine(scales, biases * 0, codes, bits, group_size)
+
+
+@twin("training")
+class MeansForSums(NumpyKernels):
+    def sum(self, x):
+        return np.asarray(x.mean())
+
+
+@twin("training")
+class BiasAsAWeight(NumpyKernels):
+    """The gradient of a bias summed over one axis of two."""
+
+    def linear_vjp(self, grad, need, x, weight, bias):
+        to_x, to_weight, to_bias = super().linear_vjp(grad, need, x, weight, bias)
+        return to_x, to_weight, None if to_bias is None else grad.reshape(-1, grad.shape[-1])[0]
+
+
+@twin("training")
+class RowsTakenTwiceCountOnce(NumpyKernels):
+    def take_vjp(self, grad, need, x, rows):
+        out = np.zeros_like(x)
+        out[rows] = grad
+        return (out,)
