@@ -1,4 +1,4 @@
-"""What is installed: one import name, real folders behind it, plug-ins, no heavy requirement; also without a compiler."""
+"""What is installed: one import name, real folders behind it, plug-ins, no heavy requirement; and with no compiler."""
 
 import email
 import os

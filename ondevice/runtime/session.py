@@ -17,6 +17,7 @@ from ..models.decoder import Decoder
 from ..models.families import Family, family_of
 from ..models.parameters import Parameters
 from ..registry import create_backend
+from . import memory
 from .engine import Engine, GenerateOptions
 from .template import ChatTemplate, encode_chat
 from .text import Piece, TextFinished, stream_text
@@ -164,6 +165,7 @@ def open_session(
         family, hf_config = family_of(checkpoint)
         config = family.config(hf_config)
         capacity = _capacity(config, context)
+        memory.require(checkpoint.nbytes, str(path))
         options = {"exact": exact} | ({"threads": threads} if threads else {})
         ops = backend if isinstance(backend, Backend) else create_backend(backend, **options)
         parameters = Parameters(family, config, checkpoint)
