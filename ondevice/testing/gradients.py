@@ -267,6 +267,22 @@ _moe("sigmoid", RouteRule("sigmoid", scale=2.0))
 _moe("input", RouteRule("sigmoid", renormalise=False, gate_on_input=True))
 
 
+def _frozen_experts(random: np.random.Generator) -> dict[str, Any]:
+    values = random.standard_normal((4, 3, 32), np.float32) * np.float32(0.2)
+    return {
+        "experts": schemes.quantize_affine(values, 4, 32, "float32"),
+        "logits": random.standard_normal((5, 4), np.float32),
+    }
+
+
+@trainable(_frozen_experts, "experts", x=(5, 32), w_down=(4, 2, 32), w_up=(4, 3, 2))
+def expert_adapter(ops, p, frozen):
+    """LoRA over quantized experts."""
+    routing = ops.route(frozen["logits"], 2, RouteRule())
+    low = ops.expert_linear(ops.expert_linear(p["x"], p["w_down"], routing), p["w_up"], routing)
+    return ops.expert_linear(p["x"], frozen["experts"], routing) + low * 1.5
+
+
 # ------------------------------------------------------------------------------------------------ training
 
 

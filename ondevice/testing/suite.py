@@ -81,6 +81,8 @@ class Failure:
 
 def run(backend: Backend, select: Callable[[Case], bool] = lambda case: True, first: bool = False) -> list[Failure]:
     """Runs all cases that serve the backend's features; returns the failures (the first alone, if so wished)."""
+    from . import cases  # noqa: F401  (registers them)
+
     reference, failures = create_reference(), []
     for case in CASES:
         if not (case.serves(backend) and select(case)):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from twins import TWINS
 
-from ondevice.testing.conformance import run
-from ondevice.testing.suite import CASES
+from ondevice.testing.suite import CASES, run
 
 
 @pytest.mark.parametrize("name", TWINS)
