@@ -10,7 +10,7 @@ from ..errors import BadFile
 from ..schemes import stack
 from ..tensors import Tensor
 from .config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
-from .families import Family, NameMap
+from .families import Family
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -106,10 +106,6 @@ class Parameters:
     def stored(self, name: str) -> list[str]:
         """Where one of ours stands in the checkpoint: one name, or one an expert."""
         return self._where[name]
-
-    def names_in(self, name: str, names: NameMap) -> str:
-        """The name of one of ours in another naming (stacked experts: with `{e}` left in)."""
-        return names.spell(name)
 
     def prepare(self, ops: Backend, progress: Callable[[int], None] = lambda done: None) -> dict[str, W]:
         """Every tensor through `ops.prepare`, once; progress is told the bytes of each."""
