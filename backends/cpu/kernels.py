@@ -1,0 +1,212 @@
+"""The operations on the native kernels; what has none of its own is NumPy's, from the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ...errors import Unsupported
+from ...tensors import Tensor
+from ..base import AttentionSpec, Step
+from ..numerics import activation
+from ..reference import NumpyKernels
+from . import _native
+from .recording import NotRecordable, Recording
+from .weights import NativeWeight, native_array, numbers
+
+ACTIVATIONS = {kind: i for i, kind in enumerate(("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh"))}
+
+
+class NativeKernels(NumpyKernels):
+    """Arrays are contiguous float32; anything else is copied on the way in. `recording`: calls are written down there
+    instead of being made."""
+
+    # The operations that a plan can hold.
+    RECORDED = frozenset(
+        "add mul reshape take piece embed linear rms_norm layer_norm act gated softcap rope attention".split()
+    )
+
+    def __init__(self, machine: _native.Machine, exact: bool):
+        super().__init__("float32")
+        self.machine, self.exact = machine, exact
+        self.recording: Recording | None = None
+        self._tables: dict[Any, np.ndarray] = {}
+
+    # ---- calling
+
+    def call(self, kernel: Callable, *arguments: Any, shape: Sequence[int]) -> np.ndarray:
+        """kernel(*arguments, out), out a new array of `shape`."""
+        if self.recording is None:
+            out = np.empty(shape, np.float32)
+            kernel(*arguments, out)
+            return out
+        out = self.recording.plan.empty(shape)
+        kernel(*arguments, out)
+        self.recording.keep(arguments)
+        return out
+
+    def plain(self, x: np.ndarray) -> np.ndarray:
+        """x as the kernels take it."""
+        if x.dtype == np.float32 and x.flags.c_contiguous:
+            return x
+        self.eager("an array that must be copied")
+        return np.ascontiguousarray(x, np.float32)
+
+    def eager(self, what: str) -> None:
+        """What follows is not a kernel call: a plan would miss it."""
+        if self.recording is not None:
+            raise NotRecordable(what)
+
+    # ---- weights
+
+    def prepare(self, tensor: Tensor) -> NativeWeight:
+        return NativeWeight(self.machine, tensor)
+
+    def release(self, weight: NativeWeight) -> None:
+        weight.native = weight.numbers = None
+
+    def values(self, weight: NativeWeight | np.ndarray | None) -> np.ndarray | None:
+        return numbers(self.machine, weight) if isinstance(weight, NativeWeight) else weight
+
+    def vector(self, weight: NativeWeight | np.ndarray | None) -> np.ndarray | None:
+        """A gain or a bias."""
+        return weight if weight is None else self.plain(self.values(weight))
+
+    # ---- arithmetic and views
+
+    def add(self, a: np.ndarray, b: np.ndarray | float) -> np.ndarray:
+        return self._pairwise(self.machine.add, self.machine.add_number, np.add, a, b)
+
+    def mul(self, a: np.ndarray, b: np.ndarray | float) -> np.ndarray:
+        return self._pairwise(self.machine.multiply, self.machine.multiply_number, np.multiply, a, b)
+
+    def _pairwise(self, pair: Callable, number: Callable, fallback: Callable, a: Any, b: Any) -> np.ndarray:
+        if isinstance(b, float):
+            return self.call(number, self.plain(a), b, shape=a.shape)
+        if a.ndim < b.ndim:
+            a, b = b, a  # both operations commute
+        if b.size == 0 or a.shape[a.ndim - b.ndim :] != b.shape:
+            self.eager("arithmetic of arrays whose shapes differ")
+            return fallback(a, b)
+        return self.call(pair, self.plain(a), self.plain(b), shape=a.shape)
+
+    def reshape(self, x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        if not x.flags.c_contiguous:
+            self.eager("a reshape that must copy")
+        return x.reshape(shape)
+
+    def take(self, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        if self.recording is None:
+            return x[rows]
+        return self.call(self.machine.take, self.plain(x), np.array(rows, np.int32), shape=(len(rows), *x.shape[1:]))
+
+    def piece(self, x: np.ndarray, start: int, end: int) -> np.ndarray:
+        if self.recording is None:
+            return x[..., start:end]
+        return self.call(self.machine.piece, self.plain(x), start, shape=(*x.shape[:-1], end - start))
+
+    # ---- linear maps
+
+    def embed(self, weight: Any, ids: np.ndarray) -> np.ndarray:
+        rows, columns = weight.shape
+        if self.recording is None and ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < rows:
+            raise IndexError(f"ids outside 0 … {rows - 1}")
+        ids = np.ascontiguousarray(ids, np.int32)
+        return self.call(self.machine.embed, self._matrix(weight), 0, ids, shape=(*ids.shape, columns))
+
+    def linear(self, x: np.ndarray, weight: Any, bias: Any = None) -> np.ndarray:
+        x, shape = self.plain(x), (*x.shape[:-1], weight.shape[0])
+        if self.exact or isinstance(weight, np.ndarray) or not weight.native.tiled:
+            return self.call(self.machine.linear_float, x, self._matrix(weight), 0, self.vector(bias), shape=shape)
+        return self.call(self.machine.linear_int8, self._int8(x), weight.native, 0, self.vector(bias), shape=shape)
+
+    def _matrix(self, weight: NativeWeight | np.ndarray) -> _native.Weight:
+        return native_array(weight) if isinstance(weight, np.ndarray) else weight.native
+
+    def _int8(self, x: np.ndarray) -> _native.Activations:
+        """x in int8; in a plan, once for all the weights that it meets."""
+        if self.recording is None:
+            return self.machine.quantize(x)
+        last = self.recording.last
+        if last is None or last[0] is not x:
+            self.recording.last = last = x, self.machine.quantize(x)
+            self.recording.keep(last)
+        return last[1]
+
+    # ---- norms and functions of one number
+
+    def rms_norm(self, x: np.ndarray, gain: Any, eps: float, offset: float = 0.0) -> np.ndarray:
+        return self.call(self.machine.rms_norm, self.plain(x), self.vector(gain), eps, offset, shape=x.shape)
+
+    def layer_norm(self, x: np.ndarray, gain: Any, bias: Any, eps: float) -> np.ndarray:
+        gain, bias = self.vector(gain), self.vector(bias)
+        return self.call(self.machine.layer_norm, self.plain(x), gain, bias, eps, shape=x.shape)
+
+    def act(self, x: np.ndarray, kind: str) -> np.ndarray:
+        activation(kind)  # says what is known if this is not
+        return self.call(self.machine.gated, self.plain(x), None, ACTIVATIONS[kind], shape=x.shape)
+
+    def gated(self, gate: np.ndarray, up: np.ndarray, kind: str) -> np.ndarray:
+        activation(kind)
+        return self.call(self.machine.gated, self.plain(gate), self.plain(up), ACTIVATIONS[kind], shape=gate.shape)
+
+    def softcap(self, x: np.ndarray, cap: float) -> np.ndarray:
+        return self.call(self.machine.softcap, self.plain(x), cap, shape=x.shape)
+
+    # ---- positions and attention
+
+    def rope(
+        self, x: np.ndarray, step: Step, freqs: np.ndarray, interleaved: bool = False, scale: float = 1.0
+    ) -> np.ndarray:
+        table = self._rope_table(step, x.shape[1], freqs, scale)
+        return self.call(self.machine.rope, self.plain(x), table, interleaved, shape=x.shape)
+
+    def _rope_table(self, step: Step, tokens: int, freqs: np.ndarray, scale: float) -> np.ndarray:
+        """Cosines and sines [B, T, 2, r / 2], worked out once for all layers of a step."""
+        tables = self._tables if self.recording is None else self.recording.tables
+        key = (step.starts.tobytes(), tokens, freqs.tobytes(), scale)
+        if key not in tables:
+            if len(tables) > 8:
+                tables.clear()
+            starts, freqs = np.ascontiguousarray(step.starts, np.int32), np.ascontiguousarray(freqs, np.float32)
+            shape = (len(starts), tokens, 2, len(freqs))
+            tables[key] = self.call(self.machine.rope_table, starts, freqs, scale, shape=shape)
+        return tables[key]
+
+    def attention(
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, sinks: Any, spec: AttentionSpec, step: Step, layer: int
+    ) -> np.ndarray:
+        room = None
+        if step.cache is not None:
+            if step.segments is not None:
+                raise Unsupported("Packed segments and a cache exclude each other.", "Give each document its own row.")
+            if self.recording is None:
+                step.cache.check(step)
+            room = step.cache.rooms[layer]
+        return self.call(
+            self.machine.attention, self.plain(q), self.plain(k), self.plain(v), self.vector(sinks), _mask(spec),
+            _step(step), room, shape=(*q.shape[:3], v.shape[-1]),
+        )  # fmt: skip
+
+    # ---- what has no kernel, and does not come through `_call`
+
+    def elect(self, *arguments: Any) -> np.ndarray:
+        self.eager("route, which has no kernel")
+        return super().elect(*arguments)
+
+    def sample(self, *arguments: Any) -> Any:
+        self.eager("sampling")
+        return super().sample(*arguments)
+
+
+def _step(step: Step) -> _native.Step:
+    arrays = (step.starts, step.lengths, step.slots, step.segments)
+    return _native.Step(*(None if a is None else np.ascontiguousarray(a, np.int32) for a in arrays))
+
+
+@lru_cache(maxsize=64)
+def _mask(spec: AttentionSpec) -> _native.Mask:
+    return _native.Mask(spec.scale, spec.window or 0, spec.chunk or 0, spec.softcap or 0.0)

@@ -1,0 +1,186 @@
+// What the kernels do, as plain arguments, and the table of functions that do it on one instruction set.
+//
+// All floats are float32 in rows without gaps unless it says otherwise. Sizes as in backends/base.py: B rows, T tokens,
+// H query heads, K key heads, d head size. What changes from step to step (ids, starts, lengths, slots) is read through
+// its pointer when a kernel runs, so that a recorded call can be repeated.
+#pragma once
+
+#include <cstdint>
+
+#include "pool.h"
+#include "tiles.h"
+
+namespace ondevice::cpu {
+
+enum class Activation : int { silu, gelu, gelu_tanh, relu, relu2, sigmoid, tanh };
+
+// out[i] = a[i] op b[i % period]
+struct Pairwise {
+    const float *a, *b;
+    float* out;
+    int64_t size, period;
+};
+
+// out[i] = f(a[i]); `number` is what is added, multiplied with or capped at
+struct Single {
+    const float* a;
+    float* out;
+    int64_t size;
+    float number;
+};
+
+// out = act(gate) * up, or act(gate) alone without `up`
+struct Gated {
+    const float *gate, *up;
+    float* out;
+    int64_t size;
+    Activation kind;
+};
+
+// rows of `width`; rms_norm: bias unused; layer_norm: offset unused, bias may be null
+struct Norm {
+    const float *x, *gain, *bias;
+    float* out;
+    int64_t rows, width;
+    float eps, offset;
+};
+
+// table [B, T, 2, pairs]: cosines, then sines
+struct RopeTable {
+    const int32_t* starts;
+    const float* freqs;
+    float* table;
+    int64_t B, T, pairs;
+    float scale;
+};
+
+// x [tokens, heads, d], table [tokens, 2, pairs]
+struct Rope {
+    const float *x, *table;
+    float* out;
+    int64_t tokens, heads, d, pairs;
+    bool interleaved;
+};
+
+// rows of `bytes` each, the ids[i]-th of x to place i of out
+struct Take {
+    const uint8_t* x;
+    const int32_t* ids;
+    uint8_t* out;
+    int64_t count, bytes;
+};
+
+// columns [from, from + width) of rows of `stride`
+struct Piece {
+    const float* x;
+    float* out;
+    int64_t rows, stride, from, width;
+};
+
+// A dense matrix [rows, columns] as a file holds it (any address), or quantized tiles.
+struct Matrix {
+    const void* dense;
+    Number type;
+    int64_t rows, columns;
+    const Tiles* tiles;  // if not null, the rest is unused but rows and columns
+    int64_t expert;      // of the tiles
+};
+
+// out [count, columns]
+struct Embed {
+    Matrix weight;
+    const int32_t* ids;
+    float* out;
+    int64_t count;
+};
+
+// Activations in int8: x = scale * code for 32 neighbours. Tokens lie in blocks of kTokens (the rest in a block of the
+// next power of two), a block as codes [columns / 32][tokens][32], scales [columns / 32][tokens] and sums
+// [columns / 32][2][tokens]: of the 32 numbers, and of the first 16.
+struct Quantized {
+    int8_t* codes;
+    float *scales, *sums;
+    int64_t tokens, columns;
+};
+
+struct Quantize {
+    const float* x;
+    Quantized to;
+};
+
+struct Product {  // out [tokens, rows] = x . weight^T + bias
+    Matrix weight;
+    const float* bias;
+    float* out;
+};
+
+constexpr int kProducts = 4;
+
+// Several products of the same activations, so that q, k, v or gate, up are one parallel loop.
+struct LinearInt8 {
+    Quantized x;
+    Product products[kProducts];
+    int count;
+};
+
+struct LinearFloat {
+    const float* x;
+    int64_t tokens;
+    Product product;
+};
+
+// One layer's cache: keys [slots, K, blocks of 16 tokens, d, 16], values [slots, K, tokens, dv rounded up to 16],
+// tokens = capacity rounded up to 16. Without a cache (keys null) each row sees itself alone.
+struct Attention {
+    const float *q, *k, *v, *sinks;
+    float* out;
+    const int32_t *starts, *lengths, *slots, *segments;
+    void *keys, *values;
+    Number type;
+    int64_t B, T, H, K, d, dv, capacity;
+    int64_t window, chunk;  // 0: none
+    float scale, softcap;   // softcap 0: none
+};
+
+template <class Arguments>
+using Kernel = void (*)(const Arguments&, Pool&);
+
+struct Kernels {
+    const char* name;
+    int tokens;  // kTokens of Quantized
+    Kernel<Pairwise> add, multiply;
+    Kernel<Single> add_number, multiply_number, softcap;
+    Kernel<Gated> gated;
+    Kernel<Norm> rms_norm, layer_norm;
+    Kernel<Rope> rope;
+    Kernel<Quantize> quantize;
+    Kernel<LinearInt8> linear_int8;
+    Kernel<LinearFloat> linear_float;
+    Kernel<Attention> attention;
+};
+
+// The instruction sets compiled in that this processor has, the best first; the last is always "portable".
+struct Variants {
+    const Kernels* all[4];
+    int count;
+};
+Variants variants();
+
+// Kernels that move bytes or are too small to matter: one body for all.
+void rope_table(const RopeTable&, Pool&);
+void take(const Take&, Pool&);
+void piece(const Piece&, Pool&);
+void embed(const Embed&, Pool&);
+
+// Numbers of places for tokens in a Quantized, with the last block's padding.
+static inline int64_t last_block(int64_t rest) {
+    int64_t size = 1;
+    while (size < rest) size *= 2;
+    return size;
+}
+static inline int64_t padded_tokens(int64_t tokens, int block) {
+    const int64_t rest = tokens % block;
+    return tokens - rest + (rest ? last_block(rest) : 0);
+}
+
+}  // namespace ondevice::cpu

@@ -1,0 +1,13 @@
+// All kernel bodies for one instruction set, and their table. Included inside that set's namespace.
+
+#include "math.inl"
+#include "elementwise.inl"
+#include "norm.inl"
+#include "linear_int8.inl"
+#include "linear_float.inl"
+#include "attention.inl"
+
+static constexpr Kernels kernels = {
+    kName,     kTokens, add,  multiply, add_number,  multiply_number, softcap,   gated,
+    rms_norm, layer_norm, rope, quantize, linear_int8, linear_float,    attention,
+};

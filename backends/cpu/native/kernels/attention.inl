@@ -1,0 +1,279 @@
+// Attention over the cache, with the running softmax of FlashAttention (Dao et al. 2022): keys pass in blocks, each
+// query keeps its largest score, the sum of its weights and its weighted sum of values.
+//
+// Keys lie 16 to a panel, [d][16], so that a query meets 16 of them in each step, and nothing is summed across; values
+// lie as they come, a row a token. Both are the panels that multiply_panels takes. All query heads that share a key
+// head are done together: what is read from the cache is read once for them.
+
+constexpr int64_t kKeys = 128;      // a block of keys: its values (d = 64, float32) fill the first level of cache
+constexpr int64_t kQueries = 32;    // rows (tokens x heads that share a key head) that meet a block together, about
+constexpr int64_t kSplit = 256;     // keys that make a task of their own when queries are few
+
+template <class E>
+struct Heads {  // where one layer's keys and values lie, in the cache or for this call alone
+    E *keys, *values;
+    int64_t d, width, places;  // width: dv rounded up to 16; places: tokens rounded up to 16
+
+    E* key_panels(int64_t head) const { return keys + head * places * d; }
+    E* value_rows(int64_t head) const { return values + head * places * width; }
+};
+
+template <class E>
+static inline void keep(const float* from, int64_t count, int64_t stride, E* to) {
+    for (int64_t i = 0; i < count; i++) narrow(from[i], to + i * stride);
+}
+
+// Row b's new keys and values of head `head` (of row b's slot) go to places `first` ...
+template <class E>
+static void write_head(const Attention& p, const Heads<E>& heads, int64_t b, int64_t kv, int64_t head, int64_t first) {
+    E *keys = heads.key_panels(head), *values = heads.value_rows(head);
+    for (int64_t t = 0; t < p.lengths[b]; t++) {
+        const int64_t token = (b * p.T + t) * p.K + kv, place = first + t;
+        keep(p.k + token * p.d, p.d, kRows, keys + place / kRows * kRows * p.d + place % kRows);
+        E* row = values + place * heads.width;
+        keep(p.v + token * p.dv, p.dv, 1, row);
+        for (int64_t i = p.dv; i < heads.width; i++) narrow(0.0f, row + i);
+    }
+}
+
+// One task: some tokens of row b, the query heads of one key head, and a part of the keys.
+struct Part {
+    int64_t b, kv, head;       // head: of the slot in the cache
+    int64_t token, tokens;     // queries
+    int64_t first;             // place of the row's first new token
+    int64_t base;              // place + base = position
+    int64_t begin, end;        // keys' places; begin is a multiple of 16
+};
+
+constexpr int64_t kSmall = 40000;  // products below which waking the other threads costs more than they save
+
+// What a query at `position` sees: places [return value, its own].
+static inline int64_t earliest(const Attention& p, int64_t position, int64_t base) {
+    int64_t from = 0;
+    if (p.window && position - p.window + 1 > from) from = position - p.window + 1;
+    if (p.chunk && position / p.chunk * p.chunk > from) from = position / p.chunk * p.chunk;
+    return from > base ? from - base : 0;
+}
+
+// Scores of one query against places [at, at + count) become weights; returns their largest score so far.
+struct Running {
+    float largest, sum;
+};
+
+static inline void hide(const Attention& p, const Part& part, int64_t t, int64_t at, int64_t count, float* scores) {
+    const int64_t place = part.first + t, from = earliest(p, place + part.base, part.base);
+    const float never = -__builtin_inff();
+    for (int64_t j = 0; j < count && at + j < from; j++) scores[j] = never;
+    for (int64_t j = place + 1 > at ? place + 1 - at : 0; j < count; j++) scores[j] = never;
+    if (!p.segments) return;
+    const int32_t* segments = p.segments + part.b * p.T;  // no cache: places are tokens
+    for (int64_t j = 0; j < count && at + j < p.T; j++)
+        if (segments[at + j] != segments[t]) scores[j] = never;
+}
+
+// One row of scores (count a multiple of 16) -> weights relative to the largest; returns what the old sums shrink by.
+static inline float soften(float* scores, int64_t count, Running& row) {
+    F most = load(scores);
+    for (int64_t j = N; j < count; j += N) most = max(load(scores + j), most);
+    const float block = top(most), largest = block <= row.largest ? row.largest : block;  // not-a-number stays
+    if (largest == -__builtin_inff()) {  // nothing seen yet
+        for (int64_t j = 0; j < count; j += N) store(scores + j, set(0));
+        return 1.0f;
+    }
+    F sums = set(0);
+    for (int64_t j = 0; j < count; j += N) {
+        const F weight = exp(load(scores + j) - set(largest));
+        store(scores + j, weight);
+        sums = sums + weight;
+    }
+    const float shrink = row.largest == largest ? 1.0f : expf(row.largest - largest);
+    row.sum = row.sum * shrink + sum(sums);
+    row.largest = largest;
+    return shrink;
+}
+
+static inline void cap_scores(float* scores, int64_t count, float cap) {
+    for (int64_t j = 0; j < count; j += N) store(scores + j, set(cap) * tanh(load(scores + j) * set(1.0f / cap)));
+}
+
+struct Room {  // one thread's
+    float *q, *scores, *out;
+    Running* rows;
+};
+
+static inline int64_t room_size(int64_t rows, int64_t d, int64_t width) {
+    return rows * (round_up(d, kRows) + kKeys + width + 2) + kRows;
+}
+
+static inline Room room_at(float* data, int64_t rows, int64_t d, int64_t width) {
+    float* scores = data + rows * round_up(d, kRows);
+    float* out = scores + rows * kKeys;
+    return {data, scores, out, reinterpret_cast<Running*>(out + rows * width)};
+}
+
+// The queries of a part, scaled: row t * group + g.
+static void gather_queries(const Attention& p, const Part& part, int64_t group, const Room& room) {
+    for (int64_t t = 0; t < part.tokens; t++)
+        for (int64_t g = 0; g < group; g++) {
+            const float* q = p.q + ((part.b * p.T + part.token + t) * p.H + part.kv * group + g) * p.d;
+            float* to = room.q + (t * group + g) * p.d;
+            for (int64_t i = 0; i < p.d; i++) to[i] = q[i] * p.scale;
+        }
+}
+
+// Attends to the part's keys; leaves weighted sums (not yet divided) in room.out and the rest in room.rows.
+template <class E>
+static void attend(const Attention& p, const Heads<E>& heads, const Part& part, const Room& room) {
+    const int64_t group = p.H / p.K, rows = part.tokens * group, width = heads.width;
+    const E *keys = heads.key_panels(part.head), *values = heads.value_rows(part.head);
+    gather_queries(p, part, group, room);
+    for (int64_t r = 0; r < rows; r++) room.rows[r] = {-__builtin_inff(), 0};
+    std::memset(room.out, 0, sizeof(float) * rows * width);
+    const int64_t low = part.first + part.token, high = low + part.tokens - 1;  // places of the queries
+    for (int64_t at = part.begin; at < part.end; at += kKeys) {
+        const int64_t real = part.end - at < kKeys ? part.end - at : kKeys, count = round_up(real, kRows);
+        for (int64_t j = 0; j < count; j += kRows)
+            multiply_panels(rows, room.q, p.d, keys + (at + j) * p.d, kRows, p.d, room.scores + j, kKeys, false);
+        const bool all = at + count <= low + 1 && earliest(p, high + part.base, part.base) <= at && !p.segments;
+        for (int64_t r = 0; r < rows; r++) {
+            float* scores = room.scores + r * kKeys;
+            if (p.softcap > 0) cap_scores(scores, count, p.softcap);
+            if (!all) hide(p, part, part.token + r / group, at, count, scores);
+            const float shrink = soften(scores, count, room.rows[r]);
+            if (shrink != 1.0f)
+                for (int64_t i = 0; i < width; i += N)
+                    store(room.out + r * width + i, load(room.out + r * width + i) * set(shrink));
+        }
+        for (int64_t i = 0; i < width; i += kRows)
+            multiply_panels(rows, room.scores, kKeys, values + at * width + i, width, real, room.out + i, width, true);
+    }
+}
+
+// A finished row: divided by the sum of all weights, the sink's among them, and put where it belongs.
+static inline void put_row(const Attention& p, int64_t token, int64_t h, Running row, const float* sums) {
+    float* out = p.out + (token * p.H + h) * p.dv;
+    float scale = 1.0f;
+    if (p.sinks) {
+        const float largest = row.largest > p.sinks[h] ? row.largest : p.sinks[h];
+        scale = expf(row.largest - largest);
+        row.sum = row.sum * scale + expf(p.sinks[h] - largest);
+    }
+    scale = row.sum == 0 ? 0.0f : scale / row.sum;
+    for (int64_t i = 0; i < p.dv; i++) out[i] = sums[i] * scale;
+}
+
+static void put_part(const Attention& p, const Part& part, const Room& room, int64_t width) {
+    const int64_t group = p.H / p.K;
+    for (int64_t r = 0; r < part.tokens * group; r++)
+        put_row(p, part.b * p.T + part.token + r / group, part.kv * group + r % group, room.rows[r],
+                room.out + r * width);
+}
+
+// What row b's queries [token, token + tokens) of key head kv are, and all keys that any of them sees.
+static Part part_of(const Attention& p, int64_t b, int64_t kv, int64_t token, int64_t tokens) {
+    const bool cached = p.keys != nullptr;
+    Part part{b, kv, (cached ? p.slots[b] : b) * p.K + kv, token, tokens, cached ? p.starts[b] : 0,
+              cached ? 0 : p.starts[b], 0, 0};
+    const int64_t place = part.first + token;
+    part.begin = earliest(p, place + part.base, part.base) / kRows * kRows;
+    part.end = place + tokens;
+    return part;
+}
+
+// Few queries and many keys: the keys are cut in pieces, each a task, and their sums are put together afterwards.
+template <class E>
+static void attend_split(const Attention& p, const Heads<E>& heads, const Part& whole, int64_t cuts, Pool& pool) {
+    const int64_t rows = whole.tokens * (p.H / p.K), size = room_size(rows, p.d, heads.width);
+    const int64_t step = round_up((whole.end - whole.begin + cuts - 1) / cuts, kRows);
+    float* rooms = pool.shared(0, p.K * cuts * size);
+    const auto work = [&](int64_t task, int) {
+        Part part = whole;
+        part.kv = task / cuts;
+        part.head = whole.head + part.kv;
+        part.begin = whole.begin + task % cuts * step;
+        part.end = part.begin + step < whole.end ? part.begin + step : whole.end;
+        attend(p, heads, part, room_at(rooms + task * size, rows, p.d, heads.width));
+    };
+    if ((whole.end - whole.begin) * p.H * p.d * whole.tokens < kSmall) {
+        for (int64_t task = 0; task < p.K * cuts; task++) work(task, 0);
+    } else {
+        pool.run(p.K * cuts, work);
+    }
+    for (int64_t kv = 0; kv < p.K; kv++) {
+        const Room all = room_at(rooms + kv * cuts * size, rows, p.d, heads.width);
+        for (int64_t cut = 1; cut < cuts; cut++) {
+            const Room one = room_at(rooms + (kv * cuts + cut) * size, rows, p.d, heads.width);
+            for (int64_t r = 0; r < rows; r++) {
+                if (one.rows[r].sum == 0) continue;
+                Running& sum = all.rows[r];
+                const float largest = sum.largest > one.rows[r].largest ? sum.largest : one.rows[r].largest;
+                const float a = expf(sum.largest - largest), b = expf(one.rows[r].largest - largest);
+                sum = {largest, sum.sum * a + one.rows[r].sum * b};
+                float *to = all.out + r * heads.width, *from = one.out + r * heads.width;
+                for (int64_t i = 0; i < heads.width; i += N)
+                    store(to + i, fma(load(from + i), set(b), load(to + i) * set(a)));
+            }
+        }
+        Part part = whole;
+        part.kv = kv;
+        put_part(p, part, all, heads.width);
+    }
+}
+
+// Many queries: each task takes some tokens of one row and one key head; late tokens see more, so they come first.
+template <class E>
+static void attend_blocks(const Attention& p, const Heads<E>& heads, Pool& pool) {
+    const int64_t group = p.H / p.K, step = kQueries / group ? kQueries / group : 1, blocks = (p.T + step - 1) / step;
+    pool.run(blocks * p.B * p.K, [&](int64_t task, int thread) {
+        const int64_t b = task / p.K % p.B, token = (blocks - 1 - task / p.K / p.B) * step, length = p.lengths[b];
+        if (token >= length) return;
+        const Part part = part_of(p, b, task % p.K, token, length - token < step ? length - token : step);
+        const int64_t rows = step * group;
+        const Room room = room_at(pool.scratch(thread, room_size(rows, p.d, heads.width)), rows, p.d, heads.width);
+        attend(p, heads, part, room);
+        put_part(p, part, room, heads.width);
+    });
+}
+
+template <class E>
+static void attend_all(const Attention& p, const Heads<E>& heads, Pool& pool) {
+    const auto write = [&](int64_t task, int) {
+        const int64_t b = task / p.K, kv = task % p.K, slot = p.keys ? p.slots[b] : b;
+        write_head(p, heads, b, kv, slot * p.K + kv, p.keys ? p.starts[b] : 0);
+    };
+    if (p.B * p.T * p.K * p.d < kSmall) {
+        for (int64_t task = 0; task < p.B * p.K; task++) write(task, 0);
+    } else {
+        pool.run(p.B * p.K, write);
+    }
+    for (int64_t b = 0; b < p.B; b++)
+        std::memset(p.out + (b * p.T + p.lengths[b]) * p.H * p.dv, 0,
+                    sizeof(float) * (p.T - p.lengths[b]) * p.H * p.dv);
+    if (p.T * (p.H / p.K) > kQueries || p.B > 1) return attend_blocks(p, heads, pool);
+    if (p.lengths[0] < 1) return;
+    const Part whole = part_of(p, 0, 0, 0, p.lengths[0]);
+    const int64_t cuts = (whole.end - whole.begin + kSplit - 1) / kSplit;
+    attend_split(p, heads, whole, cuts, pool);
+}
+
+template <class E>
+static void attention_in_cache(const Attention& p, Pool& pool) {
+    const Heads<E> heads{static_cast<E*>(p.keys), static_cast<E*>(p.values), p.d, round_up(p.dv, kRows),
+                         round_up(p.capacity, kRows)};
+    attend_all(p, heads, pool);
+}
+
+// Keys and values of this call alone: zeroed, for what lies behind the last token is multiplied with weight 0.
+static void attention_alone(const Attention& p, Pool& pool) {
+    const int64_t width = round_up(p.dv, kRows), places = round_up(p.T, kRows), heads = p.B * p.K;
+    float* data = pool.shared(1, heads * places * (p.d + width));
+    std::memset(data, 0, sizeof(float) * heads * places * (p.d + width));
+    attend_all(p, Heads<float>{data, data + heads * places * p.d, p.d, width, places}, pool);
+}
+
+static void attention(const Attention& p, Pool& pool) {
+    if (!p.keys) return attention_alone(p, pool);
+    if (p.type == Number::f32) attention_in_cache<float>(p, pool);
+    if (p.type == Number::f16) attention_in_cache<half>(p, pool);
+    if (p.type == Number::bf16) attention_in_cache<bfloat>(p, pool);
+}

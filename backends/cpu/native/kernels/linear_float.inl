@@ -1,0 +1,184 @@
+// Float activations times any weights: dense ones as they lie, quantized ones unpacked tile by tile.
+
+// out [T, 16] (+)= x [T, depth] . panel [depth, 16]; the strides are in elements.
+template <int T, class E>
+static inline void multiply_panel(const float* x, int64_t x_stride, const E* panel, int64_t stride, int64_t depth,
+                                  float* out, int64_t out_stride, bool add) {
+    F y[T][L];
+    for (int t = 0; t < T; t++)
+        for (int i = 0; i < L; i++) y[t][i] = add ? load(out + t * out_stride + i * N) : set(0);
+    for (int64_t k = 0; k < depth; k++, panel += stride) {
+        F w[L];
+        load16(panel, w);
+        ONDEVICE_UNROLL
+        for (int t = 0; t < T; t++) {
+            const F a = set(x[t * x_stride + k]);
+            ONDEVICE_UNROLL
+            for (int i = 0; i < L; i++) y[t][i] = fma(a, w[i], y[t][i]);
+        }
+    }
+    for (int t = 0; t < T; t++)
+        for (int i = 0; i < L; i++) store(out + t * out_stride + i * N, y[t][i]);
+}
+
+// The same for any number of tokens.
+template <class E, int T = kFloatTokens>
+static void multiply_panels(int64_t tokens, const float* x, int64_t x_stride, const E* panel, int64_t stride,
+                            int64_t depth, float* out, int64_t out_stride, bool add) {
+    int64_t t = 0;
+    for (; t + T <= tokens; t += T)
+        multiply_panel<T>(x + t * x_stride, x_stride, panel, stride, depth, out + t * out_stride, out_stride, add);
+    if constexpr (T > 1)
+        if (t < tokens)
+            multiply_panels<E, T - 1>(tokens - t, x + t * x_stride, x_stride, panel, stride, depth,
+                                      out + t * out_stride, out_stride, add);
+}
+
+constexpr int64_t kDepth = 256;  // columns unpacked at a time: 16 KB, half of the first level of cache
+
+// Columns [from, from + depth) of 16 rows of tiles -> panel [depth, 16]; both are multiples of the tile's unit.
+template <int bits, int q = 0>
+static inline void unpack_block(const uint8_t* block, const F* scale, const F* bias, float zero, float* panel) {
+    const Line codes = quad_codes<bits, q>(block);
+    const F* s = scale;
+    const F* m = bias;
+    for (int j = 0; j < 4; j++) {
+        F code[L];
+        column(codes, j, bits == 8, code);
+        for (int i = 0; i < L; i++) store(panel + (4 * q + j) * kRows + i * N, fma(code[i] - set(zero), s[i], m[i]));
+    }
+    if constexpr (q == 3 || q == 7) {
+        scale += L;  // the second half's, where a group is 16 columns
+        bias += L;
+    }
+    if constexpr (q < 7) unpack_block<bits, q + 1>(block, scale, bias, zero, panel);
+}
+
+template <int bits>
+static void unpack_tile(const Tiles& w, const uint8_t* tile, int64_t from, int64_t depth, float* panel) {
+    const int64_t blocks = w.unit() / kBlock, halves = w.unit() / w.group, line = w.scales_bytes();
+    const float zero = w.zero - (bits == 8 ? 128.0f : 0.0f);
+    tile += from / w.unit() * w.unit_bytes();
+    for (int64_t u = 0; u < depth / w.unit(); u++, tile += w.unit_bytes()) {
+        F scale[2 * L], bias[2 * L];
+        const uint8_t* scales = tile + blocks * kLine * bits;
+        for (int64_t h = 0; h < 2; h++) {
+            const int64_t at = h < halves ? h : 0;
+            load16(scales + at * line, w.scale_type, scale + h * L);
+            for (int i = 0; i < L; i++) bias[h * L + i] = set(0);
+            if (w.biased) load16(scales + (halves + at) * line, w.scale_type, bias + h * L);
+        }
+        for (int64_t b = 0; b < blocks; b++, panel += kBlock * kRows)
+            unpack_block<bits>(tile + b * kLine * bits, scale, bias, zero, panel);
+    }
+}
+
+static void unpack_tile(const Tiles& w, const uint8_t* tile, int64_t from, int64_t depth, float* panel) {
+    switch (w.bits) {
+        case 2: return unpack_tile<2>(w, tile, from, depth, panel);
+        case 3: return unpack_tile<3>(w, tile, from, depth, panel);
+        case 4: return unpack_tile<4>(w, tile, from, depth, panel);
+        case 5: return unpack_tile<5>(w, tile, from, depth, panel);
+        case 6: return unpack_tile<6>(w, tile, from, depth, panel);
+        case 8: return unpack_tile<8>(w, tile, from, depth, panel);
+    }
+}
+
+// Columns [from, from + depth) of up to 16 rows of a dense matrix -> panel [depth, 16], missing rows 0.
+template <class E>
+static void transpose(const E* w, int64_t stride, int64_t rows, int64_t from, int64_t depth, float* panel) {
+    for (int64_t r = 0; r < kRows; r++) {
+        const E* row = w + r * stride + from;
+        int64_t k = 0;
+        float some[N] = {};
+        if (r < rows)
+            for (; k + N <= depth; k += N) {
+                store(some, load(row + k));
+                for (int i = 0; i < N; i++) panel[(k + i) * kRows + r] = some[i];
+            }
+        for (; k < depth; k++) {
+            E last{};
+            if (r < rows) std::memcpy(&last, row + k, sizeof(E));
+            panel[k * kRows + r] = widen(last);
+        }
+    }
+}
+
+static void unpack(const Matrix& w, int64_t tile, int64_t from, int64_t depth, float* panel) {
+    if (w.tiles) return unpack_tile(*w.tiles, w.tiles->tile(w.expert, tile), from, depth, panel);
+    const int64_t row = tile * kRows, rows = w.rows - row < kRows ? w.rows - row : kRows;
+    const auto* data = static_cast<const uint8_t*>(w.dense) + row * w.columns * size_of(w.type);
+    if (w.type == Number::f32) transpose(reinterpret_cast<const float*>(data), w.columns, rows, from, depth, panel);
+    if (w.type == Number::f16) transpose(reinterpret_cast<const half*>(data), w.columns, rows, from, depth, panel);
+    if (w.type == Number::bf16) transpose(reinterpret_cast<const bfloat*>(data), w.columns, rows, from, depth, panel);
+}
+
+// 16 rows of the weight times tokens [from, to).
+static void panel_product(const LinearFloat& p, int64_t tile, int64_t from, int64_t to, float* room) {
+    const int64_t columns = p.product.weight.columns, tokens = to - from;
+    float *panel = room, *sums = room + kDepth * kRows;
+    for (int64_t k = 0; k < columns; k += kDepth) {
+        const int64_t depth = columns - k < kDepth ? columns - k : kDepth;
+        unpack(p.product.weight, tile, k, depth, panel);
+        multiply_panels(tokens, p.x + from * columns + k, columns, panel, kRows, depth, sums, kRows, k > 0);
+    }
+    put_tile(p.product, tile, from, tokens, sums);
+}
+
+constexpr int64_t kChunk = 96;  // tokens that an unpacked panel serves at least: then unpacking is a few percent
+
+static void linear_panels(const LinearFloat& p, Pool& pool) {
+    const int64_t tiles = (p.product.weight.rows + kRows - 1) / kRows, chunks = (p.tokens + kChunk - 1) / kChunk;
+    pool.run(tiles * chunks, [&](int64_t task, int thread) {
+        const int64_t from = task / tiles * kChunk, to = from + kChunk < p.tokens ? from + kChunk : p.tokens;
+        panel_product(p, task % tiles, from, to, pool.scratch(thread, (kDepth + kChunk) * kRows));
+    });
+}
+
+// `rows` (up to 4) rows of a dense matrix, one after another in memory, times one token.
+template <class E>
+static inline void dot_rows(const E* w, int64_t columns, int64_t rows, const float* x, float* out) {
+    F sums[4] = {set(0), set(0), set(0), set(0)};
+    const E* row[4];
+    for (int64_t r = 0; r < 4; r++) row[r] = w + (r < rows ? r : 0) * columns;
+    int64_t k = 0;
+    for (; k + N <= columns; k += N) {
+        const F a = load(x + k);
+        ONDEVICE_UNROLL
+        for (int r = 0; r < 4; r++) sums[r] = fma(load(row[r] + k), a, sums[r]);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        float whole = sum(sums[r]);
+        for (int64_t i = k; i < columns; i++) {
+            E last;
+            std::memcpy(&last, row[r] + i, sizeof(E));
+            whole += widen(last) * x[i];
+        }
+        out[r] = whole;
+    }
+}
+
+// Dense weights and few tokens: straight from the file's memory, once.
+template <class E>
+static void linear_rows(const LinearFloat& p, Pool& pool) {
+    const Matrix& w = p.product.weight;
+    const int64_t fours = (w.rows + 3) / 4, tasks = pieces(pool, fours, 1 + 8192 / w.columns);
+    const int64_t step = (fours + tasks - 1) / tasks * 4;
+    pool.run(tasks, [&](int64_t task, int) {
+        for (int64_t row = task * step; row < w.rows && row < (task + 1) * step; row += 4)
+            for (int64_t t = 0; t < p.tokens; t++) {
+                const int64_t rows = w.rows - row < 4 ? w.rows - row : 4;
+                float* out = p.product.out + t * w.rows + row;
+                dot_rows(static_cast<const E*>(w.dense) + row * w.columns, w.columns, rows, p.x + t * w.columns, out);
+                for (int64_t r = 0; p.product.bias && r < rows; r++) out[r] += p.product.bias[row + r];
+            }
+    });
+}
+
+static void linear_float(const LinearFloat& p, Pool& pool) {
+    const Matrix& w = p.product.weight;
+    if (w.tiles || p.tokens > 8) return linear_panels(p, pool);  // above 8 the transposition pays
+    if (w.type == Number::f32) linear_rows<float>(p, pool);
+    if (w.type == Number::f16) linear_rows<half>(p, pool);
+    if (w.type == Number::bf16) linear_rows<bfloat>(p, pool);
+}

@@ -1,0 +1,191 @@
+// Quantized weights times activations in int8: integer products, float32 sums of groups.
+
+// 32 numbers -> codes; returns {scale, sum of all, sum of the first 16}. Not-a-number and infinity make the scale (and
+// with it everything that this token is multiplied with) not a number.
+static inline void quantize_block(const float* x, int8_t* codes, float* scale, float* sum_all, float* sum_first) {
+    constexpr int kVectors = kBlock / N;
+    F v[kVectors], most = set(0), poison = set(0);
+    for (int i = 0; i < kVectors; i++) {
+        v[i] = load(x + i * N);
+        most = max(most, abs(v[i]));
+        poison = fma(v[i], set(0), poison);
+    }
+    const float largest = top(most), step = largest / 127.0f + sum(poison);
+    const F inverse = set(largest > 0 ? 127.0f / largest : 0.0f);
+    F sums[2] = {set(0), set(0)};
+    for (int i = 0; i < kVectors; i++) {
+        const F whole = nearest(v[i] * inverse);
+        store_bytes(codes + i * N, whole);
+        F& half = sums[i >= kVectors / 2];
+        half = half + whole;
+    }
+    *scale = step;
+    *sum_first = sum(sums[0]) * step;
+    *sum_all = sum(sums[0] + sums[1]) * step;
+}
+
+static void quantize(const Quantize& p, Pool& pool) {
+    const int64_t columns = p.to.columns, blocks = columns / kBlock, groups = (p.to.tokens + kTokens - 1) / kTokens;
+    const int64_t tasks = pieces(pool, groups, 1 + 8192 / columns), step = (groups + tasks - 1) / tasks;
+    pool.run(tasks, [&](int64_t task, int) {
+        for (int64_t t = task * step * kTokens; t < p.to.tokens && t < (task + 1) * step * kTokens; t++) {
+            const int64_t first = t / kTokens * kTokens, i = t - first;
+            const int64_t size = p.to.tokens - first < kTokens ? last_block(p.to.tokens - first) : kTokens;
+            int8_t* codes = p.to.codes + first * columns + i * kBlock;
+            float *scales = p.to.scales + first * blocks + i, *sums = p.to.sums + 2 * first * blocks + i;
+            for (int64_t b = 0; b < blocks; b++)
+                quantize_block(p.x + t * columns + b * kBlock, codes + b * size * kBlock, scales + b * size,
+                               sums + 2 * b * size, sums + (2 * b + 1) * size);
+        }
+    });
+}
+
+template <int bits, int q>
+static inline Line quad_codes(const uint8_t* block) {
+    constexpr auto parts = [] {
+        struct Parts {
+            Field field[2] = {};
+            int count = 0;
+        } found;
+        found.count = fields(bits, q, found.field);
+        return found;
+    }();
+    constexpr Field a = parts.field[0], b = parts.field[1];
+    Line codes = field(load_line(block + kLine * a.line), a.from, a.count, a.to);
+    if constexpr (parts.count == 2) codes = codes | field(load_line(block + kLine * b.line), b.from, b.count, b.to);
+    return codes;
+}
+
+// One block of 32 columns: 16 rows x T tokens of dots. `halved`: of each half of the columns by itself.
+template <int bits, bool halved, int T, int i = 0>
+static inline void dot_block(const uint8_t* block, const int8_t* x, Dot<bits> dots[T][1 + halved]) {
+    // Quads that share a line follow one another, unless halves must be kept apart.
+    constexpr int q = halved ? i : (i & 1) * 4 + (i >> 1), half = halved ? q / 4 : 0, place = halved ? i % 4 : i;
+    const Line codes = quad_codes<bits, q>(block);
+    ONDEVICE_UNROLL
+    for (int t = 0; t < T; t++) dots[t][half].add(place, codes, load_quad(x + t * kBlock + 4 * q));
+    if constexpr (i < 7) dot_block<bits, halved, T, i + 1>(block, x, dots);
+}
+
+// A tile times T tokens (one block of Quantized) -> out [T, 16].
+template <int bits, bool biased, bool halved, int T>
+static void multiply_tile(const Tiles& w, const uint8_t* tile, const int8_t* x, const float* scales, const float* sums,
+                          float* out) {
+    constexpr int kHalves = 1 + halved;
+    const int64_t units = w.columns / w.unit(), blocks = w.unit() / kBlock, line = w.scales_bytes();
+    const float shift = (bits == 8 ? kOffset8 : 0.0f) - w.zero;
+    F y[T][L];
+    for (auto& row : y)
+        for (F& v : row) v = set(0);
+    for (int64_t u = 0; u < units; u++) {
+        F part[T][kHalves][L];
+        float part_sums[T][kHalves] = {};
+        for (auto& token : part)
+            for (auto& half : token)
+                for (F& v : half) v = set(0);
+        for (int64_t b = 0; b < blocks; b++, x += T * kBlock, scales += T, sums += 2 * T, tile += kLine * bits) {
+            Dot<bits> dots[T][kHalves];
+            for (auto& row : dots)
+                for (auto& dot : row) dot.clear();
+            dot_block<bits, halved, T>(tile, x, dots);
+            ONDEVICE_UNROLL
+            for (int t = 0; t < T; t++) {
+                const float first = sums[T + t];
+                const float by_half[2] = {halved ? first : sums[t], sums[t] - first};
+                ONDEVICE_UNROLL
+                for (int h = 0; h < kHalves; h++) {
+                    F total[L];
+                    dots[t][h].total(8 / kHalves, total);
+                    const F scale = set(scales[t]), extra = set(shift * by_half[h]);
+                    part_sums[t][h] += by_half[h];
+                    ONDEVICE_UNROLL
+                    for (int i = 0; i < L; i++) {
+                        const F start = biased && bits != 8 ? part[t][h][i] : part[t][h][i] + extra;
+                        part[t][h][i] = fma(total[i], scale, start);
+                    }
+                }
+            }
+        }
+        ONDEVICE_UNROLL
+        for (int h = 0; h < kHalves; h++) {
+            F s[L], m[L];
+            load16(tile + h * line, w.scale_type, s);
+            if (biased) load16(tile + (kHalves + h) * line, w.scale_type, m);
+            ONDEVICE_UNROLL
+            for (int t = 0; t < T; t++)
+                ONDEVICE_UNROLL
+                for (int i = 0; i < L; i++) {
+                    y[t][i] = fma(part[t][h][i], s[i], y[t][i]);
+                    if (biased) y[t][i] = fma(m[i], set(part_sums[t][h]), y[t][i]);
+                }
+        }
+        tile += kHalves * line * (biased ? 2 : 1);
+    }
+    for (int t = 0; t < T; t++)
+        for (int i = 0; i < L; i++) store(out + t * kRows + i * N, y[t][i]);
+}
+
+using TileKernel = void (*)(const Tiles&, const uint8_t*, const int8_t*, const float*, const float*, float*);
+
+template <int T>
+static TileKernel tile_kernel(const Tiles& w) {
+    const bool halved = w.group < kBlock;
+    switch (w.bits * 4 + w.biased * 2 + halved) {
+#define ONDEVICE_CASE(bits, biased, halved) \
+    case bits * 4 + biased * 2 + halved: return multiply_tile<bits, biased, halved, T>;
+#define ONDEVICE_CASES(bits) ONDEVICE_CASE(bits, 0, 0) ONDEVICE_CASE(bits, 1, 0)
+        ONDEVICE_CASES(2) ONDEVICE_CASES(3) ONDEVICE_CASES(4) ONDEVICE_CASES(5) ONDEVICE_CASES(6) ONDEVICE_CASES(8)
+        ONDEVICE_CASE(2, 1, 1) ONDEVICE_CASE(3, 0, 1) ONDEVICE_CASE(6, 0, 1)  // Q2_K, Q3_K, Q6_K
+#undef ONDEVICE_CASES
+#undef ONDEVICE_CASE
+    }
+    return nullptr;  // prepare() lets nothing else in
+}
+
+static TileKernel tile_kernel(const Tiles& w, int64_t tokens) {
+    if (tokens == 1) return tile_kernel<1>(w);
+    if (tokens == 2) return tile_kernel<2>(w);
+    if constexpr (kTokens > 4)
+        if (tokens == 8) return tile_kernel<8>(w);
+    return tile_kernel<4>(w);
+}
+
+// 16 rows of sums into as many columns of out [tokens, rows].
+static inline void put_tile(const Product& p, int64_t tile, int64_t token, int64_t tokens, const float* sums) {
+    const int64_t row = tile * kRows, rows = p.weight.rows - row < kRows ? p.weight.rows - row : kRows;
+    for (int64_t t = 0; t < tokens; t++) {
+        float* out = p.out + (token + t) * p.weight.rows + row;
+        for (int64_t r = 0; r < rows; r++) out[r] = sums[t * kRows + r] + (p.bias ? p.bias[row + r] : 0.0f);
+    }
+}
+
+// Tokens [from, to) (from: a multiple of kTokens) of one product, at one tile.
+static void tile_product(const Quantized& x, const Product& p, int64_t tile, int64_t from, int64_t to) {
+    const int64_t blocks = x.columns / kBlock;
+    const uint8_t* data = p.weight.tiles->tile(p.weight.expert, tile);
+    alignas(64) float sums[kTokens * kRows];
+    for (int64_t t = from; t < to; t += kTokens) {
+        const int64_t real = to - t < kTokens ? to - t : kTokens, size = real < kTokens ? last_block(real) : kTokens;
+        tile_kernel(*p.weight.tiles, size)(*p.weight.tiles, data, x.codes + t * x.columns, x.scales + t * blocks,
+                                           x.sums + 2 * t * blocks, sums);
+        put_tile(p, tile, t, real, sums);
+    }
+}
+
+static void linear_int8(const LinearInt8& p, Pool& pool) {
+    int64_t ends[kProducts], tiles = 0;  // tiles of all products, in one row
+    for (int i = 0; i < p.count; i++) ends[i] = tiles += p.products[i].weight.tiles->tiles();
+    // Tokens by the chunk, such that their codes stay in the second level of cache while all tiles pass.
+    const int64_t chunk = round_up(1 + (256 << 10) / p.x.columns, kTokens), chunks = (p.x.tokens + chunk - 1) / chunk;
+    const int64_t least = 1 + 32768 / (p.x.columns * (p.x.tokens < chunk ? p.x.tokens : chunk));
+    const int64_t cuts = p.x.tokens >= chunk ? (tiles + least - 1) / least : pieces(pool, tiles, least);
+    const int64_t step = (tiles + cuts - 1) / cuts;
+    pool.run(cuts * chunks, [&](int64_t task, int) {
+        const int64_t from = task / cuts * chunk, to = from + chunk < p.x.tokens ? from + chunk : p.x.tokens;
+        int i = 0;
+        for (int64_t at = task % cuts * step; at < tiles && at < (task % cuts + 1) * step; at++) {
+            while (at >= ends[i]) i++;
+            tile_product(p.x, p.products[i], i ? at - ends[i - 1] : at, from, to);
+        }
+    });
+}

@@ -1,0 +1,72 @@
+// Vectors of 16 rows and the functions of one number, over the vocabulary of simd/*.h.
+
+#if defined(__clang__)
+#define ONDEVICE_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define ONDEVICE_UNROLL _Pragma("GCC unroll 16")
+#else
+#define ONDEVICE_UNROLL
+#endif
+
+constexpr int L = kRows / N;  // vectors that hold one number for each row of a tile
+
+template <class E>
+static inline void load16(const E* p, F out[L]) {
+    for (int i = 0; i < L; i++) out[i] = load(p + i * N);
+}
+
+static inline void load16(const uint8_t* p, Number type, F out[L]) {
+    if (type == Number::f16) load16(reinterpret_cast<const half*>(p), out);
+    else if (type == Number::bf16) load16(reinterpret_cast<const bfloat*>(p), out);
+    else load16(reinterpret_cast<const float*>(p), out);
+}
+
+// e^x, 2 units in the last place: x = n ln 2 + r, e^r by the polynomial of Cephes' expf. Below -87 it is 0, above 88
+// infinite or nearly; not-a-number stays that.
+static inline F exp(F x) {
+    x = max(set(-88.0f), min(set(89.0f), x));
+    const F n = nearest(x * set(1.44269504f));
+    F r = fma(n, set(-0.693359375f), x);  // ln 2 in two parts, the first with few bits: n times it is exact
+    r = fma(n, set(2.12194440e-4f), r);
+    F p = set(1.9875691500e-4f);
+    p = fma(p, r, set(1.3981999507e-3f));
+    p = fma(p, r, set(8.3334519073e-3f));
+    p = fma(p, r, set(4.1665795894e-2f));
+    p = fma(p, r, set(1.6666665459e-1f));
+    p = fma(p, r, set(5.0000001201e-1f));
+    p = fma(p, r * r, r) + set(1.0f);
+    return p * power_of_two(n);
+}
+
+static inline F sigmoid(F x) { return set(1.0f) / (set(1.0f) + exp(set(0.0f) - x)); }
+
+// 1 - 2 / (e^2x + 1): right to 1e-7 of 1, not of small results, which is what sums of it need.
+static inline F tanh(F x) { return set(1.0f) - set(2.0f) / (exp(x + x) + set(1.0f)); }
+
+// The normal distribution's share below x, within 1e-7 (Abramowitz and Stegun 7.1.26 for erf, on |x| / sqrt 2).
+static inline F normal_share(F x) {
+    const F z = abs(x) * set(0.707106781f);
+    const F t = set(1.0f) / fma(z, set(0.3275911f), set(1.0f));
+    F p = set(1.061405429f);
+    p = fma(p, t, set(-1.453152027f));
+    p = fma(p, t, set(1.421413741f));
+    p = fma(p, t, set(-0.284496736f));
+    p = fma(p, t, set(0.254829592f));
+    const F tail = p * t * exp(set(0.0f) - z * z) * set(0.5f);  // the share beyond |x|
+    const F half_sign = max(set(-0.5f), min(set(0.5f), x * set(1e30f)));  // of x, times 1/2
+    return fma(set(0.5f) - tail, half_sign + half_sign, set(0.5f));
+}
+
+template <Activation kind>
+static inline F activation(F x) {
+    if constexpr (kind == Activation::silu) return x * sigmoid(x);
+    if constexpr (kind == Activation::gelu) return x * normal_share(x);
+    if constexpr (kind == Activation::gelu_tanh) {  // (1 + tanh z) / 2 is sigmoid(2 z)
+        const F cubic = fma(x * x * x, set(0.044715f), x);
+        return x * sigmoid(cubic * set(1.59576912f));
+    }
+    if constexpr (kind == Activation::relu) return max(set(0.0f), x);
+    if constexpr (kind == Activation::relu2) return max(set(0.0f), x) * max(set(0.0f), x);
+    if constexpr (kind == Activation::sigmoid) return sigmoid(x);
+    if constexpr (kind == Activation::tanh) return tanh(x);
+}

@@ -1,0 +1,95 @@
+// What Python holds: a machine (kernels and threads), weights, and plans of recorded calls.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace ondevice::cpu {
+
+// Bytes aligned to 64; large ones on huge pages where the system has them.
+class Buffer {
+  public:
+    explicit Buffer(int64_t bytes);
+    ~Buffer();
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+
+    template <class T = uint8_t>
+    T* as() const {
+        return static_cast<T*>(data_);
+    }
+    int64_t size() const { return bytes_; }
+
+  private:
+    void* data_;
+    int64_t bytes_;
+};
+
+// Buffers of one plan: what Python lets go of while recording is used again by later calls, for replay runs them in the
+// same order.
+class Arena {
+  public:
+    uint8_t* take(int64_t bytes);
+    bool owns(const void* data) const;
+    void give(uint8_t* data) { free_[sizes_.at(data)].push_back(data); }
+
+  private:
+    std::vector<std::unique_ptr<Buffer>> all_;
+    std::map<uint8_t*, int64_t> sizes_;
+    std::map<int64_t, std::vector<uint8_t*>> free_;
+};
+
+// Recorded kernel calls, in order.
+class Plan {
+  public:
+    using Node = std::function<void(Pool&)>;
+
+    void append(Node node);
+    // Products of the same activations that follow one another become one node.
+    void append(Kernel<LinearInt8> kernel, const LinearInt8& products);
+    void run(Pool& pool) const;
+    size_t size() const { return nodes_.size(); }
+
+    const std::shared_ptr<Arena> arena = std::make_shared<Arena>();
+
+  private:
+    std::vector<Node> nodes_;
+    std::shared_ptr<LinearInt8> open_;  // the last node, if it is one that may grow
+};
+
+// Runs kernels now, or writes them down in a plan.
+class Machine {
+  public:
+    // Throws std::invalid_argument if this processor has no kernels of that name ("" for its best).
+    Machine(int threads, const std::string& name);
+
+    template <class Arguments>
+    void call(Kernel<Arguments> kernel, const Arguments& arguments) {
+        if (!plan) return run([&] { kernel(arguments, *pool_); });
+        if constexpr (std::is_same_v<Arguments, LinearInt8>) plan->append(kernel, arguments);
+        else plan->append([kernel, arguments](Pool& pool) { kernel(arguments, pool); });
+    }
+    void replay(const Plan& recorded) {
+        run([&] { recorded.run(*pool_); });
+    }
+    // One caller at a time, without Python's lock.
+    void run(const std::function<void()>& work);
+
+    Pool& pool() { return *pool_; }
+    const Kernels& kernels() const { return *kernels_; }
+
+    std::shared_ptr<Plan> plan;  // while recording
+
+  private:
+    std::shared_ptr<Pool> pool_;
+    const Kernels* kernels_;
+};
+
+}  // namespace ondevice::cpu

@@ -1,0 +1,349 @@
+// The Python face of the kernels: arrays become pointers and sizes, sizes are checked against one another.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <stdexcept>
+
+#include "machine.h"
+#include "pack.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace ondevice::cpu {
+namespace {
+
+template <class T>
+using Array = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
+using Out = Array<float>;
+using In = Array<const float>;
+using Ints = Array<const int32_t>;
+using Bytes = Array<const uint8_t>;
+using Maybe = std::optional<In>;
+
+void require(bool fits, const char* what) {
+    if (!fits) throw std::invalid_argument(what);
+}
+
+const float* data(const Maybe& a) { return a ? a->data() : nullptr; }
+
+int64_t size(const Maybe& a) { return a ? static_cast<int64_t>(a->size()) : 0; }
+
+int64_t last(const In& a) { return static_cast<int64_t>(a.shape(a.ndim() - 1)); }
+
+Number number(const std::string& dtype) {
+    if (dtype == "float32") return Number::f32;
+    if (dtype == "float16") return Number::f16;
+    if (dtype == "bfloat16") return Number::bf16;
+    throw std::invalid_argument("no such float type: " + dtype);
+}
+
+template <class Arguments>
+void call(Machine& machine, Kernel<Arguments> kernel, const Arguments& arguments) {
+    nb::gil_scoped_release others_may_run;
+    machine.call(kernel, arguments);
+}
+
+// ---- weights
+
+// A matrix, or a stack of them, with the memory it lies in.
+struct Weight {
+    std::shared_ptr<Buffer> buffer;  // of tiles
+    nb::object owner;                // of dense numbers
+    Tiles tiles{};
+    Matrix matrix{};
+
+    const Matrix at(int64_t expert) const {
+        Matrix m = matrix;
+        m.expert = expert;
+        if (tiles.data) m.tiles = &tiles;
+        else m.dense = static_cast<const uint8_t*>(m.dense) + expert * m.rows * m.columns * size_of(m.type);
+        return m;
+    }
+    int64_t bytes() const { return buffer ? buffer->size() : 0; }
+};
+
+std::shared_ptr<Weight> dense(nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu> a, const std::string& dtype, int64_t rows,
+                              int64_t columns) {
+    auto weight = std::make_shared<Weight>();
+    weight->matrix = Matrix{a.data(), number(dtype), rows, columns, nullptr, 0};
+    require(static_cast<int64_t>(a.nbytes()) >= rows * columns * size_of(weight->matrix.type), "too few numbers");
+    weight->owner = nb::cast(a);
+    return weight;
+}
+
+std::shared_ptr<Weight> empty_tiles(const Tiles& shape) {
+    auto weight = std::make_shared<Weight>();
+    weight->tiles = shape;
+    weight->buffer = std::make_shared<Buffer>(weight->tiles.bytes());
+    weight->tiles.data = weight->buffer->as();
+    weight->matrix = Matrix{nullptr, Number::f32, shape.rows, shape.columns, nullptr, 0};
+    return weight;
+}
+
+std::shared_ptr<Weight> pack_affine(Machine& machine, Bytes codes, int stored_bits, Bytes scales,
+                                    std::optional<Bytes> biases, const std::string& dtype, int bits, int group,
+                                    float zero, int64_t experts, int64_t rows, int64_t columns) {
+    const Tiles shape{bits, group, number(dtype), biases.has_value(), zero, experts, rows, columns, nullptr};
+    const int64_t numbers = experts * rows * (columns / group) * size_of(shape.scale_type);
+    require(columns % shape.unit() == 0, "columns are no multiple of the group");
+    require(static_cast<int64_t>(codes.nbytes()) == experts * rows * columns / 8 * stored_bits, "codes do not fit");
+    require(static_cast<int64_t>(scales.nbytes()) == numbers, "scales do not fit");
+    require(!biases || static_cast<int64_t>(biases->nbytes()) == numbers, "biases do not fit");
+    auto weight = empty_tiles(shape);
+    const AffineParts parts{codes.data(), stored_bits, scales.data(), biases ? biases->data() : nullptr};
+    nb::gil_scoped_release others_may_run;
+    machine.run([&] { pack(parts, weight->tiles, machine.pool()); });
+    return weight;
+}
+
+std::shared_ptr<Weight> pack_legacy(Machine& machine, Bytes blocks, int bits, bool biased, int64_t experts,
+                                    int64_t rows, int64_t columns) {
+    const float zero = biased ? 0.0f : static_cast<float>(1 << (bits - 1));
+    const int64_t block = 4 * bits + (biased ? 4 : 2);
+    require(columns % kBlock == 0, "columns are no multiple of the block");
+    require(static_cast<int64_t>(blocks.nbytes()) == experts * rows * (columns / kBlock) * block, "blocks do not fit");
+    auto weight = empty_tiles(Tiles{bits, kBlock, Number::f16, biased, zero, experts, rows, columns, nullptr});
+    const LegacyBlocks from{blocks.data()};
+    nb::gil_scoped_release others_may_run;
+    machine.run([&] { pack(from, weight->tiles, machine.pool()); });
+    return weight;
+}
+
+// ---- activations in int8
+
+struct Activations {
+    Buffer buffer;
+    Quantized view;
+
+    Activations(int64_t tokens, int64_t columns, int block)
+        : buffer(padded_tokens(tokens, block) * (columns + 3 * columns / kBlock * int64_t{sizeof(float)})) {
+        const int64_t places = padded_tokens(tokens, block);
+        auto* scales = reinterpret_cast<float*>(buffer.as() + places * columns);
+        view = Quantized{buffer.as<int8_t>(), scales, scales + places * (columns / kBlock), tokens, columns};
+    }
+};
+
+std::shared_ptr<Activations> quantize(Machine& machine, In x) {
+    const int64_t columns = last(x), tokens = static_cast<int64_t>(x.size()) / columns;
+    require(columns % kBlock == 0, "columns are no multiple of 32");
+    auto made = std::make_shared<Activations>(tokens, columns, machine.kernels().tokens);
+    call(machine, machine.kernels().quantize, Quantize{x.data(), made->view});
+    return made;
+}
+
+void linear_int8(Machine& machine, const Activations& x, const Weight& weight, int64_t expert, Maybe bias, Out out) {
+    const Matrix w = weight.at(expert);
+    require(w.tiles && x.view.columns == w.columns, "activations and weight do not fit");
+    require(static_cast<int64_t>(out.size()) == x.view.tokens * w.rows && (!bias || size(bias) == w.rows), "sizes");
+    call(machine, machine.kernels().linear_int8, LinearInt8{x.view, {Product{w, data(bias), out.data()}}, 1});
+}
+
+void linear_float(Machine& machine, In x, const Weight& weight, int64_t expert, Maybe bias, Out out) {
+    const Matrix w = weight.at(expert);
+    const int64_t tokens = static_cast<int64_t>(x.size()) / w.columns;
+    require(last(x) == w.columns, "activations and weight do not fit");
+    require(static_cast<int64_t>(out.size()) == tokens * w.rows && (!bias || size(bias) == w.rows), "sizes");
+    call(machine, machine.kernels().linear_float, LinearFloat{x.data(), tokens, Product{w, data(bias), out.data()}});
+}
+
+void embed_rows(Machine& machine, const Weight& weight, int64_t expert, Ints ids, Out out) {
+    const Matrix w = weight.at(expert);
+    require(out.size() == ids.size() * static_cast<size_t>(w.columns), "sizes");
+    call(machine, &embed, Embed{w, ids.data(), out.data(), static_cast<int64_t>(ids.size())});
+}
+
+// ---- everything else
+
+void pairwise(Machine& machine, Kernel<Pairwise> kernel, In a, In b, Out out) {
+    require(b.size() && a.size() == out.size() && a.size() % b.size() == 0, "sizes");
+    call(machine, kernel,
+         Pairwise{a.data(), b.data(), out.data(), static_cast<int64_t>(a.size()), static_cast<int64_t>(b.size())});
+}
+
+void single(Machine& machine, Kernel<Single> kernel, In a, float number, Out out) {
+    require(a.size() == out.size(), "sizes");
+    call(machine, kernel, Single{a.data(), out.data(), static_cast<int64_t>(a.size()), number});
+}
+
+void gated(Machine& machine, In gate, Maybe up, int kind, Out out) {
+    require(gate.size() == out.size() && (!up || up->size() == gate.size()), "sizes");
+    const auto size = static_cast<int64_t>(gate.size());
+    call(machine, machine.kernels().gated, Gated{gate.data(), data(up), out.data(), size, Activation(kind)});
+}
+
+void norm(Machine& machine, Kernel<Norm> kernel, In x, In gain, Maybe bias, float eps, float offset, Out out) {
+    const int64_t width = last(x), rows = static_cast<int64_t>(x.size()) / width;
+    require(static_cast<int64_t>(gain.size()) == width && (!bias || size(bias) == width), "sizes");
+    require(x.size() == out.size(), "sizes");
+    call(machine, kernel, Norm{x.data(), gain.data(), data(bias), out.data(), rows, width, eps, offset});
+}
+
+void make_rope_table(Machine& machine, Ints starts, In freqs, float scale, Out table) {
+    const auto B = static_cast<int64_t>(starts.size()), pairs = static_cast<int64_t>(freqs.size());
+    const int64_t T = static_cast<int64_t>(table.size()) / (B * 2 * pairs);
+    call(machine, &rope_table, RopeTable{starts.data(), freqs.data(), table.data(), B, T, pairs, scale});
+}
+
+void rope(Machine& machine, In x, In table, bool interleaved, Out out) {
+    require(x.ndim() == 4 && table.ndim() == 4 && x.size() == out.size(), "sizes");
+    const auto tokens = static_cast<int64_t>(x.shape(0) * x.shape(1)), pairs = static_cast<int64_t>(table.shape(3));
+    const auto heads = static_cast<int64_t>(x.shape(2)), d = static_cast<int64_t>(x.shape(3));
+    require(2 * pairs <= d && static_cast<int64_t>(table.size()) == tokens * 2 * pairs, "table");
+    call(machine, machine.kernels().rope, Rope{x.data(), table.data(), out.data(), tokens, heads, d, pairs, interleaved});
+}
+
+void take_rows(Machine& machine, In x, Ints rows, Out out) {
+    const int64_t width = x.shape(0) ? static_cast<int64_t>(x.size() / x.shape(0)) : 0;
+    require(out.size() == rows.size() * static_cast<size_t>(width), "sizes");
+    for (size_t i = 0; i < rows.size(); i++)
+        if (rows.data()[i] < 0 || static_cast<size_t>(rows.data()[i]) >= x.shape(0)) throw std::out_of_range("row");
+    call(machine, &take,
+         Take{reinterpret_cast<const uint8_t*>(x.data()), rows.data(), reinterpret_cast<uint8_t*>(out.data()),
+              static_cast<int64_t>(rows.size()), width * int64_t{sizeof(float)}});
+}
+
+void cut_piece(Machine& machine, In x, int64_t from, Out out) {
+    const int64_t stride = last(x), rows = static_cast<int64_t>(x.size()) / stride;
+    const int64_t width = static_cast<int64_t>(out.shape(out.ndim() - 1));
+    require(from >= 0 && from + width <= stride && static_cast<int64_t>(out.size()) == rows * width, "sizes");
+    call(machine, &piece, Piece{x.data(), out.data(), rows, stride, from, width});
+}
+
+struct Step {
+    Ints starts, lengths, slots;
+    std::optional<Ints> segments;
+};
+
+struct LayerRoom {
+    nb::ndarray<nb::c_contig, nb::device::cpu> keys, values;
+    Number type;
+    int64_t capacity;
+};
+
+struct Mask {
+    float scale;
+    int64_t window, chunk;
+    float softcap;
+};
+
+void attend(Machine& machine, In q, In k, In v, Maybe sinks, const Mask& mask, const Step& step, const LayerRoom* room,
+            Out out) {
+    require(q.ndim() == 4 && k.ndim() == 4 && v.ndim() == 4, "q, k and v have four axes");
+    const auto axis = [](const In& a, size_t i) { return static_cast<int64_t>(a.shape(i)); };
+    const int64_t B = axis(q, 0), T = axis(q, 1), H = axis(q, 2), K = axis(k, 2), d = axis(q, 3), dv = axis(v, 3);
+    require(K > 0 && H % K == 0 && axis(k, 3) == d && axis(v, 2) == K, "heads do not fit");
+    require(axis(k, 0) == B && axis(k, 1) == T && axis(v, 0) == B && axis(v, 1) == T, "tokens do not fit");
+    require(static_cast<int64_t>(out.size()) == B * T * H * dv && (!sinks || size(sinks) == H), "sizes");
+    require(static_cast<int64_t>(step.starts.size()) == B && static_cast<int64_t>(step.lengths.size()) == B, "step");
+    call(machine, machine.kernels().attention,
+         Attention{q.data(), k.data(), v.data(), data(sinks), out.data(), step.starts.data(), step.lengths.data(),
+                   step.slots.data(), step.segments ? step.segments->data() : nullptr, room ? room->keys.data() : nullptr,
+                   room ? room->values.data() : nullptr, room ? room->type : Number::f32, B, T, H, K, d, dv,
+                   room ? room->capacity : T, mask.window, mask.chunk, mask.scale, mask.softcap});
+}
+
+// A float32 array in the recorded plan's arena; its memory is free for later calls once Python has let go of it.
+nb::ndarray<nb::numpy, float> arena_array(const Plan& plan, const std::vector<size_t>& shape) {
+    struct Lease {
+        std::shared_ptr<Arena> arena;
+        uint8_t* data;
+    };
+    size_t bytes = sizeof(float);
+    for (size_t n : shape) bytes *= n;
+    auto* lease = new Lease{plan.arena, plan.arena->take(round_up(static_cast<int64_t>(bytes), kLine))};
+    nb::capsule owner(lease, [](void* p) noexcept {
+        auto* gone = static_cast<Lease*>(p);
+        gone->arena->give(gone->data);
+        delete gone;
+    });
+    return {lease->data, shape.size(), shape.data(), owner};
+}
+
+std::vector<std::string> variant_names() {
+    const Variants found = variants();
+    std::vector<std::string> names;
+    for (int i = 0; i < found.count; i++) names.emplace_back(found.all[i]->name);
+    return names;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.doc() = "Kernels of the CPU backend. Arrays are float32 and contiguous; nothing is copied or converted.";
+    m.def("variants", &variant_names, "Instruction sets that this processor can run, the best first.");
+
+    nb::class_<Weight>(m, "Weight")
+        .def_prop_ro("nbytes", &Weight::bytes)
+        .def_prop_ro("tiled", [](const Weight& self) { return self.buffer != nullptr; });
+    nb::class_<Activations>(m, "Activations");
+    nb::class_<Mask>(m, "Mask").def(nb::init<float, int64_t, int64_t, float>());
+    nb::class_<Step>(m, "Step").def(
+        "__init__",
+        [](Step* self, Ints starts, Ints lengths, Ints slots, std::optional<Ints> segments) {
+            new (self) Step{starts, lengths, slots, segments};
+        },
+        "starts"_a.noconvert(), "lengths"_a.noconvert(), "slots"_a.noconvert(), "segments"_a.noconvert().none());
+    nb::class_<LayerRoom>(m, "LayerRoom")
+        .def("__init__", [](LayerRoom* self, nb::ndarray<nb::c_contig, nb::device::cpu> keys,
+                            nb::ndarray<nb::c_contig, nb::device::cpu> values, const std::string& dtype,
+                            int64_t capacity) { new (self) LayerRoom{keys, values, number(dtype), capacity}; });
+    nb::class_<Plan>(m, "Plan")
+        .def(nb::init<>())
+        .def("__len__", &Plan::size)
+        .def("owns", [](const Plan& self, const nb::ndarray<nb::ro>& a) { return self.arena->owns(a.data()); })
+        .def("empty", &arena_array, "shape"_a, "A float32 array for a recorded result.");
+
+    m.def("dense", &dense, "array"_a.noconvert(), "dtype"_a, "rows"_a, "columns"_a);
+
+    nb::class_<Machine>(m, "Machine")
+        .def(nb::init<int, const std::string&>(), "threads"_a, "kernels"_a = "")
+        .def_prop_ro("threads", [](Machine& self) { return self.pool().threads(); })
+        .def_prop_ro("kernels", [](Machine& self) { return self.kernels().name; })
+        .def_rw("plan", &Machine::plan, nb::arg().none())
+        .def("replay", &Machine::replay, nb::call_guard<nb::gil_scoped_release>())
+        .def("pack_affine", &pack_affine, "codes"_a.noconvert(), "stored_bits"_a, "scales"_a.noconvert(),
+             "biases"_a.noconvert().none(), "dtype"_a, "bits"_a, "group"_a, "zero"_a, "experts"_a, "rows"_a, "columns"_a)
+        .def("pack_legacy", &pack_legacy, "blocks"_a.noconvert(), "bits"_a, "biased"_a, "experts"_a, "rows"_a, "columns"_a)
+        .def("quantize", &quantize, "x"_a.noconvert())
+        .def("linear_int8", &linear_int8, "x"_a, "weight"_a, "expert"_a, "bias"_a.noconvert().none(), "out"_a.noconvert())
+        .def("linear_float", &linear_float, "x"_a.noconvert(), "weight"_a, "expert"_a, "bias"_a.noconvert().none(),
+             "out"_a.noconvert())
+        .def("embed", &embed_rows, "weight"_a, "expert"_a, "ids"_a.noconvert(), "out"_a.noconvert())
+        .def("add", [](Machine& self, In a, In b, Out out) { pairwise(self, self.kernels().add, a, b, out); },
+             "a"_a.noconvert(), "b"_a.noconvert(), "out"_a.noconvert())
+        .def("multiply", [](Machine& self, In a, In b, Out out) { pairwise(self, self.kernels().multiply, a, b, out); },
+             "a"_a.noconvert(), "b"_a.noconvert(), "out"_a.noconvert())
+        .def("add_number",
+             [](Machine& self, In a, float number, Out out) { single(self, self.kernels().add_number, a, number, out); },
+             "a"_a.noconvert(), "number"_a, "out"_a.noconvert())
+        .def("multiply_number",
+             [](Machine& self, In a, float n, Out out) { single(self, self.kernels().multiply_number, a, n, out); },
+             "a"_a.noconvert(), "number"_a, "out"_a.noconvert())
+        .def("softcap", [](Machine& self, In a, float cap, Out out) { single(self, self.kernels().softcap, a, cap, out); },
+             "a"_a.noconvert(), "cap"_a, "out"_a.noconvert())
+        .def("gated", &gated, "gate"_a.noconvert(), "up"_a.noconvert().none(), "kind"_a, "out"_a.noconvert())
+        .def("rms_norm",
+             [](Machine& self, In x, In gain, float eps, float offset, Out out) {
+                 norm(self, self.kernels().rms_norm, x, gain, std::nullopt, eps, offset, out);
+             },
+             "x"_a.noconvert(), "gain"_a.noconvert(), "eps"_a, "offset"_a, "out"_a.noconvert())
+        .def("layer_norm",
+             [](Machine& self, In x, In gain, Maybe bias, float eps, Out out) {
+                 norm(self, self.kernels().layer_norm, x, gain, bias, eps, 0.0f, out);
+             },
+             "x"_a.noconvert(), "gain"_a.noconvert(), "bias"_a.noconvert().none(), "eps"_a, "out"_a.noconvert())
+        .def("rope_table", &make_rope_table, "starts"_a.noconvert(), "freqs"_a.noconvert(), "scale"_a, "table"_a.noconvert())
+        .def("rope", &rope, "x"_a.noconvert(), "table"_a.noconvert(), "interleaved"_a, "out"_a.noconvert())
+        .def("take", &take_rows, "x"_a.noconvert(), "rows"_a.noconvert(), "out"_a.noconvert())
+        .def("piece", &cut_piece, "x"_a.noconvert(), "start"_a, "out"_a.noconvert())
+        .def("attention", &attend, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "sinks"_a.noconvert().none(),
+             "mask"_a, "step"_a, "room"_a.none(), "out"_a.noconvert());
+}
+
+}  // namespace ondevice::cpu

@@ -1,0 +1,28 @@
+// Quantized weights from their files' layouts into tiles, and rows of tiles back into floats.
+#pragma once
+
+#include "pool.h"
+#include "tiles.h"
+
+namespace ondevice::cpu {
+
+// Codes as one stream of `bits` bits a row, lowest bits first: MLX's uint32 words (and, with 8 bits, plain bytes).
+// scales and biases [rows, columns / group] in the tiles' scale type; biases is null if the tiles have none.
+struct AffineParts {
+    const uint8_t* codes;
+    int bits;
+    const uint8_t *scales, *biases;
+};
+
+// GGUF's blocks of 32: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, told apart by the tiles' bits and biases.
+struct LegacyBlocks {
+    const uint8_t* data;
+};
+
+void pack(const AffineParts& from, Tiles& to, Pool& pool);
+void pack(const LegacyBlocks& from, Tiles& to, Pool& pool);
+
+// float32 numbers of one row.
+void unpack_row(const Tiles& w, int64_t expert, int64_t row, float* out);
+
+}  // namespace ondevice::cpu

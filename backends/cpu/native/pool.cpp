@@ -1,0 +1,134 @@
+#include "pool.h"
+
+#include <chrono>
+#include <map>
+#include <new>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace ondevice::cpu {
+namespace {
+
+constexpr uint32_t kOpen = 1u << 31;
+// Longer than what lies between two tokens (sampling and text: some 100 us), so that workers stay awake while decoding.
+constexpr std::chrono::microseconds kSpin{400};
+constexpr size_t kLine = 64;
+
+inline void pause() {
+#if defined(__x86_64__) || defined(_M_X64)
+    _mm_pause();
+#elif defined(__aarch64__)
+    __asm__ __volatile__("yield");
+#endif
+}
+
+std::atomic<bool> forked{false};  // a forked child has our memory but none of our threads
+
+void watch_forks() {
+#if defined(__unix__) || defined(__APPLE__)
+    static const int once = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+    (void)once;
+#endif
+}
+
+}  // namespace
+
+Pool::Room::~Room() { ::operator delete[](data_, std::align_val_t{kLine}); }
+
+float* Pool::Room::reserve(size_t floats) {
+    if (floats > size_) {
+        ::operator delete[](data_, std::align_val_t{kLine});
+        data_ = nullptr;
+        size_ = 0;
+        data_ = static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t{kLine}));
+        size_ = floats;
+    }
+    return data_;
+}
+
+Pool::Pool(int threads) : threads_(threads), scratch_(static_cast<size_t>(threads) + 2) {
+    watch_forks();
+    for (int thread = 1; thread < threads; thread++) workers_.emplace_back([this, thread] { serve(thread); });
+}
+
+Pool::~Pool() {
+    if (forked) {  // there is nobody to join
+        for (auto& worker : workers_) worker.detach();
+        return;
+    }
+    {
+        std::lock_guard lock(mutex_);
+        stop_ = true;
+        epoch_++;
+    }
+    wake_.notify_all();
+    for (auto& worker : workers_) worker.join();
+}
+
+void Pool::share(int64_t tasks, Call call, const void* self) {
+    call_ = call;
+    self_ = self;
+    tasks_ = tasks;
+    next_.store(0, std::memory_order_relaxed);
+    if (forked) return work(0);
+    gate_.fetch_or(kOpen, std::memory_order_release);
+    epoch_.fetch_add(1);
+    if (sleepers_.load() > 0) {
+        std::lock_guard lock(mutex_);
+        wake_.notify_all();
+    }
+    work(0);
+    gate_.fetch_and(~kOpen, std::memory_order_acq_rel);
+    for (int spins = 0; gate_.load(std::memory_order_acquire) != 0; spins++) {
+        if (spins < 4096) pause();
+        else std::this_thread::yield();  // more threads than cores: let the others finish
+    }
+}
+
+void Pool::work(int thread) {
+    for (;;) {
+        const int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
+        if (task >= tasks_) return;
+        call_(self_, task, thread);
+    }
+}
+
+void Pool::serve(int thread) {
+    for (uint32_t seen = 0;;) {
+        seen = await(seen);
+        if (stop_) return;
+        if (gate_.fetch_add(1, std::memory_order_acquire) & kOpen) work(thread);
+        gate_.fetch_sub(1, std::memory_order_release);
+    }
+}
+
+uint32_t Pool::await(uint32_t seen) {
+    const auto start = std::chrono::steady_clock::now();
+    for (int spins = 1;; spins++) {
+        const uint32_t now = epoch_.load(std::memory_order_acquire);
+        if (now != seen) return now;
+        pause();
+        if (spins % 256 == 0 && std::chrono::steady_clock::now() - start > kSpin) break;
+    }
+    std::unique_lock lock(mutex_);
+    sleepers_++;
+    wake_.wait(lock, [&] { return epoch_.load() != seen; });
+    sleepers_--;
+    return epoch_.load();
+}
+
+std::shared_ptr<Pool> shared_pool(int threads) {
+    static std::mutex mutex;
+    static std::map<int, std::weak_ptr<Pool>> pools;
+    std::lock_guard lock(mutex);
+    auto pool = pools[threads].lock();
+    if (!pool) pools[threads] = pool = std::make_shared<Pool>(threads);
+    return pool;
+}
+
+}  // namespace ondevice::cpu

@@ -1,0 +1,13 @@
+#include <cmath>
+
+#include "kernels.h"
+#include "simd/portable.h"
+
+namespace ondevice::cpu::portable {
+#include "kernels/all.inl"
+}
+
+namespace ondevice::cpu {
+extern const Kernels kPortable;
+const Kernels kPortable = portable::kernels;
+}  // namespace ondevice::cpu

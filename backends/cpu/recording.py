@@ -1,0 +1,75 @@
+"""`compile`: one pass through the model written down as a plan of kernel calls, then replayed without the interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..base import A, Step
+from ..tape import Array
+from . import _native
+
+if TYPE_CHECKING:
+    from .backend import CpuBackend
+
+
+class NotRecordable(Exception):
+    """Something happened while recording that a replay would not repeat; says what."""
+
+
+class Recording:
+    """A plan being written: native calls are appended instead of run, so the arrays hold nothing yet."""
+
+    def __init__(self) -> None:
+        self.plan = _native.Plan()
+        self.kept: list[Any] = []  # what the plan points to
+        self.tables: dict[Any, np.ndarray] = {}  # rotary positions, by what they were made from
+        self.last: tuple[np.ndarray, _native.Activations] | None = None  # activations made int8 last
+
+    def keep(self, arguments: tuple) -> None:
+        """Results in the plan's own arena need no keeping: they are reused once the recording lets go of them."""
+        self.kept += [a for a in arguments if not (isinstance(a, np.ndarray) and self.plan.owns(a))]
+
+
+class Replayed:
+    """`fn(ids, step)` for one shape and one cache, through a plan; eagerly, and openly so, where that can't be."""
+
+    def __init__(self, backend: CpuBackend, fn: Callable[[A, Step], A]):
+        self.backend, self.fn = backend, fn
+        self.key: tuple | None = None
+        self.reason = ""  # why there is no plan
+
+    def __call__(self, ids: Array, step: Step) -> Array:
+        if self.reason or step.segments is not None or self.backend.recording_gradients:
+            return self.fn(ids, step)
+        key = (ids.shape, None if step.cache is None else id(step.cache), len(step.starts))
+        if key != self.key:
+            self._record(ids, step)
+            if self.reason:
+                return self.fn(ids, step)
+            self.key = key
+        if step.cache is not None:
+            step.cache.check(step)
+        for kept, given in zip(self.inputs, (ids.data, step.starts, step.lengths, step.slots), strict=True):
+            np.copyto(kept, given)
+        self.backend.machine.replay(self.recording.plan)
+        return self.result
+
+    def _record(self, ids: Array, step: Step) -> None:
+        """The step's arrays are replaced by copies of our own, which the kernels read again at each replay."""
+        kernels = self.backend.kernels
+        self.inputs = [np.array(a, np.int32) for a in (ids.data, step.starts, step.lengths, step.slots)]
+        fixed = Step(*self.inputs[1:], cache=step.cache)
+        self.recording = Recording()
+        kernels.recording, self.backend.machine.plan = self.recording, self.recording.plan
+        try:
+            self.result = self.fn(Array(self.backend, self.inputs[0]), fixed)
+        except NotRecordable as error:
+            self.reason = str(error)
+        finally:
+            kernels.recording = self.backend.machine.plan = None
+        self.backend.compiled = self.reason or f"a plan of {len(self.recording.plan)} kernel calls"
+        self.recording.last = None
+        self.recording.tables.clear()

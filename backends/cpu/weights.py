@@ -1,0 +1,95 @@
+"""Weights as the native kernels read them: dense ones where the file has them, quantized ones repacked in tiles."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ... import schemes
+from ...tensors import Affine, Blocks, Dense, Tensor, dense
+from . import _native
+
+FLOATS = ("float32", "float16", "bfloat16")
+K_TILES = {  # kind -> group, what is taken from each code (None: biases are stored)
+    "Q2_K": (16, None),
+    "Q3_K": (16, 4),
+    "Q4_K": (32, None),
+    "Q5_K": (32, None),
+    "Q6_K": (16, 32),
+}
+K_BITS = {"Q2_K": 2, "Q3_K": 3, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6}
+
+
+class NativeWeight:
+    """What `prepare` returns. Vectors are float32 `numbers`; matrices [O, I] and stacks [E, O, I] are `native`."""
+
+    __slots__ = ("native", "numbers", "quantized", "shape")
+
+    def __init__(self, machine: _native.Machine, tensor: Tensor):
+        self.shape = tensor.shape
+        self.numbers: np.ndarray | None = None
+        self.native: _native.Weight | None = None
+        self.quantized = tensor.quantized
+        if len(tensor.shape) < 2:
+            self.numbers = np.ascontiguousarray(schemes.to_float(tensor))
+        elif isinstance(tensor.format, Dense):
+            self.native = _dense(tensor)
+        else:
+            self.native = _tiles(machine, tensor)
+
+    @property
+    def rows(self) -> int:
+        return self.shape[-2]
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1]
+
+
+def native_array(values: np.ndarray) -> _native.Weight:
+    """An array (a trainable) in a weight's place."""
+    return _native.dense(np.ascontiguousarray(values, np.float32), "float32", *values.shape[-2:])
+
+
+def _dense(tensor: Tensor) -> _native.Weight:
+    if tensor.format.dtype not in FLOATS:
+        tensor = dense(schemes.to_float(tensor))
+    return _native.dense(np.ascontiguousarray(tensor.parts["weight"]), tensor.format.dtype, *tensor.shape[-2:])
+
+
+def _tiles(machine: _native.Machine, tensor: Tensor) -> _native.Weight:
+    form, shape = tensor.format, _stacked(tensor.shape)
+    if isinstance(form, Affine) and form.group_size % 32 == 0:
+        codes, scales, biases = (_octets(tensor.parts[name]) for name in ("weight", "scales", "biases"))
+        return machine.pack_affine(
+            codes, form.bits, scales, biases, form.dtype, form.bits, form.group_size, 0.0, *shape
+        )
+    if isinstance(form, Blocks) and form.kind in schemes.LEGACY_BITS:
+        biased = form.kind.endswith("_1")
+        return machine.pack_legacy(_octets(tensor.parts["weight"]), schemes.LEGACY_BITS[form.kind], biased, *shape)
+    if isinstance(form, Blocks) and form.kind in K_TILES:
+        parts, (group, zero) = schemes.k_parts(tensor), K_TILES[form.kind]
+        biases = _octets(parts.biases) if zero is None else None
+        return machine.pack_affine(
+            _octets(parts.codes), 8, _octets(parts.scales), biases, "float32", K_BITS[form.kind], group, zero or 0.0, *shape
+        )  # fmt: skip
+    return _dense(dense(schemes.to_float(tensor)))
+
+
+def _stacked(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """[O, I] or [..., O, I] -> (experts, O, I)"""
+    return int(np.prod(shape[:-2], dtype=np.int64)), shape[-2], shape[-1]
+
+
+def _octets(part: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(part).view(np.uint8)
+
+
+def numbers(machine: _native.Machine, weight: NativeWeight) -> np.ndarray:
+    """float32, in the logical shape; not kept."""
+    if weight.numbers is not None:
+        return weight.numbers
+    out = np.empty(weight.shape, np.float32)
+    ids = np.arange(weight.rows, dtype=np.int32)
+    for expert, part in enumerate(out.reshape(-1, *weight.shape[-2:])):
+        machine.embed(weight.native, expert, ids, part)
+    return out
