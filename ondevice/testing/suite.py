@@ -136,8 +136,12 @@ class Pair:
         result = fn(ops, *(given(ops, i) for i in inputs))
         return [ops.numpy(a) for a in (result if isinstance(result, (tuple, list)) else [result])]
 
-    def close(self, operation: str, got: np.ndarray, want: np.ndarray, tolerance: float | None = None) -> None:
-        """Raises AssertionError unless got is want, as closely as the operation asks for."""
+    def close(
+        self, operation: str, got: np.ndarray, want: np.ndarray, tolerance: float | None = None,
+        size: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """Raises AssertionError unless got is want, as closely as the operation asks for. size: of what was summed up,
+        where that may cancel out and the root mean square of `want` says too little."""
         got, want = np.asarray(got), np.asarray(want)
         assert got.shape == want.shape, f"{operation}: shape {got.shape} instead of {want.shape}"
         if want.dtype.kind in "iu":
@@ -148,12 +152,25 @@ class Pair:
             return
         allowed = self.tolerance(operation) if tolerance is None else tolerance
         assert np.isfinite(got).all(), f"{operation}: not finite"
-        error = np.abs(got - want) / (np.abs(want) + np.sqrt(np.mean(want * want)) + 1e-30)
+        size = np.sqrt(np.mean(want * want)) if size is None else size
+        error = np.abs(got - want) / (np.abs(want) + size + 1e-30)
         worst = np.unravel_index(int(np.argmax(error)), error.shape)
         assert error[worst] <= allowed, (
             f"{operation}: {got[worst]:.6g} instead of {want[worst]:.6g} at {tuple(map(int, worst))} of {got.shape}: "
             f"error {error[worst]:.2g}, {allowed:.2g} allowed"
         )
+
+    def alike(
+        self, operation: str, got: Sequence[np.ndarray], want: Sequence[np.ndarray], tolerance: float | None = None
+    ) -> None:
+        """The results of many steps of a long computation. Their error counts as a whole, by its root mean square: one
+        rounding early on may be blown up at one place, which is nobody's fault."""
+        shapes = [g.shape for g in got], [w.shape for w in want]
+        assert shapes[0] == shapes[1], f"{operation}: shapes {shapes[0]} instead of {shapes[1]}"
+        flat_got, flat_want = (np.concatenate([a.ravel() for a in arrays]) for arrays in (got, want))
+        allowed = self.tolerance(operation) if tolerance is None else tolerance
+        error = np.sqrt(np.mean((flat_got - flat_want) ** 2) / np.mean(flat_want**2))
+        assert error <= allowed, f"{operation}: error {error:.2g} over {len(got)} results, {allowed:.2g} allowed"
 
     def tolerance(self, operation: str) -> float:
         if operation == "quantized" and not self.backend.exact:

@@ -12,7 +12,8 @@ from ..suite import Pair, case, freqs, int32
 from .weights import Format
 
 D, H, K, V, LAYERS = 64, 4, 2, 19, 2
-INT8_CHAIN = 0.3  # what activations in int8 may cost in the end, on random weights
+SCALE = 0.08  # of scores: gentle, for sharp attention over random weights doubles every rounding
+LESS_THAN_EXACT = 0.05  # what activations in int8 and a cache in float16 may cost in the end, on random weights
 
 
 def model(pair: Pair, quantized: bool) -> dict[str, Tensor]:
@@ -24,7 +25,7 @@ def model(pair: Pair, quantized: bool) -> dict[str, Tensor]:
         form = Format(Affine(4, 32, "float16"))
         return form.tensor(pair.random, rows, columns=columns)
 
-    weights = {"embed": matrix(V, D), "head": matrix(V, D)}
+    weights = {"embed": matrix(V, D), "head": matrix(V, D), "norm": dense(1 + pair.normal(D, scale=0.1))}
     for i in range(LAYERS):
         sizes = {"q": (D, D), "k": (D // 2, D), "v": (D // 2, D), "o": (D, D)}
         sizes |= {"gate": (96, D), "up": (96, D), "down": (D, 96)}
@@ -45,7 +46,7 @@ def decoder(ops: Backend, weights: dict[str, Tensor], windows: Sequence[int | No
         k = ops.linear(h, w[f"{i}.k"]).reshape(rows, tokens, K, D // H)
         v = ops.linear(h, w[f"{i}.v"]).reshape(rows, tokens, K, D // H)
         q, k = ops.rope(q, step, turns), ops.rope(k, step, turns)
-        y = ops.attention(q, k, v, None, AttentionSpec(0.25, windows[i]), step, i)
+        y = ops.attention(q, k, v, None, AttentionSpec(SCALE, windows[i]), step, i)
         x = x + ops.linear(y.reshape(rows, tokens, D), w[f"{i}.o"])
         h = ops.rms_norm(x, w[f"{i}.norm2"], 1e-5)
         gated = ops.gated(ops.linear(h, w[f"{i}.gate"]), ops.linear(h, w[f"{i}.up"]), "silu")
@@ -55,7 +56,7 @@ def decoder(ops: Backend, weights: dict[str, Tensor], windows: Sequence[int | No
         x = ops.embed(w["embed"], ids) * 8.0
         for i in range(LAYERS):
             x = block(i, x, step)
-        return ops.linear(x, w["head"])
+        return ops.linear(ops.rms_norm(x, w["norm"], 1e-5), w["head"])
 
     return forward
 
@@ -113,10 +114,10 @@ def compiled_is_plain(pair: Pair, quantized: bool, rows: int) -> None:
         forward = decoder(ops, weights)
         run = ops.compile(forward, []) if compiled else forward
         results.append(walk(ops, run, forward, ids, 9))
-    for fast, plain, want in zip(*results, strict=True):
-        pair.close("chain", fast, plain)
-        rough = quantized and not pair.backend.exact
-        pair.close("chain", plain, want, tolerance=INT8_CHAIN if rough else None)
+    fast, plain, want = results
+    pair.alike("chain", fast, plain)
+    allowed = pair.tolerance("chain")
+    pair.alike("chain", plain, want, tolerance=allowed if pair.backend.exact else max(allowed, LESS_THAN_EXACT))
 
 
 @case("cache")
@@ -125,12 +126,14 @@ def two_compiled_at_once(pair: Pair) -> None:
     first, second = (decoder(pair.backend, model(pair, False)) for _ in range(2))
     states = [caches(pair.backend, 1) for _ in range(4)]
     runs = [pair.backend.compile(f, [s]) for f, s in zip((first, second), states, strict=False)]
+    got, want = [], []
     for t in range(5):
         ids = pair.ids(V, 1, 1)
         for i, f in enumerate((first, second)):
             step, plain = (Step(int32(t), int32(1), int32(0), cache=c) for c in (states[i], states[i + 2]))
-            got = pair.backend.numpy(runs[i](pair.backend.array(ids), step)).copy()
-            pair.close("chain", got, pair.backend.numpy(f(pair.backend.array(ids), plain)))
+            got.append(pair.backend.numpy(runs[i](pair.backend.array(ids), step)).copy())
+            want.append(pair.backend.numpy(f(pair.backend.array(ids), plain)).copy())
+    pair.alike("chain", got, want)
 
 
 @case("cache")
