@@ -1,104 +1,235 @@
-"""The tokenizer of a Hugging Face folder: tokenizer.json, or else sentencepiece's tokenizer.model."""
+"""The tokenizer of a Hugging Face folder, with the ids that transformers gives."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-import sentencepiece
-import tokenizers
+from tokenizers import AddedToken, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 
-from ...errors import BadFile
-from . import Facts, Tokenizer
-from .engines import FastCutter, PieceCutter
+from ...checkpoint.files import damaged, read_object, unreadable
+from ...errors import BadFile, Unsupported
+from . import proto
+from .bpe import BpeEngine
+from .pieces import Match, PieceEngine
+from .tokenizer import Tokenizer
+from .vocabulary import SPACE, Kind, Vocabulary, is_byte
 
 FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "vocab.json", "merges.txt",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-REFETCH = "Fetch the model again, with its tokenizer files."
+MOST = 256 << 20  # bytes of one file
+HINT = "Fetch the model again, with its tokenizer files."
 
 
 def from_folder(folder: Path) -> Tokenizer:
-    """Raises BadFile when the folder has no tokenizer, or a damaged one."""
-    config = _read(folder / "tokenizer_config.json")
-    named = _read(folder / "special_tokens_map.json") | config
-    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
-    if "tokenizer.json" in files:
-        cutter = _fast(folder / "tokenizer.json")
-        special = frozenset(id for id, token in cutter.added.items() if token.special)
-    elif "tokenizer.model" in files:
-        cutter, special = _pieces(folder, config, named)
+    """Raises BadFile where there is no tokenizer or a damaged one, Unsupported for a kind that isn't known here."""
+    config = _config(folder)
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = _from_json(folder / "tokenizer.json", config)
+    elif (folder / "tokenizer.model").is_file():
+        tokenizer = _from_model(folder / "tokenizer.model", config)
     else:
-        raise BadFile(f"{folder} has neither tokenizer.json nor tokenizer.model.", REFETCH)
-    bos, eos = (_id(cutter, _spelling(named.get(f"{kind}_token"))) for kind in ("bos", "eos"))
-    facts = Facts(
-        bos, frozenset({eos} - {None}), special | ({bos, eos} - {None}), _template(folder, config),
-        _spelling(named.get("bos_token")), _spelling(named.get("eos_token")),
-    )  # fmt: skip
-    return Tokenizer(cutter, facts, files)
+        raise BadFile(f"{folder} has neither tokenizer.json nor tokenizer.model.", HINT)
+    tokenizer.eos_ids = _stops(folder, tokenizer)
+    tokenizer.chat_template = _template(folder, config)
+    tokenizer.files = lambda: {name: _read(folder / name) for name in FILES if (folder / name).is_file()}
+    return tokenizer
 
 
-def _fast(path: Path) -> FastCutter:
+def _config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, with what only the older special_tokens_map.json says."""
+    found: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            found |= read_object(folder / name, MOST)
+    if (folder / "added_tokens.json").is_file() and not found.get("added_tokens_decoder"):
+        added = read_object(folder / "added_tokens.json", MOST)
+        found["added_tokens_decoder"] = {id: {"content": text} for text, id in added.items()}
+    return found
+
+
+def _token(value: Any, special: bool = True) -> AddedToken | None:
+    """A token as the files write it: its text, or an object. None where there is none."""
+    if isinstance(value, str) and value:
+        return AddedToken(value, special=special, normalized=False)
+    if not isinstance(value, Mapping) or not isinstance(value.get("content"), str) or not value["content"]:
+        return None
+    flags = {name: value.get(name) is True for name in ("lstrip", "rstrip", "single_word", "normalized")}
+    return AddedToken(value["content"], special=special or value.get("special") is True, **flags)
+
+
+def _named(config: Mapping[str, Any]) -> dict[str, AddedToken]:
+    """The special tokens that have a role: bos, eos, …"""
+    roles = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+    return {role: token for role in roles if (token := _token(config.get(f"{role}_token"))) is not None}
+
+
+def _extra(config: Mapping[str, Any]) -> Iterator[AddedToken]:
+    """The special tokens that have none."""
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        values = config.get(key) or []
+        for value in values.values() if isinstance(values, Mapping) else values:
+            if (token := _token(value)) is not None:
+                yield token
+
+
+def _added(path: Path, config: Mapping[str, Any]) -> dict[int, AddedToken]:
+    """added_tokens_decoder, in the order of the ids."""
+    listed = config.get("added_tokens_decoder") or {}
     try:
-        fast = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exceptions
-        raise BadFile(f"{path} cannot be read: {error}.", REFETCH) from None
-    fast.no_padding()
-    fast.no_truncation()
-    return FastCutter(fast)
+        found = {int(id): _token(value, special=False) for id, value in listed.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise damaged(path, "added_tokens_decoder is no list of ids and tokens", HINT) from None
+    return {id: found[id] for id in sorted(found) if found[id] is not None}
 
 
-def _pieces(folder: Path, config: Mapping, named: Mapping) -> tuple[PieceCutter, frozenset[int]]:
-    path = folder / "tokenizer.model"
-    model = path.read_bytes()
+# -------------------------------------------------------------------------------------------- tokenizer.json
+
+
+def _from_json(path: Path, config: Mapping[str, Any]) -> Tokenizer:
     try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except (RuntimeError, OSError) as error:
-        raise BadFile(f"{path} cannot be read: {error}.", REFETCH) from None
-    added = _read(folder / "added_tokens.json") | {
-        token["content"]: int(id) for id, token in (config.get("added_tokens_decoder") or {}).items()
-    }
-    control = {processor.id_to_piece(i): i for i in range(processor.vocab_size()) if processor.is_control(i)}
-    special = frozenset(control.values()) | {
-        int(id) for id, token in (config.get("added_tokens_decoder") or {}).items() if token.get("special")
-    }
-    ends = {kind: processor.piece_to_id(_spelling(named.get(f"{kind}_token")) or "") for kind in ("bos", "eos")}
-    before = (ends["bos"],) if config.get("add_bos_token", True) else ()
-    after = (ends["eos"],) if config.get("add_eos_token", False) else ()
-    adds_space = processor.encode("a", out_type=str)[:1] != ["a"]
-    return PieceCutter(model, control | added, special, before, after, adds_space), special
+        backend = Backend.from_buffer(_read(path))
+    except Exception as error:  # the library raises nothing more special
+        raise damaged(path, str(error).rstrip("."), HINT) from None
+    _add_tokens(backend, path, config)
+    _as_llama(backend, config)
+    vocabulary, drops_space = _vocabulary(backend, path)
+    ids = {role: backend.token_to_id(token.content) for role, token in _named(config).items()}
+    engine = BpeEngine(backend)
+    prefix, suffix = engine.added()
+    if "add_bos_token" in config or "add_eos_token" in config:  # then they count, not what tokenizer.json adds
+        prefix, suffix = (
+            (ids[role],) if config.get(f"add_{role}_token") and role in ids else () for role in ("bos", "eos")
+        )
+    return Tokenizer(engine, vocabulary, prefix, suffix, ids, drops_space=drops_space)
 
 
-def _id(cutter: FastCutter | PieceCutter, spelling: str) -> int | None:
-    return cutter.id_of(spelling) if spelling else None
+def _add_tokens(backend: Backend, path: Path, config: Mapping[str, Any]) -> None:
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    backend.add_tokens([token for token in _added(path, config).values() if token.content not in known])
+    backend.add_special_tokens([*_named(config).values(), *_extra(config)])
 
 
-def _spelling(token) -> str:
-    """A special token in tokenizer_config.json is a string, or an object with its content."""
-    token = token.get("content") if isinstance(token, Mapping) else token
-    return token if isinstance(token, str) else ""
+def _as_llama(backend: Backend, config: Mapping[str, Any]) -> None:
+    """transformers' LlamaTokenizer replaces how tokenizer.json puts a space in front: once, unless `legacy` is set."""
+    named = str(config.get("tokenizer_class", "")).removesuffix("Fast") == "LlamaTokenizer"
+    if not named or "ByteLevel" in _steps(backend):
+        return
+    spaced = config.get("add_prefix_space") is not False
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, _scheme(config) if spaced else "never", split=False)
 
 
-def _template(folder: Path, config: Mapping) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+def _scheme(config: Mapping[str, Any]) -> str:
+    """Where a space is put in front: of the text, or after each special token as well, as older versions did."""
+    return "always" if config.get("legacy") else "first"
+
+
+def _steps(backend: Backend) -> dict[str, dict[str, Any]]:
+    """What the decoder does, by the names of its steps."""
+    if backend.decoder is None:
+        return {}
+    decoder = json.loads(backend.decoder.__getstate__())
+    return {step["type"]: step for step in decoder.get("decoders", [decoder])}
+
+
+def _vocabulary(backend: Backend, path: Path) -> tuple[Vocabulary, bool]:
+    """And whether decoding drops a space at the beginning."""
+    steps = _steps(backend)
+    byte_level = "ByteLevel" in steps
+    if not byte_level and (steps.keys() - {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"} or not steps):
+        what = ", ".join(steps) or "no decoder"
+        raise Unsupported(f"{path} has a decoder that is not known here: {what}.", "Known: ByteLevel, Metaspace.")
+    ids = backend.get_vocab(with_added_tokens=True)
+    texts = [""] * (max(ids.values(), default=-1) + 1)
+    for text, id in ids.items():
+        texts[id] = text
+    kinds = [Kind.BYTE if not byte_level and is_byte(text) else Kind.NORMAL for text in texts]
+    for id, token in backend.get_added_tokens_decoder().items():
+        kinds[id] = Kind.CONTROL if token.special else Kind.USER_DEFINED
+    metaspace = steps.get("Metaspace", {"prepend_scheme": "never"})
+    return Vocabulary(texts, kinds, byte_level), "Strip" in steps or metaspace["prepend_scheme"] != "never"
+
+
+# ------------------------------------------------------------------------------------------- tokenizer.model
+
+
+def _from_model(path: Path, config: Mapping[str, Any]) -> Tokenizer:
+    raw = _read(path)
+    try:
+        model = proto.read(raw)
+    except ValueError as error:
+        raise damaged(path, str(error), HINT) from None
+    added, named = _added(path, config), _named(config)
+    vocabulary = _piece_vocabulary(model, added, {token.content for token in (*named.values(), *_extra(config))})
+    spaced = model.dummy_prefix and config.get("add_prefix_space") is not False
+    flags = {id: (token.lstrip, token.rstrip) for id, token in added.items()}
+    special = vocabulary.special
+    matches = [Match(t, id, id in special, *flags.get(id, ())) for t, id in vocabulary.matched().items()]
+    try:
+        engine = PieceEngine(raw, matches, _scheme(config) if spaced else "never")
+    except RuntimeError as error:
+        raise damaged(path, str(error), HINT) from None
+    roles = {"bos": model.bos_id, "eos": model.eos_id, "unk": model.unk_id, "pad": model.pad_id}
+    ids = {role: id for role, id in roles.items() if 0 <= id < len(vocabulary)}
+    known = vocabulary.ids
+    ids |= {role: known[token.content] for role, token in named.items() if token.content in known}
+    prefix = (ids["bos"],) if config.get("add_bos_token", True) and "bos" in ids else ()
+    suffix = (ids["eos"],) if config.get("add_eos_token") and "eos" in ids else ()
+    return Tokenizer(engine, vocabulary, prefix, suffix, ids, drops_space=spaced)
+
+
+def _piece_vocabulary(model: proto.Model, added: Mapping[int, AddedToken], special: set[str]) -> Vocabulary:
+    """The model's pieces, and the tokens added to them. special: those that are by what the other files say."""
+    texts = [text.replace(SPACE, " ") if kind == Kind.USER_DEFINED else text for text, _, kind in model.pieces]
+    kinds = [kind for _, _, kind in model.pieces]
+    for id, token in added.items():
+        if 0 <= id < 2 * len(model.pieces) + 1000:  # a few more than the model has, not a gigabyte
+            missing = id + 1 - len(texts)
+            texts, kinds = texts + [""] * missing, kinds + [int(Kind.UNUSED)] * missing
+            texts[id], kinds[id] = token.content, Kind.CONTROL if token.special else Kind.USER_DEFINED
+    named = {id for id, text in enumerate(texts) if text in special and kinds[id] != Kind.UNKNOWN}
+    return Vocabulary(texts, [Kind.CONTROL if id in named else kind for id, kind in enumerate(kinds)], byte_level=False)
+
+
+# ---------------------------------------------------------------------------------------------- other files
+
+
+def _stops(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """Every token that ends an answer: named in either file, or known by its text."""
+    path = folder / "generation_config.json"
+    found = read_object(path, MOST).get("eos_token_id") if path.is_file() else None
+    listed = found if isinstance(found, list) else [found, tokenizer.named_ids.get("eos")]
+    stops = {id for id in (*listed, tokenizer.named_ids.get("eos")) if type(id) is int}
+    return tokenizer.vocabulary.ends() | {id for id in stops if 0 <= id < tokenizer.vocab_size}
+
+
+def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """A file of its own goes before tokenizer_config.json; of several, the one called default."""
+    if (folder / "chat_template.jinja").is_file():
+        try:
+            return _read(folder / "chat_template.jinja").decode()
+        except UnicodeDecodeError:
+            raise damaged(folder / "chat_template.jinja", "it is not UTF-8 text", HINT) from None
     found = config.get("chat_template")
-    if isinstance(found, list):  # several, by name
-        found = {t.get("name"): t.get("template") for t in found if isinstance(t, Mapping)}.get("default")
+    if found is None and (folder / "chat_template.json").is_file():
+        found = read_object(folder / "chat_template.json", MOST).get("chat_template")
+    if isinstance(found, list):
+        found = next((t.get("template") for t in found if isinstance(t, Mapping) and t.get("name") == "default"), None)
     return found if isinstance(found, str) else None
 
 
-def _read(path: Path) -> dict:
-    """A JSON object, {} where there is no such file."""
-    if not path.is_file():
-        return {}
+def _read(path: Path) -> bytes:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadFile(f"{path} cannot be read: {error}.", REFETCH) from None
-    if not isinstance(found, dict):
-        raise BadFile(f"{path} is not a JSON object.", REFETCH)
-    return found
+        with open(path, "rb") as file:
+            raw = file.read(MOST + 1)
+    except OSError as error:
+        raise unreadable(path, error) from None
+    if len(raw) > MOST:
+        raise damaged(path, f"it is larger than {MOST >> 20} MiB", HINT)
+    return raw

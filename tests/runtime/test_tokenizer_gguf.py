@@ -1,0 +1,103 @@
+"""Byte-level BPE out of GGUF against llama.cpp's ids, and what transformers makes of the files written from it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ondevice.errors import BadFile, OnDeviceError, Unsupported
+from ondevice.runtime.tokenizer import load_tokenizer
+from ondevice.runtime.tokenizer.pretokenizers import KINDS, RULES
+
+NAMES = [names.split()[0] for names in RULES.values()]
+
+
+def without(metadata, *keys, **changed):
+    """A copy of the metadata; keys are those after tokenizer.ggml."""
+    copy = {key: metadata[key] for key in metadata} | {f"tokenizer.ggml.{key}": v for key, v in changed.items()}
+    return {key: v for key, v in copy.items() if key.removeprefix("tokenizer.ggml.") not in keys}
+
+
+def test_ids_are_those_of_llama_cpp(smollm2, oracle):
+    assert len(oracle["texts"]) > 2000
+    for text, ids, plain in zip(oracle["texts"], oracle["smollm2"], oracle["smollm2_plain"], strict=True):
+        assert smollm2.encode(text) == ids, text
+        assert smollm2.encode(text, parse_special=False) == plain, text
+
+
+@pytest.mark.parametrize("pre", NAMES)
+def test_every_pre_tokenizer_cuts_like_llama_cpp(pre, smollm2_metadata, oracle):
+    tokenizer = load_tokenizer(without(smollm2_metadata, pre=pre))
+    for text, ids in zip(oracle["texts"][::9], oracle["pre"][pre], strict=True):
+        assert tokenizer.encode(text, add_special=False) == ids, text
+
+
+def test_special_tokens(smollm2):
+    assert smollm2.vocab_size == 49152
+    assert (smollm2.bos_id, smollm2.bos_token, smollm2.eos_token) == (1, "<|im_start|>", "<|im_end|>")
+    assert smollm2.eos_ids == {0, 2}
+    assert smollm2.special_ids == set(range(17))
+    assert smollm2.encode("<|im_end|>") == [2]
+    assert not smollm2.special_ids & set(smollm2.encode("<|im_end|>", parse_special=False))
+    assert smollm2.decode([2, 9690, 2]) == "system"
+    assert smollm2.decode([2, 9690], skip_special=False) == "<|im_end|>system"
+    assert "im_start" in smollm2.chat_template
+
+
+def test_bos_and_eos_where_the_file_asks_for_them(smollm2_metadata):
+    added = load_tokenizer(without(smollm2_metadata, add_bos_token=True, add_eos_token=True))
+    assert added.encode("Hi") == [1, 26843, 2] and added.encode("Hi", add_special=False) == [26843]
+    assert added.encode("") == [1, 2]
+    silent = load_tokenizer(without(smollm2_metadata, "add_bos_token", pre="llama-bpe"))
+    assert silent.encode("Hi") == [1, 26843]  # Llama 3's add BOS unless told otherwise
+
+
+@pytest.mark.parametrize(
+    ("missing", "changed", "error", "says"),
+    [
+        (["pre"], {}, BadFile, "how its tokenizer cuts"),
+        ([], {"pre": "smolm"}, Unsupported, "smollm"),
+        ([], {"model": "t5"}, Unsupported, "t5"),
+        (["model"], {}, BadFile, "no tokenizer"),
+        (["tokens"], {}, BadFile, "0 tokens"),
+        (["merges"], {}, BadFile, "no merges"),
+        ([], {"merges": ["a b", "nothing-here x"]}, BadFile, "merges do not fit"),
+        ([], {"merges": ["a b", "ab"]}, BadFile, "no merges"),
+        ([], {"merges": [1, 2]}, BadFile, "merges"),
+        ([], {"tokens": ["a", "a"], "token_type": [1, 1]}, BadFile, "twice"),
+        ([], {"token_type": [1, 2, 3]}, BadFile, "3 types"),
+        ([], {"token_type": "many"}, BadFile, "token_type as str"),
+        ([], {"eos_token_id": 49152}, BadFile, "49152"),
+        ([], {"bos_token_id": -1}, BadFile, "-1"),
+        ([], {"eot_token_id": "<|im_end|>"}, BadFile, "eot_token_id"),
+        (["bos_token_id"], {"add_bos_token": True}, BadFile, "names none"),
+        ([], {"tokens": ["<0xZZ>", "a"], "token_type": [6, 1]}, BadFile, "byte token"),
+    ],
+)
+def test_bad_metadata_is_told(smollm2_metadata, missing, changed, error, says):
+    with pytest.raises(error, match=says) as told:
+        load_tokenizer(without(smollm2_metadata, *missing, **changed))
+    assert isinstance(told.value, OnDeviceError) and told.value.hint and "\n" not in told.value.message
+
+
+def test_names_of_pre_tokenizers_are_unique():
+    assert sum(len(names.split()) for names in RULES.values()) == len(KINDS)
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_transformers_reads_the_files(smollm2_metadata, oracle, tmp_path, add_bos):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = load_tokenizer(without(smollm2_metadata, add_bos_token=add_bos))
+    for name, content in tokenizer.files().items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    for text in oracle["texts"]:
+        ids = tokenizer.encode(text)
+        assert theirs.encode(text) == ids, text
+        assert ours.encode(text) == ids, text
+    assert theirs.chat_template == ours.chat_template == tokenizer.chat_template
+    assert (ours.eos_ids, ours.special_ids) == (tokenizer.eos_ids, tokenizer.special_ids)
+    assert theirs.eos_token_id == 2 and theirs.bos_token_id == 1
+    assert ours.files() == tokenizer.files()
