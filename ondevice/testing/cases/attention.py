@@ -37,6 +37,8 @@ LAYERS = [
     Layer("one_kv_head", heads=6, kv_heads=1, dim=16, value_dim=16),
     Layer("narrow_values", heads=3, kv_heads=3, dim=12, value_dim=5),
     Layer("head_64", heads=9, kv_heads=3, dim=64, value_dim=64, spec=AttentionSpec(0.125)),
+    Layer("head_80", heads=2, kv_heads=2, dim=80, value_dim=80, spec=AttentionSpec(0.11)),
+    Layer("head_256", heads=2, kv_heads=1, dim=256, value_dim=256, spec=AttentionSpec(0.0625)),
     Layer("window", spec=AttentionSpec(0.35, window=3)),
     Layer("window_of_one", spec=AttentionSpec(0.35, window=1)),
     Layer("chunk", spec=AttentionSpec(0.35, chunk=4)),
@@ -44,7 +46,13 @@ LAYERS = [
     Layer("sinks", sinks=True),
     Layer("all_at_once", spec=AttentionSpec(0.7, window=4, softcap=3.0), sinks=True),
 ]
-FEW = [LAYERS[i] for i in (0, 2, 5, 7, 10)]
+BY_NAME = {layer.name: layer for layer in LAYERS}
+FEW = [BY_NAME[name] for name in ("plain", "one_kv_head", "window", "chunk", "all_at_once")]
+LONG = [
+    Layer("long", heads=2, kv_heads=1, dim=32, value_dim=32, spec=AttentionSpec(0.2)),
+    Layer("long_window", heads=2, kv_heads=1, dim=32, value_dim=32, spec=AttentionSpec(0.2, window=70), sinks=True),
+    Layer("long_chunk", heads=2, kv_heads=2, dim=32, value_dim=32, spec=AttentionSpec(0.2, chunk=48, softcap=4.0)),
+]
 
 
 class Tokens:
@@ -170,6 +178,16 @@ def any_road_is_the_whole(pair: Pair, layer: Layer, sizes: tuple[int, ...]) -> N
     pair.close("attention", pieces(pair.backend, one_layer(pair.backend, layer), t, 0, sizes), whole)
 
 
+@case("cache", layer=LONG)
+def long_texts(pair: Pair, layer: Layer) -> None:
+    """Longer than any tile of a kernel: at once, and in pieces that end on neither side of a power of two."""
+    t = Tokens(pair, layer, 1, 301)
+    got, want = (attend(ops, t, Step.whole(1, 301)) for ops in (pair.backend, pair.reference))
+    pair.close("attention", got, want)
+    cache = one_layer(pair.backend, layer, capacity=301)
+    pair.close("attention", pieces(pair.backend, cache, t, 0, [127, 1, 1, 66, 1, 104, 1]), want)
+
+
 @case("cache", layer=FEW)
 def capacity_exactly_full(pair: Pair, layer: Layer) -> None:
     t = Tokens(pair, layer, 1, 13)
@@ -212,7 +230,7 @@ def ragged_batches(pair: Pair, layer: Layer) -> None:
         at += np.array(lengths, np.int32)
 
 
-@case("cache", layer=[PLAIN, LAYERS[5]])
+@case("cache", layer=[PLAIN, BY_NAME["window"]])
 def an_idle_row_is_left_alone(pair: Pair, layer: Layer) -> None:
     """A row of length 0 writes nothing, not even at the place where its padding would go."""
     t = Tokens(pair, layer, 1, 9)
@@ -280,10 +298,10 @@ def snapshot_and_restore(pair: Pair, layer: Layer) -> None:
         pair.close("attention", pieces(pair.backend, kept, rest, slot, [1, 4]), whole[:, 8:])
 
 
-@case("cache", which=[(0, 0, 5), (0, 3, 4)])
-def each_layer_keeps_its_own(pair: Pair, which: tuple[int, ...]) -> None:
+@case("cache", names=[("plain", "plain", "window"), ("plain", "narrow_values", "head_64")])
+def each_layer_keeps_its_own(pair: Pair, names: tuple[str, ...]) -> None:
     """Whether its neighbours look like it or not."""
-    layers = [LAYERS[i] for i in which]
+    layers = [BY_NAME[name] for name in names]
     cache = pair.backend.new_cache([layer.cache for layer in layers], 1, 16)
     data = [Tokens(pair, layer, 1, 11) for layer in layers]
     for start, n in ((0, 6), (6, 1), (7, 4)):

@@ -114,6 +114,17 @@ def experts_as_arrays(pair: Pair) -> None:
     pair.same("linear", inner, x, w, logits)
 
 
+@case("experts", tokens=[1, 50])
+def many_experts(pair: Pair, tokens: int) -> None:
+    x, w, logits = pair.normal(tokens, 48), pair.weight(64, 33, 48), pair.normal(tokens, 64)
+
+    def inner(ops, x, w, logits):
+        routing = ops.route(logits, 8, RouteRule())
+        return ops.combine(ops.expert_linear(x, w, routing), routing)
+
+    pair.same("chain", inner, x, w, logits)
+
+
 @case("experts")
 def all_to_one_expert(pair: Pair) -> None:
     """An election as lopsided as can be, and experts that nobody elected."""

@@ -108,6 +108,17 @@ def linear(pair: Pair, form: Format) -> None:
             is_product(pair, form, with_bias, x, numbers, bias.parts["weight"])
 
 
+@case(form=SOME)
+def linear_of_many_tiles(pair: Pair, form: Format) -> None:
+    """More rows, columns and tokens than any tile of a kernel, and none of them round."""
+    columns = (
+        form.columns * 3 if isinstance(form.form, Blocks) else 9 * 128 + (0 if isinstance(form.form, Affine) else 5)
+    )
+    tensor, x = form.tensor(pair.random, 131, columns=columns), pair.normal(77, columns)
+    got = pair.on(pair.backend, lambda ops, x, w: ops.linear(x, w), x, tensor)[0]
+    is_product(pair, form, got, x, schemes.to_float(tensor))
+
+
 @case(form=[*DENSE, *QUANTIZED])
 def embed(pair: Pair, form: Format) -> None:
     tensor, ids = form.tensor(pair.random, 11), pair.ids(11, 2, 7)
