@@ -35,8 +35,8 @@ def probe() -> Probe:
 
 
 def create(exact: bool = False, threads: int | None = None, dtype: str | None = None) -> MlxBackend:
-    """exact: float32 throughout. dtype of activations otherwise: None for bfloat16 on a GPU and float32 on the CPU, or
-    float32, float16, bfloat16. Raises BadOption for `threads`: MLX has no such setting."""
+    """exact: float32 throughout. dtype of activations otherwise: None for bfloat16 on a GPU and float32 on the CPU,
+    where there is no other; or float32, float16, bfloat16. Raises BadOption for `threads`: MLX has no such setting."""
     from .backend import open_backend
 
     return open_backend(exact, threads, dtype)

@@ -240,5 +240,7 @@ def open_backend(exact: bool, threads: int | None, dtype: str | None) -> MlxBack
     if dtype is not None and dtype not in DTYPES:
         raise BadOption(f"The mlx backend does not compute in {dtype!r}.", did_you_mean(dtype, DTYPES))
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    if on_cpu and dtype not in (None, "float32"):
+        raise BadOption(f"MLX's CPU build would sum in {dtype} as well.", "On the CPU, use float32.")
     usual = "float32" if on_cpu else "bfloat16"
     return MlxBackend("float32" if exact else dtype or usual, exact, fused=not on_cpu)

@@ -1,4 +1,8 @@
-"""The cuda backend beside the reference, in each of its modes, on torch's CPU device; the GPU's own where there is one."""
+"""The cuda backend beside the reference: all its modes on torch's CPU device; the GPU's own where there is one."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -6,8 +10,10 @@ from ondevice.testing.conformance import *  # noqa: F403
 
 torch = pytest.importorskip("torch")
 
+from ondevice.backends import cuda as face  # noqa: E402
 from ondevice.backends.cuda.backend import CudaBackend  # noqa: E402
 from ondevice.backends.cuda.graphs import Replay  # noqa: E402
+from ondevice.errors import BadOption  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -35,3 +41,63 @@ if torch.cuda.is_available():
 @pytest.fixture(scope="module", params=MODES)
 def backend(request):
     return MODES[request.param]()
+
+
+KERNELS = """
+import numpy as np, torch
+from ondevice import schemes
+from ondevice.backends.cuda import kernels
+from ondevice.backends.cuda.weights import PackedWeight
+
+assert kernels.INTERPRETED
+random = np.random.default_rng(0)
+for bits in schemes.AFFINE_BITS:
+    for group, outputs, tokens in ((16, 3, 1), (32, 33, 3), (64, 8, 4), (128, 1, 2)):
+        inputs = group * 6
+        codes = random.integers(0, 1 << bits, (outputs, inputs)).astype(np.uint8)
+        words = torch.from_numpy(schemes.pack(codes, bits).view(np.int32))
+        scales, biases = torch.randn(outputs, 6).half(), torch.randn(outputs, 6)
+        w, x = PackedWeight(words, scales, biases, bits, group), torch.randn(tokens, inputs)
+        assert kernels.serves(x) and not kernels.serves(torch.zeros(5, inputs))
+        want = x @ w.numbers(torch.float32).T
+        error = (w.apply(x, None) - want).abs().max() / want.abs().max()
+        assert error < 1e-5, (bits, group, float(error))
+"""
+
+
+def test_triton_kernels_interpreted() -> None:
+    """In a process of its own: Triton decides at import whether to interpret."""
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", KERNELS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("torch_version, gpus, priority", [("2.9.0", 2, 90), ("2.9.0+cpu", 2, 5), ("2.9.0", 0, 5)])
+def test_probe_weighs_what_is_here(monkeypatch, torch_version: str, gpus: int, priority: int) -> None:
+    monkeypatch.setattr(face, "version", lambda name: torch_version)
+    monkeypatch.setattr(face, "gpu_count", lambda: gpus)
+    probe = face.probe()
+    assert probe.ready and probe.priority == priority
+    assert ("pip install torch" in probe.hint) == (gpus == 2 and priority == 5)
+
+
+def test_probe_without_torch(monkeypatch) -> None:
+    monkeypatch.setattr(face, "version", lambda name: None)
+    assert not face.probe().ready and face.probe().hint == "pip install torch"
+
+
+def test_probe_distrusts_a_folder_of_that_name(monkeypatch, tmp_path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch")
+    probe = face.probe()
+    assert not probe.ready and str(tmp_path) in probe.reason
+
+
+def test_wrong_options_are_two_lines() -> None:
+    for options in ({"dtype": "int4"}, {"device": "gpu"}):
+        with pytest.raises(BadOption) as caught:
+            face.create(**options)
+        assert caught.value.hint
