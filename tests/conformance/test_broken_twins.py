@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from twins import TWINS
+from broken_twins import TWINS
 
 from ondevice.testing.suite import CASES, run
 
