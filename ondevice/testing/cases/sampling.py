@@ -37,6 +37,9 @@ WAYS = [
 ]
 
 
+NUDGE = 2e-5  # more than float32 loses in a softmax and a running sum over the vocabulary
+
+
 class Draws:
     """Logits [B, V], draws u [B], counts and mask for one call of `sample`."""
 
@@ -55,18 +58,18 @@ class Draws:
     def firm(self, pair: Pair, params: Sequence[SamplingParams]) -> np.ndarray:
         """Rows whose id does not hang on the last bits: the reference keeps it when logits and draw are nudged."""
         wanted, firm = self.ids(pair.reference, params), np.ones(len(self.u), bool)
-        for by in (-1e-4, 1e-4, 0.0):
-            nudged = self.logits + pair.random.uniform(-1e-4, 1e-4, self.logits.shape).astype(np.float32)
+        for by in (-NUDGE, NUDGE, 0.0):
+            nudged = self.logits + pair.random.uniform(-NUDGE, NUDGE, self.logits.shape).astype(np.float32)
             firm &= self.ids(pair.reference, params, nudged, by) == wanted
         return firm
 
 
 @case(way=WAYS, vocab=[50, 4099])
 def the_same_ids(pair: Pair, way: Way, vocab: int) -> None:
-    draws = Draws(pair, 24, vocab)
-    params = [way.params] * 24
+    rows = 24 if vocab < 1000 else 6
+    draws, params = Draws(pair, rows, vocab), [way.params] * rows
     firm = draws.firm(pair, params)
-    assert firm.sum() >= 8, "the case is badly chosen: nearly every draw hangs on the last bits"
+    assert firm.sum() >= rows / 3, "the case is badly chosen: nearly every draw hangs on the last bits"
     got, want = (draws.ids(ops, params) for ops in (pair.backend, pair.reference))
     pair.close("sample", got[firm], want[firm])
 
