@@ -12,8 +12,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 chat: $(VENV)/installed
 	@$(BIN)/ondevice chat
 
+# Two workers, and no thread pools of libraries inside them: the suite is many small things.
 test: $(VENV)/testing
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-slow: $(VENV)/testing
 	$(BIN)/python -m pytest -m slow
