@@ -12,7 +12,7 @@ import secrets
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -116,6 +116,22 @@ def _appearing(dest: Path, nbytes: int) -> Iterator[Path]:
                 "Nothing was left behind. Free space or check rights, then repeat.",
             ) from error
         raise
+
+
+def write_file(dest: Path, content: bytes) -> None:
+    """A small file, new or in an old one's place: whole or not at all. Raises OnDeviceError."""
+    temporary = dest.parent / f".{dest.name}.{secrets.token_hex(4)}.partial"
+    try:
+        with _durable(temporary) as file:
+            file.write(content)
+        temporary.replace(dest)
+        _sync_folder(dest.parent)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OnDeviceError(f"{dest} could not be written: {reason}.", "Choose another place.") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 @contextmanager

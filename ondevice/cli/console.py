@@ -53,6 +53,15 @@ def interactive() -> bool:
     return sys.stderr.isatty()
 
 
+def ask(prompt: str) -> str:
+    """A line from the terminal; with readline loaded, one that can be edited. The prompt never gets into a file that
+    stdout goes to. Raises EOFError at the end."""
+    if sys.stdout.isatty():
+        return input(prompt)
+    status(prompt, end="")
+    return input()
+
+
 def table(rows: list[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:
     """Left-aligned columns on stdout."""
     lines = [tuple(map(str, row)) for row in ([header] if header else []) + rows]

@@ -45,7 +45,7 @@ def command(
         max_tokens = max_tokens or (1 if top_logprobs else MAX_TOKENS)
         options = generate_options(session, sampling, max_tokens=max_tokens, top_logprobs=top_logprobs)
         if chat:
-            messages = [{"role": "system", "content": system}] if system else []
+            messages = [] if system is None else [{"role": "system", "content": system}]
             ids = session.encode_messages([*messages, {"role": "user", "content": text}])
         else:
             ids = session.encode_prompt(text)
