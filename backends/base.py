@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import Unsupported
+from ..errors import BadOption, Unsupported
 from ..tensors import Tensor
 
 A = Any  # the backend's array
@@ -157,6 +157,13 @@ class Routing(ABC):
 
     ids: A
     gates: A
+
+
+def cache_dtype(name: str) -> str:
+    """The name of a type that caches hold, checked. Raises BadOption."""
+    if name not in ("float32", "float16", "bfloat16"):
+        raise BadOption(f"A cache cannot hold {name!r}.", "Choose float32, float16 or bfloat16.")
+    return name
 
 
 class Cache(ABC):
@@ -305,8 +312,8 @@ class Backend(ABC):
     # ---- cache (feature "cache")
 
     def new_cache(self, specs: Sequence[LayerCache], slots: int, capacity: int, dtype: str | None = None) -> Cache:
-        """Room for `slots` sequences of `capacity` tokens. dtype: float32, float16, bfloat16; None: the backend's
-        choice (float32 when exact)."""
+        """Room for `slots` sequences of `capacity` tokens. dtype: float32, float16, bfloat16 (others raise BadOption);
+        None: the backend's choice (float32 when exact)."""
         raise self._lacks("cache")
 
     # ---- experts (feature "experts")

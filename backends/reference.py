@@ -15,9 +15,9 @@ import numpy as np
 from .. import noise, schemes
 from ..errors import BadOption, ContextFull, Unsupported
 from ..registry import Plugin, Probe
-from ..tensors import Tensor, floats, store
+from ..tensors import STORAGE, Tensor, floats, store
 from . import sampling
-from .base import FEATURES, AttentionSpec, Cache, Info, LayerCache, RouteRule, SamplingParams, Step
+from .base import FEATURES, AttentionSpec, Cache, Info, LayerCache, RouteRule, SamplingParams, Step, cache_dtype
 from .numerics import activation, expert_inputs, log_softmax, rotate, sigmoid, softmax, visible
 from .reference_gradients import NumpyGradients
 from .tape import TapedBackend
@@ -40,7 +40,7 @@ class HostCache(Cache):
 
     def __init__(self, specs: Sequence[LayerCache], slots: int, capacity: int, dtype: str = "float32"):
         def room(spec: LayerCache, width: int) -> np.ndarray:
-            return np.zeros((slots, spec.kv_heads, capacity, width), store(np.zeros(0, np.float32), dtype).dtype)
+            return np.zeros((slots, spec.kv_heads, capacity, width), STORAGE[dtype])
 
         self.specs = tuple(specs)
         self.capacity = capacity
@@ -85,8 +85,6 @@ class HostCache(Cache):
 
 class NumpyKernels(NumpyGradients):
     """The operations on ndarrays of `dtype` (float32; float64 to check gradients) and HostWeights."""
-
-    cache_type = HostCache
 
     def __init__(self, dtype: str = "float32"):
         self.dtype = np.dtype(dtype)
@@ -346,7 +344,7 @@ class ReferenceBackend(TapedBackend):
         return Info(self.name, device, str(self.kernels.dtype), self.exact, self.features)
 
     def new_cache(self, specs: Sequence[LayerCache], slots: int, capacity: int, dtype: str | None = None) -> HostCache:
-        return HostCache(specs, slots, capacity, dtype or str(self.kernels.dtype))
+        return HostCache(specs, slots, capacity, cache_dtype(dtype) if dtype else str(self.kernels.dtype))
 
 
 def probe() -> Probe:

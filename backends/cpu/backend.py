@@ -11,7 +11,7 @@ import numpy as np
 
 from ...errors import BadOption
 from ...registry import did_you_mean
-from ..base import FEATURES, A, Cache, Info, LayerCache, Step
+from ..base import FEATURES, A, Cache, Info, LayerCache, Step, cache_dtype
 from ..reference import HostCache, NumpyKernels
 from ..tape import Array, TapedBackend
 from . import GET_KERNELS, NO_KERNELS, compiled
@@ -61,7 +61,7 @@ class NumpyBackend(TapedBackend):
         return Info(self.name, f"NumPy on {platform.machine()}", "float32", self.exact, self.features, details)
 
     def new_cache(self, specs: Sequence[LayerCache], slots: int, capacity: int, dtype: str | None = None) -> Cache:
-        return HostCache(specs, slots, capacity, dtype or "float32")
+        return HostCache(specs, slots, capacity, cache_dtype(dtype or "float32"))
 
 
 class CpuBackend(TapedBackend):

@@ -337,3 +337,12 @@ def more_than_fits(pair: Pair) -> None:
     except OnDeviceError:
         return
     raise AssertionError("9 tokens were accepted by a cache of 8")
+
+
+@case("cache")
+def an_unknown_type(pair: Pair) -> None:
+    try:
+        pair.backend.new_cache([PLAIN.cache], 1, 8, "flaot16")
+    except OnDeviceError:
+        return
+    raise AssertionError("a cache of 'flaot16' was made")

@@ -165,3 +165,9 @@ class WritesPastTheEnd(HostCache):
         keys, values = super().read(layer, slot, end)
         missing = ((0, 0), (0, end - keys.shape[1]), (0, 0))
         return np.pad(keys, missing), np.pad(values, missing)
+
+
+@twin("attention")
+class AnyTypeIsFloat32(HostCache):
+    def __init__(self, specs, slots, capacity, dtype):
+        super().__init__(specs, slots, capacity, dtype if dtype in ("float16", "bfloat16") else "float32")

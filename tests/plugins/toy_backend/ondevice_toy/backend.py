@@ -4,7 +4,7 @@ import numpy as np
 
 from ondevice import schemes
 from ondevice.backends import numerics, sampling
-from ondevice.backends.base import Backend, Info, Sampled
+from ondevice.backends.base import Backend, Info, Sampled, cache_dtype
 from ondevice.backends.reference import HostCache
 
 
@@ -69,7 +69,7 @@ class ToyBackend(Backend):
     # attention and its cache
 
     def new_cache(self, specs, slots, capacity, dtype=None):
-        return HostCache(specs, slots, capacity, dtype or "float32")
+        return HostCache(specs, slots, capacity, cache_dtype(dtype or "float32"))
 
     def attention(self, q, k, v, sinks, spec, step, layer):
         out = np.zeros((*q.shape[:3], v.shape[-1]), np.float32)
