@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from ...errors import BadOption, Unavailable, Unsupported
 from ...registry import did_you_mean
 from ...tensors import Tensor
-from ..base import FEATURES, AttentionSpec, Backend, Info, LayerCache, Sampled, SamplingParams, Step
+from ..base import FEATURES, AttentionSpec, Backend, Info, LayerCache, Sampled, SamplingParams, Step, cache_dtype
 from . import sampling
 from .attention import DevicePlaces, TorchCache, TorchPlaces, attend
 from .experts import TorchExperts
@@ -129,7 +129,8 @@ class CudaBackend(TorchExperts, TorchTraining, Backend):
     # ---- attention
 
     def new_cache(self, specs: Sequence[LayerCache], slots: int, capacity: int, dtype: str | None = None) -> TorchCache:
-        return TorchCache(specs, slots, capacity, self.dtype if dtype is None else TORCH[dtype], self.device)
+        kept = self.dtype if dtype is None else TORCH[cache_dtype(dtype)]
+        return TorchCache(specs, slots, capacity, kept, self.device)
 
     def attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: Any, spec: AttentionSpec, step: Step, layer: int
@@ -208,5 +209,8 @@ def open_backend(exact: bool, threads: int | None, dtype: str | None, device: st
     if exact:
         torch.set_float32_matmul_precision("highest")  # no TF32
     on_gpu = where.type == "cuda"
+    if on_gpu:  # sums in float32, also where a product is cut in pieces
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     usual = "bfloat16" if on_gpu else "float32"
     return CudaBackend(where, "float32" if exact else dtype or usual, exact, packed=on_gpu)

@@ -19,7 +19,7 @@ import numpy as np
 from ...errors import BadOption, Unsupported
 from ...registry import did_you_mean
 from ...tensors import Tensor
-from ..base import FEATURES, AttentionSpec, Backend, Info, LayerCache, Sampled, SamplingParams, Step
+from ..base import FEATURES, AttentionSpec, Backend, Info, LayerCache, Sampled, SamplingParams, Step, cache_dtype
 from ..places import CAUSAL, causal
 from . import sampling
 from .attention import Heads, MlxCache, MlxPlaces, heads_first, plain, softcapped
@@ -156,7 +156,7 @@ class MlxBackend(MlxExperts, MlxTraining, Backend):
     # ---- attention
 
     def new_cache(self, specs: Sequence[LayerCache], slots: int, capacity: int, dtype: str | None = None) -> MlxCache:
-        return MlxCache(specs, slots, capacity, self.dtype if dtype is None else DTYPES[dtype])
+        return MlxCache(specs, slots, capacity, self.dtype if dtype is None else DTYPES[cache_dtype(dtype)])
 
     def attention(self, q: Any, k: Any, v: Any, sinks: Any, spec: AttentionSpec, step: Step, layer: int) -> mx.array:
         q, k, v = heads_first(q), heads_first(k), heads_first(v)
@@ -242,5 +242,7 @@ def open_backend(exact: bool, threads: int | None, dtype: str | None) -> MlxBack
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     if on_cpu and dtype not in (None, "float32"):
         raise BadOption(f"MLX's CPU build would sum in {dtype} as well.", "On the CPU, use float32.")
+    if mx.metal.is_available():  # as mlx-lm does: a large model's pages stay put between tokens
+        mx.set_wired_limit(int(mx.device_info()["max_recommended_working_set_size"]))
     usual = "float32" if on_cpu else "bfloat16"
     return MlxBackend("float32" if exact else dtype or usual, exact, fused=not on_cpu)
