@@ -4,6 +4,14 @@
 #include <cstdint>
 #include <cstring>
 
+// What an inner loop is made of: compilers give up on inlining just where it matters.
+#if defined(ONDEVICE_INLINE)
+#elif defined(_MSC_VER)
+#define ONDEVICE_INLINE __forceinline
+#else
+#define ONDEVICE_INLINE inline __attribute__((always_inline))
+#endif
+
 namespace ondevice::cpu {
 
 struct half {

@@ -1,3 +1,5 @@
+#define ONDEVICE_INLINE inline  // forced, plain loops would only grow: nothing here waits in registers
+
 #include <cmath>
 
 #include "kernels.h"

@@ -2,7 +2,7 @@
 
 // out [T, 16] (+)= x [T, depth] . panel [depth, 16]; the strides are in elements.
 template <int T, class E>
-static inline void multiply_panel(const float* x, int64_t x_stride, const E* panel, int64_t stride, int64_t depth,
+static ONDEVICE_INLINE void multiply_panel(const float* x, int64_t x_stride, const E* panel, int64_t stride, int64_t depth,
                                   float* out, int64_t out_stride, bool add) {
     F y[T][L];
     for (int t = 0; t < T; t++)
@@ -38,7 +38,7 @@ constexpr int64_t kDepth = 256;  // columns unpacked at a time: 16 KB, half of t
 
 // Columns [from, from + depth) of 16 rows of tiles -> panel [depth, 16]; both are multiples of the tile's unit.
 template <int bits, int q = 0>
-static inline void unpack_block(const uint8_t* block, const F* scale, const F* bias, float zero, float* panel) {
+static ONDEVICE_INLINE void unpack_block(const uint8_t* block, const F* scale, const F* bias, float zero, float* panel) {
     const Line codes = quad_codes<bits, q>(block);
     const F* s = scale;
     const F* m = bias;

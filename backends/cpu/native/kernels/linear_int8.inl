@@ -41,7 +41,7 @@ static void quantize(const Quantize& p, Pool& pool) {
 }
 
 template <int bits, int q>
-static inline Line quad_codes(const uint8_t* block) {
+static ONDEVICE_INLINE Line quad_codes(const uint8_t* block) {
     constexpr auto parts = [] {
         struct Parts {
             Field field[2] = {};
@@ -58,7 +58,7 @@ static inline Line quad_codes(const uint8_t* block) {
 
 // One block of 32 columns: 16 rows x T tokens of dots. `halved`: of each half of the columns by itself.
 template <int bits, bool halved, int T, int i = 0>
-static inline void dot_block(const uint8_t* block, const int8_t* x, Dot<bits> dots[T][1 + halved]) {
+static ONDEVICE_INLINE void dot_block(const uint8_t* block, const int8_t* x, Dot<bits> dots[T][1 + halved]) {
     // Quads that share a line follow one another, unless halves must be kept apart.
     constexpr int q = halved ? i : (i & 1) * 4 + (i >> 1), half = halved ? q / 4 : 0, place = halved ? i % 4 : i;
     const Line codes = quad_codes<bits, q>(block);
@@ -128,7 +128,7 @@ static void multiply_tile(const Tiles& w, const uint8_t* tile, const int8_t* x, 
 using TileKernel = void (*)(const Tiles&, const uint8_t*, const int8_t*, const float*, const float*, float*);
 
 template <int T>
-static TileKernel tile_kernel(const Tiles& w) {
+static TileKernel tile_kernel_of(const Tiles& w) {
     const bool halved = w.group < kBlock;
     switch (w.bits * 4 + w.biased * 2 + halved) {
 #define ONDEVICE_CASE(bits, biased, halved) \
@@ -142,12 +142,11 @@ static TileKernel tile_kernel(const Tiles& w) {
     return nullptr;  // prepare() lets nothing else in
 }
 
+template <int T = kTokens>
 static TileKernel tile_kernel(const Tiles& w, int64_t tokens) {
-    if (tokens == 1) return tile_kernel<1>(w);
-    if (tokens == 2) return tile_kernel<2>(w);
-    if constexpr (kTokens > 4)
-        if (tokens == 8) return tile_kernel<8>(w);
-    return tile_kernel<4>(w);
+    if constexpr (T > 1)
+        if (tokens < T) return tile_kernel<T / 2>(w, tokens);
+    return tile_kernel_of<T>(w);
 }
 
 // 16 rows of sums into as many columns of out [tokens, rows].

@@ -11,11 +11,11 @@
 constexpr int L = kRows / N;  // vectors that hold one number for each row of a tile
 
 template <class E>
-static inline void load16(const E* p, F out[L]) {
+static ONDEVICE_INLINE void load16(const E* p, F out[L]) {
     for (int i = 0; i < L; i++) out[i] = load(p + i * N);
 }
 
-static inline void load16(const uint8_t* p, Number type, F out[L]) {
+static ONDEVICE_INLINE void load16(const uint8_t* p, Number type, F out[L]) {
     if (type == Number::f16) load16(reinterpret_cast<const half*>(p), out);
     else if (type == Number::bf16) load16(reinterpret_cast<const bfloat*>(p), out);
     else load16(reinterpret_cast<const float*>(p), out);
@@ -23,7 +23,7 @@ static inline void load16(const uint8_t* p, Number type, F out[L]) {
 
 // e^x, 2 units in the last place: x = n ln 2 + r, e^r by the polynomial of Cephes' expf. Below -87 it is 0, above 88
 // infinite or nearly; not-a-number stays that.
-static inline F exp(F x) {
+static ONDEVICE_INLINE F exp(F x) {
     x = max(set(-88.0f), min(set(89.0f), x));
     const F n = nearest(x * set(1.44269504f));
     F r = fma(n, set(-0.693359375f), x);  // ln 2 in two parts, the first with few bits: n times it is exact
@@ -38,13 +38,13 @@ static inline F exp(F x) {
     return p * power_of_two(n);
 }
 
-static inline F sigmoid(F x) { return set(1.0f) / (set(1.0f) + exp(set(0.0f) - x)); }
+static ONDEVICE_INLINE F sigmoid(F x) { return set(1.0f) / (set(1.0f) + exp(set(0.0f) - x)); }
 
 // 1 - 2 / (e^2x + 1): right to 1e-7 of 1, not of small results, which is what sums of it need.
-static inline F tanh(F x) { return set(1.0f) - set(2.0f) / (exp(x + x) + set(1.0f)); }
+static ONDEVICE_INLINE F tanh(F x) { return set(1.0f) - set(2.0f) / (exp(x + x) + set(1.0f)); }
 
 // The normal distribution's share below x, within 1e-7 (Abramowitz and Stegun 7.1.26 for erf, on |x| / sqrt 2).
-static inline F normal_share(F x) {
+static ONDEVICE_INLINE F normal_share(F x) {
     const F z = abs(x) * set(0.707106781f);
     const F t = set(1.0f) / fma(z, set(0.3275911f), set(1.0f));
     F p = set(1.061405429f);
@@ -58,7 +58,7 @@ static inline F normal_share(F x) {
 }
 
 template <Activation kind>
-static inline F activation(F x) {
+static ONDEVICE_INLINE F activation(F x) {
     if constexpr (kind == Activation::silu) return x * sigmoid(x);
     if constexpr (kind == Activation::gelu) return x * normal_share(x);
     if constexpr (kind == Activation::gelu_tanh) {  // (1 + tanh z) / 2 is sigmoid(2 z)

@@ -17,41 +17,41 @@ struct F {
     __m256 v;
 };
 
-static inline F load(const float* p) { return {_mm256_loadu_ps(p)}; }
-static inline F load(const half* p) {
+static ONDEVICE_INLINE F load(const float* p) { return {_mm256_loadu_ps(p)}; }
+static ONDEVICE_INLINE F load(const half* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
-static inline F load(const bfloat* p) {
+static ONDEVICE_INLINE F load(const bfloat* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
 }
-static inline void store(float* p, F a) { _mm256_storeu_ps(p, a.v); }
-static inline F set(float a) { return {_mm256_set1_ps(a)}; }
-static inline F operator+(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
-static inline F operator-(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
-static inline F operator*(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
-static inline F operator/(F a, F b) { return {_mm256_div_ps(a.v, b.v)}; }
-static inline F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-static inline F min(F a, F b) { return {_mm256_min_ps(a.v, b.v)}; }
-static inline F max(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }
-static inline F abs(F a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
-static inline F nearest(F a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-static inline F power_of_two(F a) {
+static ONDEVICE_INLINE void store(float* p, F a) { _mm256_storeu_ps(p, a.v); }
+static ONDEVICE_INLINE F set(float a) { return {_mm256_set1_ps(a)}; }
+static ONDEVICE_INLINE F operator+(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
+static ONDEVICE_INLINE F operator-(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
+static ONDEVICE_INLINE F operator*(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
+static ONDEVICE_INLINE F operator/(F a, F b) { return {_mm256_div_ps(a.v, b.v)}; }
+static ONDEVICE_INLINE F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+static ONDEVICE_INLINE F min(F a, F b) { return {_mm256_min_ps(a.v, b.v)}; }
+static ONDEVICE_INLINE F max(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }
+static ONDEVICE_INLINE F abs(F a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+static ONDEVICE_INLINE F nearest(F a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+static ONDEVICE_INLINE F power_of_two(F a) {
     const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(a.v), _mm256_set1_epi32(127));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(biased, 23))};
 }
 
-static inline float sum(F a) {
+static ONDEVICE_INLINE float sum(F a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
-static inline float top(F a) {
+static ONDEVICE_INLINE float top(F a) {
     __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
-static inline void store_bytes(int8_t* p, F a) {
+static ONDEVICE_INLINE void store_bytes(int8_t* p, F a) {
     const __m256i whole = _mm256_cvtps_epi32(a.v);
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
@@ -63,14 +63,14 @@ struct Line {
 
 using Quad = __m256i;
 
-static inline Line load_line(const uint8_t* p) {
+static ONDEVICE_INLINE Line load_line(const uint8_t* p) {
     const auto* q = reinterpret_cast<const __m256i*>(p);
     return {{_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)}};
 }
-static inline Line operator|(Line a, Line b) {
+static ONDEVICE_INLINE Line operator|(Line a, Line b) {
     return {{_mm256_or_si256(a.v[0], b.v[0]), _mm256_or_si256(a.v[1], b.v[1])}};
 }
-static inline Line field(Line a, int from, int count, int to) {
+static ONDEVICE_INLINE Line field(Line a, int from, int count, int to) {
     if (count == 8) return a;
     const __m256i mask = _mm256_set1_epi8(static_cast<char>(((1 << count) - 1) << to));
     for (__m256i& v : a.v) {
@@ -79,17 +79,27 @@ static inline Line field(Line a, int from, int count, int to) {
     }
     return a;
 }
-static inline Quad load_quad(const int8_t* p) {
+static ONDEVICE_INLINE Quad load_quad(const int8_t* p) {
     int four;
     std::memcpy(&four, p, 4);
     return _mm256_set1_epi32(four);
 }
-static inline void column(Line a, int j, bool is_signed, F out[2]) {
+static ONDEVICE_INLINE void column(Line a, int j, bool is_signed, F out[2]) {
     for (int i = 0; i < 2; i++) {
         const __m256i top = _mm256_slli_epi32(a.v[i], 24 - 8 * j);
         const __m256i code = is_signed ? _mm256_srai_epi32(top, 24) : _mm256_srli_epi32(top, 24);
         out[i] = {_mm256_cvtepi32_ps(code)};
     }
+}
+
+// Compilers like to make all products first and add them up afterwards, which takes four times the registers there are:
+// a sum that is settled has been added by then.
+static ONDEVICE_INLINE void settle(__m256i& sum) {
+#if defined(__GNUC__)
+    __asm__("" : "+x"(sum));
+#else
+    (void)sum;
+#endif
 }
 
 // Products of neighbours are added in 16 bits: 2 x 127 x (2^bits - 1) each, so kChain of them fit below 2^15. Codes of
@@ -99,20 +109,21 @@ struct Dot {
     static constexpr int kChain = bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
     __m256i narrow[2], wide[2];
 
-    void clear() {
+    ONDEVICE_INLINE void clear() {
         for (__m256i& w : wide) w = _mm256_setzero_si256();
     }
-    void add(int i, Line codes, Quad x) {
+    ONDEVICE_INLINE void add(int i, Line codes, Quad x) {
         const __m256i ones = _mm256_set1_epi16(1);
         for (int h = 0; h < 2; h++) {
             const __m256i c = codes.v[h];
             const __m256i pairs = bits == 8 ? _mm256_maddubs_epi16(_mm256_abs_epi8(c), _mm256_sign_epi8(x, c))
                                             : _mm256_maddubs_epi16(c, x);
             narrow[h] = i % kChain == 0 ? pairs : _mm256_add_epi16(narrow[h], pairs);
+            settle(narrow[h]);
             if ((i + 1) % kChain == 0) wide[h] = _mm256_add_epi32(wide[h], _mm256_madd_epi16(narrow[h], ones));
         }
     }
-    void total(int count, F out[2]) const {
+    ONDEVICE_INLINE void total(int count, F out[2]) const {
         const __m256i ones = _mm256_set1_epi16(1);
         for (int h = 0; h < 2; h++) {
             const bool rest = count % kChain != 0;

@@ -10,7 +10,7 @@ namespace ondevice::cpu::portable {
 
 constexpr const char* kName = "portable";
 constexpr int N = 4;             // floats in an F; divides 16
-constexpr int kTokens = 4;       // most tokens that a tile is multiplied with at a time: 1, 2, 4, ... up to this
+constexpr int kTokens = 1;       // most tokens that a tile is multiplied with at a time: 1, 2, 4, ... up to this
 constexpr int kFloatTokens = 4;  // the same for float activations: 1, 2, 3, ...
 constexpr float kOffset8 = 128;  // what Dot<8> took from each code
 
