@@ -3,8 +3,9 @@
     pip install llama-cpp-python gguf
     python make_oracle.py SmolLM2-135M-Instruct.Q4_1.gguf
 
-"smollm2": every text with its ids. "pre": for each pre-tokenizer, the ids of every ninth text under SmolLM2's own
-vocabulary and merges, null where llama.cpp knows no such pre-tokenizer.
+"smollm2": every text with its ids; "smollm2_plain": with special tokens as plain text. "pre": for each pre-tokenizer,
+the ids of every ninth text under SmolLM2's own vocabulary and merges. "spm": small sentencepiece tokenizers as GGUF,
+with the ids of every third text.
 """
 
 from __future__ import annotations
@@ -13,30 +14,33 @@ import gzip
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import gguf
 import llama_cpp
+from small_tokenizers import as_gguf, sentencepiece_model
 from texts import texts
 
 from ondevice.checkpoint import open_checkpoint
 from ondevice.runtime.tokenizer.pretokenizers import RULES
 
 OUT = Path(__file__).with_name("oracle.json.gz")
-EVERY = 9
 
 
-def write_vocabulary(path: Path, metadata, pre: str) -> None:
-    """A GGUF of nothing but SmolLM2's vocabulary, under another pre-tokenizer."""
+def write_vocabulary(path: Path, metadata: Mapping[str, Any]) -> None:
+    """A GGUF of nothing but a vocabulary."""
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(metadata["tokenizer.ggml.tokens"])
-    writer.add_token_types(metadata["tokenizer.ggml.token_type"])
-    writer.add_token_merges(metadata["tokenizer.ggml.merges"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_add_bos_token(False)
+    for key, value in metadata.items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -47,23 +51,32 @@ def tokenize(path: Path, wanted: list[str], parse_special: bool = True) -> list[
     return [model.tokenize(text.encode(), add_bos=True, special=parse_special) for text in wanted]
 
 
-def tokenize_as(pre: str, metadata, wanted: list[str]) -> list[list[int]] | None:
+def tokenize_with(metadata: Mapping[str, Any], wanted: list[str], parse_special: bool = True) -> list[list[int]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vocabulary.gguf"
-        write_vocabulary(path, metadata, pre)
-        try:
-            return tokenize(path, wanted)
-        except ValueError:  # this version of llama.cpp doesn't know it
-            return None
+        write_vocabulary(path, metadata)
+        return tokenize(path, wanted, parse_special)
+
+
+def spm(wanted: list[str]) -> list[dict[str, Any]]:
+    found = []
+    for dummy_prefix in (True, False):
+        metadata = as_gguf(sentencepiece_model(dummy_prefix, ("<tool>", "  ", "\t\t")))
+        ids, plain = (tokenize_with(metadata, wanted, parse) for parse in (True, False))
+        found.append({"metadata": metadata, "ids": ids, "plain": plain})
+    return found
 
 
 def main(path: Path) -> None:
     metadata, wanted = open_checkpoint(path).metadata, texts()
+    kept = {key: metadata[key] for key in metadata if key.startswith("tokenizer.ggml.")}
+    names = [names.split()[0] for names in RULES.values()]
     found = {
         "texts": wanted,
         "smollm2": tokenize(path, wanted),
         "smollm2_plain": tokenize(path, wanted, parse_special=False),
-        "pre": {names.split()[0]: tokenize_as(names.split()[0], metadata, wanted[::EVERY]) for names in RULES.values()},
+        "pre": {name: tokenize_with(kept | {"tokenizer.ggml.pre": name}, wanted[::9]) for name in names},
+        "spm": spm(wanted[::3]),
     }
     packed = json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode()
     OUT.write_bytes(gzip.compress(packed, 9, mtime=0))

@@ -72,7 +72,6 @@ def test_bos_and_eos_where_the_file_asks_for_them(smollm2_metadata):
         ([], {"bos_token_id": -1}, BadFile, "-1"),
         ([], {"eot_token_id": "<|im_end|>"}, BadFile, "eot_token_id"),
         (["bos_token_id"], {"add_bos_token": True}, BadFile, "names none"),
-        ([], {"tokens": ["<0xZZ>", "a"], "token_type": [6, 1]}, BadFile, "byte token"),
     ],
 )
 def test_bad_metadata_is_told(smollm2_metadata, missing, changed, error, says):

@@ -3,9 +3,33 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 from tokenizers.pre_tokenizers import Metaspace, Sequence
+
+from ...errors import BadFile, OnDeviceError
+
+HINT = "Fetch the model again, with its tokenizer files."
+
+
+@contextmanager
+def told(complain: Callable[[str], OnDeviceError]) -> Iterator[None]:
+    """Turns whatever the library raises into the error that `complain` makes of its first line."""
+    try:
+        yield
+    except OnDeviceError:
+        raise
+    except BaseException as error:  # a panic of the library's Rust code is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise complain(str(error).partition("\n")[0].rstrip(".")) from None
+
+
+def _failed(what: str) -> BadFile:
+    return BadFile(f"The tokenizer fails on this text: {what}.", HINT)
 
 
 class BpeEngine:
@@ -21,13 +45,16 @@ class BpeEngine:
 
     def encode(self, text: str, parse_special: bool) -> list[int]:
         with self._lock:
+            return self._encode(text, parse_special).ids
+
+    def _encode(self, text: str, parse_special: bool, add_special: bool = False) -> Encoding:
+        with told(_failed):
             self.backend.encode_special_tokens = not parse_special
-            return self.backend.encode(text, add_special_tokens=False).ids
+            return self.backend.encode(text, add_special_tokens=add_special)
 
     def partition(self, text: str) -> list[int | str]:
         with self._lock:
-            self.backend.encode_special_tokens = False
-            found = self.backend.encode(text, add_special_tokens=False)
+            found = self._encode(text, parse_special=True)
         parts: list[int | str] = []
         done = 0
         for id, (start, end) in zip(found.ids, found.offsets, strict=True):
@@ -42,16 +69,14 @@ class BpeEngine:
         with self._lock:
             self._metaspace.prepend_scheme = "never"
             try:
-                self.backend.encode_special_tokens = True
-                return self.backend.encode(text, add_special_tokens=False).ids
+                return self._encode(text, parse_special=False).ids
             finally:
                 self._metaspace.prepend_scheme = "first"
 
     def added(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The ids that the post-processor puts before and after a text."""
-        self.backend.encode_special_tokens = False
-        bare = self.backend.encode("a", add_special_tokens=False).ids
-        full = self.backend.encode("a", add_special_tokens=True).ids
+        bare = self._encode("a", parse_special=True).ids
+        full = self._encode("a", parse_special=True, add_special=True).ids
         for before in range(len(full) - len(bare) + 1):
             if full[before : before + len(bare)] == bare:
                 return tuple(full[:before]), tuple(full[before + len(bare) :])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from dataclasses import replace
 
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as Backend
 
+from . import proto
 from .tokenizer import Tokenizer
 from .vocabulary import SPACE, Kind, Vocabulary
 
@@ -35,9 +36,11 @@ def files(tokenizer: Tokenizer, backend: Backend) -> dict[str, bytes]:
     return written
 
 
-def piece_files(tokenizer: Tokenizer, model: bytes, scores: Sequence[float], spaced: bool) -> dict[str, bytes]:
-    """The files of a sentencepiece BPE tokenizer. model: tokenizer.model. spaced: a space is put in front of texts."""
-    return files(tokenizer, _backend(tokenizer, scores, spaced)) | {"tokenizer.model": model}
+def piece_files(tokenizer: Tokenizer, model: proto.Model) -> dict[str, bytes]:
+    """The files of a sentencepiece BPE tokenizer, tokenizer.model among them."""
+    spelled = [(t.replace(" ", SPACE) if k == Kind.USER_DEFINED else t, score, k) for t, score, k in model.pieces]
+    raw = proto.write(replace(model, pieces=spelled))
+    return files(tokenizer, _backend(tokenizer.vocabulary, model)) | {"tokenizer.model": raw}
 
 
 def added_tokens(vocabulary: Vocabulary) -> list[AddedToken]:
@@ -56,35 +59,33 @@ def _around(tokenizer: Tokenizer) -> processors.TemplateProcessing:
     )
 
 
-def _backend(tokenizer: Tokenizer, scores: Sequence[float], spaced: bool) -> Backend:
-    vocabulary = tokenizer.vocabulary
-    model = models.BPE(
-        vocabulary.ids,
-        _merges(vocabulary, scores),
-        unk_token=tokenizer.named("unk") or None,
-        fuse_unk=True,
-        byte_fallback=Kind.BYTE in vocabulary.kinds,
+def _backend(vocabulary: Vocabulary, model: proto.Model) -> Backend:
+    unknown = vocabulary.texts[model.unk_id] if model.unk_id >= 0 else None
+    bpe = models.BPE(
+        vocabulary.ids, _merges(model), unk_token=unknown, fuse_unk=True, byte_fallback=model.byte_fallback
     )
-    backend = Backend(model)
-    prepend = [normalizers.Prepend(SPACE)] if spaced else []
+    backend = Backend(bpe)
+    prepend = [normalizers.Prepend(SPACE)] if model.dummy_prefix else []
     backend.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", SPACE)])
-    strip = [decoders.Strip(" ", 1, 0)] if spaced else []
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    backend.decoder = piece_decoder(model.dummy_prefix)
     backend.add_tokens(added_tokens(vocabulary))
     return backend
 
 
-def _merges(vocabulary: Vocabulary, scores: Sequence[float]) -> list[tuple[str, str]]:
+def piece_decoder(spaced: bool) -> decoders.Decoder:
+    """sentencepiece's spelling into text. spaced: without the space that was put in front."""
+    strip = [decoders.Strip(" ", 1, 0)] if spaced else []
+    return decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+
+
+def _merges(model: proto.Model) -> list[tuple[str, str]]:
     """sentencepiece joins any two pieces that make a piece, the best score first; here the pairs must be listed."""
-    ids = {text: id for id, text in enumerate(vocabulary.texts) if vocabulary.kinds[id] == Kind.NORMAL}
-    best_first = sorted(ids, key=lambda text: -scores[ids[text]])
+    scores = {text: score for text, score, kind in model.pieces if kind == Kind.NORMAL}
     return [
         (text[:cut], text[cut:])
-        for text in best_first
+        for text in sorted(scores, key=lambda text: -scores[text])
         for cut in range(1, len(text))
-        if text[:cut] in ids and text[cut:] in ids
+        if text[:cut] in scores and text[cut:] in scores
     ]
 
 

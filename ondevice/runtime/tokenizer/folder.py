@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from tokenizers import Tokenizer as Backend
 
 from ...checkpoint.files import damaged, read_object, unreadable
 from ...errors import BadFile, Unsupported
-from . import proto
-from .bpe import BpeEngine
+from . import export, proto
+from .bpe import HINT, BpeEngine, told
 from .pieces import Match, PieceEngine
 from .tokenizer import Tokenizer
 from .vocabulary import SPACE, Kind, Vocabulary, is_byte
@@ -23,7 +23,7 @@ FILES = (
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 MOST = 256 << 20  # bytes of one file
-HINT = "Fetch the model again, with its tokenizer files."
+GAPS = 10_000  # ids without a token that are believed: there are some, but not a gigabyte of them
 
 
 def from_folder(folder: Path) -> Tokenizer:
@@ -42,47 +42,53 @@ def from_folder(folder: Path) -> Tokenizer:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, with what only the older special_tokens_map.json says."""
+    """tokenizer_config.json, with what older folders say in files of their own."""
     found: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            found |= read_object(folder / name, MOST)
-    if (folder / "added_tokens.json").is_file() and not found.get("added_tokens_decoder"):
+    if (folder / "tokenizer_config.json").is_file():
+        found = read_object(folder / "tokenizer_config.json", MOST)
+    if "added_tokens_decoder" in found:
+        return found
+    if (folder / "special_tokens_map.json").is_file():
+        found |= read_object(folder / "special_tokens_map.json", MOST)
+    if (folder / "added_tokens.json").is_file():
+        special = {token.content for token in _special(found)}
         added = read_object(folder / "added_tokens.json", MOST)
-        found["added_tokens_decoder"] = {id: {"content": text} for text, id in added.items()}
+        found["added_tokens_decoder"] = {id: {"content": t, "special": t in special} for t, id in added.items()}
     return found
 
 
-def _token(value: Any, special: bool = True) -> AddedToken | None:
-    """A token as the files write it: its text, or an object. None where there is none."""
+def _token(value: Any, special: bool) -> AddedToken | None:
+    """A token as the files write it: its text, or an object. None where there is none. special: unless it says so."""
     if isinstance(value, str) and value:
-        return AddedToken(value, special=special, normalized=False)
+        return AddedToken(value, special=special, normalized=not special)
     if not isinstance(value, Mapping) or not isinstance(value.get("content"), str) or not value["content"]:
         return None
-    flags = {name: value.get(name) is True for name in ("lstrip", "rstrip", "single_word", "normalized")}
-    return AddedToken(value["content"], special=special or value.get("special") is True, **flags)
+    special = special or value.get("special") is True
+    flags = {name: value.get(name) is True for name in ("lstrip", "rstrip", "single_word")}
+    return AddedToken(
+        value["content"], special=special, normalized=value.get("normalized", not special) is True, **flags
+    )
 
 
 def _named(config: Mapping[str, Any]) -> dict[str, AddedToken]:
     """The special tokens that have a role: bos, eos, …"""
-    roles = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-    return {role: token for role in roles if (token := _token(config.get(f"{role}_token"))) is not None}
+    found = {key.removesuffix("_token"): _token(config[key], True) for key in config if key.endswith("_token")}
+    return {role: token for role, token in found.items() if token is not None}
 
 
-def _extra(config: Mapping[str, Any]) -> Iterator[AddedToken]:
-    """The special tokens that have none."""
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        values = config.get(key) or []
-        for value in values.values() if isinstance(values, Mapping) else values:
-            if (token := _token(value)) is not None:
-                yield token
+def _special(config: Mapping[str, Any]) -> list[AddedToken]:
+    """Those, and the special tokens that have no role."""
+    others = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    others = list(others.values()) if isinstance(others, Mapping) else others
+    found = [_token(value, True) for value in others] if isinstance(others, list) else []
+    return [*_named(config).values(), *(token for token in found if token is not None)]
 
 
 def _added(path: Path, config: Mapping[str, Any]) -> dict[int, AddedToken]:
     """added_tokens_decoder, in the order of the ids."""
     listed = config.get("added_tokens_decoder") or {}
     try:
-        found = {int(id): _token(value, special=False) for id, value in listed.items()}
+        found = {int(id): _token(value, False) for id, value in listed.items()}
     except (AttributeError, TypeError, ValueError):
         raise damaged(path, "added_tokens_decoder is no list of ids and tokens", HINT) from None
     return {id: found[id] for id in sorted(found) if found[id] is not None}
@@ -92,37 +98,37 @@ def _added(path: Path, config: Mapping[str, Any]) -> dict[int, AddedToken]:
 
 
 def _from_json(path: Path, config: Mapping[str, Any]) -> Tokenizer:
-    try:
+    with told(lambda what: damaged(path, what, HINT)):
         backend = Backend.from_buffer(_read(path))
-    except Exception as error:  # the library raises nothing more special
-        raise damaged(path, str(error).rstrip("."), HINT) from None
-    _add_tokens(backend, path, config)
-    _as_llama(backend, config)
+        _add_tokens(backend, path, config)
+        _as_llama(backend, config)
+        engine = BpeEngine(backend)
     vocabulary, drops_space = _vocabulary(backend, path)
-    ids = {role: backend.token_to_id(token.content) for role, token in _named(config).items()}
-    engine = BpeEngine(backend)
-    prefix, suffix = engine.added()
-    if "add_bos_token" in config or "add_eos_token" in config:  # then they count, not what tokenizer.json adds
-        prefix, suffix = (
-            (ids[role],) if config.get(f"add_{role}_token") and role in ids else () for role in ("bos", "eos")
-        )
-    return Tokenizer(engine, vocabulary, prefix, suffix, ids, drops_space=drops_space)
+    named = {role: backend.token_to_id(token.content) for role, token in _named(config).items()}
+    ids = {role: id for role, id in named.items() if id is not None}
+    return Tokenizer(engine, vocabulary, *engine.added(), named_ids=ids, drops_space=drops_space)
 
 
 def _add_tokens(backend: Backend, path: Path, config: Mapping[str, Any]) -> None:
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    backend.add_tokens([token for token in _added(path, config).values() if token.content not in known])
-    backend.add_special_tokens([*_named(config).values(), *_extra(config)])
+    """What tokenizer_config.json names and tokenizer.json lacks; what it says of a token counts."""
+    known = list(backend.get_added_tokens_decoder().values())
+    backend.add_tokens([token for token in _added(path, config).values() if repr(token) not in set(map(repr, known))])
+    texts = {token.content for token in backend.get_added_tokens_decoder().values()}
+    backend.add_tokens([token for token in _special(config) if token.content not in texts])
 
 
 def _as_llama(backend: Backend, config: Mapping[str, Any]) -> None:
     """transformers' LlamaTokenizer replaces how tokenizer.json puts a space in front: once, unless `legacy` is set."""
-    named = str(config.get("tokenizer_class", "")).removesuffix("Fast") == "LlamaTokenizer"
-    if not named or "ByteLevel" in _steps(backend):
+    if not _is_llama(config) or "ByteLevel" in _steps(backend):
         return
     spaced = config.get("add_prefix_space") is not False
     backend.normalizer = None
     backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, _scheme(config) if spaced else "never", split=False)
+    backend.decoder = export.piece_decoder(spaced)
+
+
+def _is_llama(config: Mapping[str, Any]) -> bool:
+    return str(config.get("tokenizer_class", "")).removesuffix("Fast") == "LlamaTokenizer"
 
 
 def _scheme(config: Mapping[str, Any]) -> str:
@@ -146,7 +152,10 @@ def _vocabulary(backend: Backend, path: Path) -> tuple[Vocabulary, bool]:
         what = ", ".join(steps) or "no decoder"
         raise Unsupported(f"{path} has a decoder that is not known here: {what}.", "Known: ByteLevel, Metaspace.")
     ids = backend.get_vocab(with_added_tokens=True)
-    texts = [""] * (max(ids.values(), default=-1) + 1)
+    size = max(ids.values(), default=-1) + 1
+    if size > 2 * len(ids) + GAPS:
+        raise damaged(path, f"it has {len(ids)} tokens, but one with the id {size - 1}", HINT)
+    texts = [""] * size
     for text, id in ids.items():
         texts[id] = text
     kinds = [Kind.BYTE if not byte_level and is_byte(text) else Kind.NORMAL for text in texts]
@@ -166,30 +175,29 @@ def _from_model(path: Path, config: Mapping[str, Any]) -> Tokenizer:
     except ValueError as error:
         raise damaged(path, str(error), HINT) from None
     added, named = _added(path, config), _named(config)
-    vocabulary = _piece_vocabulary(model, added, {token.content for token in (*named.values(), *_extra(config))})
-    spaced = model.dummy_prefix and config.get("add_prefix_space") is not False
+    vocabulary = _piece_vocabulary(model, added, {token.content for token in _special(config)})
+    spaced = config.get("add_prefix_space") is not False and (model.dummy_prefix or _is_llama(config))
     flags = {id: (token.lstrip, token.rstrip) for id, token in added.items()}
     special = vocabulary.special
     matches = [Match(t, id, id in special, *flags.get(id, ())) for t, id in vocabulary.matched().items()]
     try:
-        engine = PieceEngine(raw, matches, _scheme(config) if spaced else "never")
+        engine = PieceEngine(raw, matches, _scheme(config) if spaced else "never", doubles=False)
     except RuntimeError as error:
         raise damaged(path, str(error), HINT) from None
     roles = {"bos": model.bos_id, "eos": model.eos_id, "unk": model.unk_id, "pad": model.pad_id}
     ids = {role: id for role, id in roles.items() if 0 <= id < len(vocabulary)}
     known = vocabulary.ids
     ids |= {role: known[token.content] for role, token in named.items() if token.content in known}
-    prefix = (ids["bos"],) if config.get("add_bos_token", True) and "bos" in ids else ()
+    prefix = (ids["bos"],) if config.get("add_bos_token") and "bos" in ids else ()
     suffix = (ids["eos"],) if config.get("add_eos_token") and "eos" in ids else ()
     return Tokenizer(engine, vocabulary, prefix, suffix, ids, drops_space=spaced)
 
 
 def _piece_vocabulary(model: proto.Model, added: Mapping[int, AddedToken], special: set[str]) -> Vocabulary:
     """The model's pieces, and the tokens added to them. special: those that are by what the other files say."""
-    texts = [text.replace(SPACE, " ") if kind == Kind.USER_DEFINED else text for text, _, kind in model.pieces]
-    kinds = [kind for _, _, kind in model.pieces]
+    texts, kinds = [text for text, _, _ in model.pieces], [kind for _, _, kind in model.pieces]
     for id, token in added.items():
-        if 0 <= id < 2 * len(model.pieces) + 1000:  # a few more than the model has, not a gigabyte
+        if 0 <= id < 2 * len(model.pieces) + GAPS:
             missing = id + 1 - len(texts)
             texts, kinds = texts + [""] * missing, kinds + [int(Kind.UNUSED)] * missing
             texts[id], kinds[id] = token.content, Kind.CONTROL if token.special else Kind.USER_DEFINED

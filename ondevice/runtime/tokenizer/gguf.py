@@ -6,6 +6,7 @@ Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#tokenizer
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,11 +15,11 @@ from tokenizers import Tokenizer as Backend
 
 from ...errors import BadFile, Unsupported
 from . import export, proto
-from .bpe import BpeEngine
+from .bpe import BpeEngine, told
 from .pieces import Match, PieceEngine
 from .pretokenizers import PreTokenizer, pretokenizer
 from .tokenizer import Tokenizer
-from .vocabulary import BYTE_ALPHABET, ENDS, SPACE, Kind, Vocabulary, is_byte
+from .vocabulary import BYTE_ALPHABET, ENDS, Kind, Vocabulary
 
 HINT = "Download or convert the GGUF again."
 
@@ -74,8 +75,6 @@ def _vocabulary(keys: Keys, byte_level: bool) -> Vocabulary:
         raise BadFile("The GGUF's tokenizer has the same token twice.", HINT)
     for text in ENDS & vocabulary.ids.keys():  # many a converter forgets that these are special; llama.cpp corrects it
         vocabulary.kinds[vocabulary.ids[text]] = Kind.CONTROL
-    if Kind.BYTE in kinds and not all(is_byte(t) for t, k in zip(texts, kinds, strict=True) if k == Kind.BYTE):
-        raise BadFile("The GGUF's tokenizer has a byte token that is not spelled like one.", HINT)
     return vocabulary
 
 
@@ -124,10 +123,8 @@ def _backend(keys: Keys, rule: PreTokenizer, vocabulary: Vocabulary) -> Backend:
     merges = [tuple(merge.split(" ", 1)) for merge in keys.list("merges", str)]
     if not merges or {2} != set(map(len, merges)):
         raise BadFile("The GGUF's tokenizer has no merges, or something else among them.", HINT)
-    try:
+    with told(lambda what: BadFile(f"The GGUF's merges do not fit its tokens: {what}.", HINT)):
         model = models.BPE(vocabulary.ids, merges, ignore_merges=rule.ignore_merges)
-    except Exception as error:  # the library raises nothing more special
-        raise BadFile(f"The GGUF's merges do not fit its tokens: {error}.", HINT) from None
     backend = Backend(model)
     splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in rule.expressions]
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -155,22 +152,21 @@ def _sentencepiece(keys: Keys) -> Tokenizer:
     facts = _facts(keys, vocabulary, True, {"bos": 1, "eos": 2, "unk": 0})
     spaced = keys.get("add_space_prefix", bool, True)
     ids = {f"{role}_id": facts["named_ids"].get(role, -1) for role in ("unk", "bos", "eos", "pad")}
-    fallback = Kind.BYTE in vocabulary.kinds
-    model = proto.write(proto.Model(_pieces(vocabulary, scores), byte_fallback=fallback, dummy_prefix=spaced, **ids))
+    pieces = list(zip(vocabulary.texts, scores, vocabulary.kinds, strict=True))
+    model = proto.Model(pieces, byte_fallback=Kind.BYTE in vocabulary.kinds, dummy_prefix=spaced, **ids)
     matches = [Match(text, id, id in vocabulary.special) for text, id in vocabulary.matched().items()]
+    prefix = "always" if spaced else "never"
     try:
-        engine = PieceEngine(model, matches, "always" if spaced else "never")
-    except RuntimeError as error:
+        engine = PieceEngine(proto.write(_without_whole(model)), matches, prefix, doubles=True)
+    except (RuntimeError, ValueError) as error:
         raise BadFile(f"The GGUF's tokenizer does not add up: {error}.", HINT) from None
     tokenizer = Tokenizer(engine, vocabulary, drops_space=spaced, **facts)
-    tokenizer.files = partial(export.piece_files, tokenizer, model, scores, spaced)
+    tokenizer.files = partial(export.piece_files, tokenizer, model)
     return tokenizer
 
 
-def _pieces(vocabulary: Vocabulary, scores: list[float]) -> list[tuple[str, float, int]]:
-    """As sentencepiece spells them: GGUF has tokens that are looked for whole with their spaces, not with ▁."""
-    spelled = [
-        text.replace(" ", SPACE) if kind == Kind.USER_DEFINED else text
-        for text, kind in zip(vocabulary.texts, vocabulary.kinds, strict=True)
-    ]
-    return list(zip(spelled, scores, vocabulary.kinds, strict=True))
+def _without_whole(model: proto.Model) -> proto.Model:
+    """Without the tokens that are looked for whole, which the engine finds itself: sentencepiece would find them also
+    where a space in front makes one, which llama.cpp does not."""
+    hidden = {int(Kind.USER_DEFINED): int(Kind.CONTROL)}
+    return replace(model, pieces=[(text, score, hidden.get(kind, kind)) for text, score, kind in model.pieces])

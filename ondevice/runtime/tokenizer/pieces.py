@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from sentencepiece import SentencePieceProcessor
 
 from . import proto
+from .vocabulary import SPACE
+
+SPACES = (" ", SPACE)
 
 
 @dataclass(frozen=True)
@@ -27,15 +30,15 @@ class PieceEngine:
     between is sentencepiece's.
 
     prefix: where a space is put in front: "never", in front of the "first" part if that is text, or "always", after
-    each token found whole too.
+    each token found whole too. doubles: also in front of a part that begins with a space.
     """
 
-    def __init__(self, model: bytes, matches: Iterable[Match], prefix: str):
+    def __init__(self, model: bytes, matches: Iterable[Match], prefix: str, doubles: bool):
         """Raises RuntimeError where sentencepiece refuses the model."""
         self._processor = SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(proto.without_dummy_prefix(model))
         self._matches = sorted(matches, key=lambda match: -len(match.text.encode()))
-        self._prefix = prefix
+        self._prefix, self._doubles = prefix, doubles
 
     def encode(self, text: str, parse_special: bool) -> list[int]:
         return self._encode(text, self._prefix != "never", parse_special)
@@ -53,7 +56,8 @@ class PieceEngine:
             if isinstance(part, int):
                 ids.append(part)
             else:
-                ids += self._processor.EncodeAsIds(f" {part}" if spaced else part)
+                space = " " if spaced and (self._doubles or part[0] not in SPACES) else ""
+                ids += self._processor.EncodeAsIds(space + part)
             spaced = isinstance(part, int) and self._prefix == "always"
         return ids
 

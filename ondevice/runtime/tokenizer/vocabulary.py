@@ -83,9 +83,9 @@ class Vocabulary:
         if not 0 <= id < len(self.texts):
             return b""
         text, kind = self.texts[id], self.kinds[id]
-        if kind == Kind.BYTE:
+        if kind == Kind.BYTE and is_byte(text):
             return bytes.fromhex(text[3:5])
-        if kind not in (Kind.NORMAL, Kind.UNUSED):
+        if kind in (Kind.CONTROL, Kind.UNKNOWN) or (self.byte_level and kind == Kind.USER_DEFINED):
             return text.encode()
         if not self.byte_level:
             return text.replace(SPACE, " ").encode()
