@@ -21,7 +21,7 @@ from .fields import (
     sliding_layers,
     table,
     whole,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Decoder:
 
     def head(self, p: Scope, x: A) -> A:
         """x [..., D] -> logits [..., V]"""
-        logits = p.linear("embed" if self.config.tied else "head", p.norm("norm", x))
+        logits = p.linear("head", p.norm("norm", x), weight="embed" if self.config.tied else None)
         cap = self.config.logit_softcap
         return logits if cap is None else p.ops.softcap(logits, cap)
 

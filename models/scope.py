@@ -16,7 +16,8 @@ from ..backends.base import A, Backend, Routing, W
 
 @dataclass(frozen=True)
 class Lora:
-    """One low-rank update of one weight: y += up . (down . x) * scale. down [r, I], up [O, r] (experts: [E, …])."""
+    """One low-rank update of one weight: y += up . (down . x) * scale. down [r, I], up [O, r] (experts: [E, …]; an
+    embedding: down [V, r], whose rows are looked up)."""
 
     down: W
     up: W
@@ -65,16 +66,17 @@ class Scope:
             self.listener(self.prefix + name, x)
         return x
 
-    def linear(self, name: str, x: A) -> A:
+    def linear(self, name: str, x: A, weight: str | None = None) -> A:
+        """weight: another's, where it is shared (a head that is the embedding); the adapters are those of `name`."""
         self.tap(f"{name}.input", x)
-        y = self.ops.linear(x, self.weight(name), self.bias(name))
+        y = self.ops.linear(x, self.weight(weight or name), self.bias(name))
         for a in self.adapters(name):
             y = y + self.ops.linear(self.ops.linear(x, a.down), a.up) * a.scale
         return y
 
     def embed(self, name: str, ids: A) -> A:
         y = self.ops.embed(self.weight(name), ids)
-        for a in self.adapters(name):  # PEFT's LoRA on an embedding: down is [r, V], so its column is looked up
+        for a in self.adapters(name):
             y = y + self.ops.linear(self.ops.embed(a.down, ids), a.up) * a.scale
         return y
 

@@ -72,7 +72,7 @@ def config(metadata: Mapping, checkpoint: Checkpoint, model_type: str, architect
         raise BadFile(
             f"{checkpoint.path} has no token_embd.weight.", "It may be one part of a split GGUF; fetch the whole."
         )
-    hf["vocab_size"] = checkpoint["token_embd.weight"].shape[0]
+    hf["vocab_size"] = next(iter(checkpoint["token_embd.weight"].shape), None)
     hf["tie_word_embeddings"] = "output.weight" not in checkpoint
     hf |= {key: name in checkpoint for key, name in BIASES.items()}
     hf |= _rope_scaling(metadata, prefix, checkpoint, hf)

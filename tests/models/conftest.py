@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -12,17 +13,18 @@ from ondevice.backends.base import Backend
 from ondevice.registry import create_backend, probe_backends
 
 
-@cache
-def _backend(name: str) -> Backend:
-    return create_backend(name, exact=True)
+@pytest.fixture(scope="session")
+def created() -> Callable[[str], Backend]:
+    """name -> the backend, exact, made when first asked for"""
+    return cache(partial(create_backend, exact=True))
 
 
 @pytest.fixture(params=twins.BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Backend:
+def backend(request: pytest.FixtureRequest, created: Callable[[str], Backend]) -> Backend:
     probe = probe_backends()[request.param]
     if not probe.ready:
         pytest.skip(f"{request.param}: {probe.reason}")
-    return _backend(request.param)
+    return created(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -266,6 +266,24 @@ class SpoilingWriter(gguf.GGUFWriter):
             super().add_key_value(key, *self.instead, VALUES.INT32 if self.instead[1] == VALUES.ARRAY else None)
 
 
+@pytest.mark.parametrize(
+    ("key", "instead", "said"),
+    [
+        ("llama.rope.dimension_count", (4, VALUES.UINT32), "turns 4 of a head's 8 dimensions"),
+        ("llama.rope.scaling.type", ("yarn", VALUES.STRING), "rope_type = 'yarn'"),
+    ],
+)
+def test_rotary_positions_that_are_not_computed_here(key, instead, said, tmp_path):
+    path = tmp_path / "odd.gguf"
+    gguf_twins.write(path, twins.make("llama-linear"), writer_class=partial(SpoilingWriter, key=key, instead=instead))
+    assert said in refusal(path, Unsupported).message
+
+
+def test_frequencies_unlike_llama_3(tmp_path):
+    gguf_twins.write(tmp_path / "odd.gguf", twins.make("llama-rope3"))  # its original context is not 8,192
+    assert "unlike Llama 3" in refusal(tmp_path / "odd.gguf", Unsupported).message
+
+
 @pytest.mark.parametrize("name", ["llama-linear", "gemma3", "qwen3_moe"])
 def test_spoilt_gguf_metadata(name, tmp_path):
     """Every value of the metadata, in turn, as another number, a word, a list, or not there."""

@@ -12,7 +12,7 @@ import pytest
 import twins
 
 from ondevice.backends.reference import create as create_reference
-from ondevice.models.config import ModelConfig, MoEConfig, RopeConfig
+from ondevice.models.config import ModelConfig, MoEConfig
 from ondevice.models.decoder import Decoder
 from ondevice.testing.family import check_decoder, check_family, logits_of, open_decoder
 
@@ -128,8 +128,3 @@ def test_rotary_frequencies_are_those_of_transformers(name, twin_folder):
     rotary = twin.model.rotary_emb
     assert scale == rotary.attention_scaling
     np.testing.assert_allclose(freqs, rotary.inv_freq.numpy(), rtol=3e-7)
-
-
-def test_part_of_a_head_may_turn():
-    freqs, _ = RopeConfig(dim=4, base=100.0).frequencies()
-    np.testing.assert_allclose(freqs, [1.0, 0.1], rtol=1e-6)
