@@ -169,6 +169,11 @@ class CudaBackend(TorchExperts, TorchTraining, Backend):
             self._freqs[id(freqs)] = freqs, torch.from_numpy(np.array(freqs, np.float32)).to(self.device)
         return self._freqs[id(freqs)][1]
 
+    @property
+    def recording(self) -> bool:
+        """Is this a step whose numbers only the device knows?"""
+        return isinstance(self._places, DevicePlaces)
+
     @contextmanager
     def at(self, places: DevicePlaces) -> Iterator[None]:
         """Inside, the step of `places` has its numbers on the device."""

@@ -29,7 +29,9 @@ class TorchRouting(Routing):
 
 
 class TorchExperts:
-    """A mixin of CudaBackend."""
+    """A mixin of CudaBackend. recording: the host can't be asked just now."""
+
+    recording: bool
 
     def route(self, logits: torch.Tensor, k: int, rule: RouteRule, bias: Any = None) -> TorchRouting:
         logits = logits.float()
@@ -50,7 +52,7 @@ class TorchExperts:
             x = x[:, None] * routing.gates[..., None].to(x.dtype)
         pairs = x if x.ndim == 3 else x[:, None].expand(n, k, x.shape[-1])
         pairs = pairs.reshape(n * k, -1)
-        if n * k <= FEW:
+        if n * k <= FEW or self.recording:
             y = torch.bmm(w.rows(ids.flatten(), x.dtype), pairs[..., None])[..., 0]
         else:
             order, back, groups = routing.groups(w.shape[0])

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from ondevice.testing.conformance import *  # noqa: F403
@@ -11,9 +13,12 @@ from ondevice.testing.conformance import *  # noqa: F403
 torch = pytest.importorskip("torch")
 
 from ondevice.backends import cuda as face  # noqa: E402
+from ondevice.backends.base import LayerCache, RouteRule, Step  # noqa: E402
 from ondevice.backends.cuda.backend import CudaBackend  # noqa: E402
+from ondevice.backends.cuda.experts import TorchRouting  # noqa: E402
 from ondevice.backends.cuda.graphs import Replay  # noqa: E402
 from ondevice.errors import BadOption  # noqa: E402
+from ondevice.tensors import dense  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -41,6 +46,22 @@ if torch.cuda.is_available():
 @pytest.fixture(scope="module", params=MODES)
 def backend(request):
     return MODES[request.param]()
+
+
+def test_experts_are_recorded_without_asking_the_host(monkeypatch) -> None:
+    ops, random = MODES["like_on_a_gpu"](), np.random.default_rng(0)
+    weight = ops.prepare(dense(random.standard_normal((6, 3, 8), np.float32)))
+    cache = ops.new_cache([LayerCache(1, 8, 8)], 7, 4)
+    ids, step = ops.array(np.arange(7, dtype=np.int32)[:, None]), replace(Step.whole(7, 1), cache=cache)
+    table = ops.array(random.standard_normal((7, 8), np.float32))
+
+    def layer(ids, step):
+        x = table[ids[:, 0].long()]
+        return ops.expert_linear(x, weight, ops.route(x[:, :6], 4, RouteRule()))
+
+    want = layer(ids, step)
+    monkeypatch.setattr(TorchRouting, "groups", lambda *_: pytest.fail("the host was asked"))
+    assert torch.allclose(ops.compile(layer)(ids, step), want, atol=1e-5)
 
 
 KERNELS = """
