@@ -122,10 +122,10 @@ struct Activations {
     Quantized view;
 
     Activations(int64_t tokens, int64_t columns, int block)
-        : buffer(padded_tokens(tokens, block) * (columns + 3 * columns / kBlock * int64_t{sizeof(float)})) {
+        : buffer(padded_tokens(tokens, block) * (columns + 2 * columns / kHalf * int64_t{sizeof(float)})) {
         const int64_t places = padded_tokens(tokens, block);
         auto* scales = reinterpret_cast<float*>(buffer.as() + places * columns);
-        view = Quantized{buffer.as<int8_t>(), scales, scales + places * (columns / kBlock), tokens, columns};
+        view = Quantized{buffer.as<int8_t>(), scales, scales + places * (columns / kHalf), tokens, columns};
     }
 };
 

@@ -18,7 +18,8 @@
 namespace ondevice::cpu {
 
 constexpr int kRows = 16;  // of a tile: 16 lanes of AVX-512, twice 8 of AVX2, four times 4 of NEON
-constexpr int kBlock = 32;  // columns whose codes lie together, and whose activations share a scale
+constexpr int kBlock = 32;  // columns whose codes lie together
+constexpr int kHalf = 16;   // columns whose activations share a scale
 constexpr int kLine = 64;
 
 enum class Number : int { f32, f16, bf16 };

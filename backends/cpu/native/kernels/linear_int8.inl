@@ -1,10 +1,10 @@
 // Quantized weights times activations in int8: integer products, float32 sums of groups.
 
-// 32 numbers -> codes; returns {scale, sum of all, sum of the first 16}. Not-a-number and infinity make the scale (and
-// with it everything that this token is multiplied with) not a number.
-static inline void quantize_block(const float* x, int8_t* codes, float* scale, float* sum_all, float* sum_first) {
-    constexpr int kVectors = kBlock / N;
-    F v[kVectors], most = set(0), poison = set(0);
+// 16 numbers -> codes, their scale and their sum. Not-a-number and infinity make the scale (and with it everything that
+// this token is multiplied with) not a number.
+static inline void quantize_half(const float* x, int8_t* codes, float* scale, float* total) {
+    constexpr int kVectors = kHalf / N;
+    F v[kVectors], most = set(0), poison = set(0), whole = set(0);
     for (int i = 0; i < kVectors; i++) {
         v[i] = load(x + i * N);
         most = max(most, abs(v[i]));
@@ -12,30 +12,27 @@ static inline void quantize_block(const float* x, int8_t* codes, float* scale, f
     }
     const float largest = top(most), step = largest / 127.0f + sum(poison);
     const F inverse = set(largest > 0 ? 127.0f / largest : 0.0f);
-    F sums[2] = {set(0), set(0)};
     for (int i = 0; i < kVectors; i++) {
-        const F whole = nearest(v[i] * inverse);
-        store_bytes(codes + i * N, whole);
-        F& half = sums[i >= kVectors / 2];
-        half = half + whole;
+        const F code = nearest(v[i] * inverse);
+        store_bytes(codes + i * N, code);
+        whole = whole + code;
     }
     *scale = step;
-    *sum_first = sum(sums[0]) * step;
-    *sum_all = sum(sums[0] + sums[1]) * step;
+    *total = sum(whole) * step;
 }
 
 static void quantize(const Quantize& p, Pool& pool) {
-    const int64_t columns = p.to.columns, blocks = columns / kBlock, groups = (p.to.tokens + kTokens - 1) / kTokens;
+    const int64_t columns = p.to.columns, halves = columns / kHalf, groups = (p.to.tokens + kTokens - 1) / kTokens;
     const int64_t tasks = pieces(pool, groups, 1 + 8192 / columns), step = (groups + tasks - 1) / tasks;
     pool.run(tasks, [&](int64_t task, int) {
         for (int64_t t = task * step * kTokens; t < p.to.tokens && t < (task + 1) * step * kTokens; t++) {
             const int64_t first = t / kTokens * kTokens, i = t - first;
             const int64_t size = p.to.tokens - first < kTokens ? last_block(p.to.tokens - first) : kTokens;
             int8_t* codes = p.to.codes + first * columns + i * kBlock;
-            float *scales = p.to.scales + first * blocks + i, *sums = p.to.sums + 2 * first * blocks + i;
-            for (int64_t b = 0; b < blocks; b++)
-                quantize_block(p.x + t * columns + b * kBlock, codes + b * size * kBlock, scales + b * size,
-                               sums + 2 * b * size, sums + (2 * b + 1) * size);
+            float *scales = p.to.scales + first * halves + i, *sums = p.to.sums + first * halves + i;
+            for (int64_t h = 0; h < halves; h++)
+                quantize_half(p.x + t * columns + h * kHalf, codes + h / 2 * size * kBlock + h % 2 * kHalf,
+                              scales + h * size, sums + h * size);
         }
     });
 }
@@ -56,18 +53,38 @@ static ONDEVICE_INLINE Line quad_codes(const uint8_t* block) {
     return codes;
 }
 
-// One block of 32 columns: 16 rows x T tokens of dots. `halved`: of each half of the columns by itself.
-template <int bits, bool halved, int T, int i = 0>
-static ONDEVICE_INLINE void dot_block(const uint8_t* block, const int8_t* x, Dot<bits> dots[T][1 + halved]) {
-    // Quads that share a line follow one another, unless halves must be kept apart.
-    constexpr int q = halved ? i : (i & 1) * 4 + (i >> 1), half = halved ? q / 4 : 0, place = halved ? i % 4 : i;
+// Half h of a block of 32 columns: 16 rows x T tokens of dots.
+template <int bits, int h, int T, int i = 0>
+static ONDEVICE_INLINE void dot_half(const uint8_t* block, const int8_t* x, Dot<bits> dots[T]) {
+    constexpr int q = 4 * h + i;
     const Line codes = quad_codes<bits, q>(block);
     ONDEVICE_UNROLL
-    for (int t = 0; t < T; t++) dots[t][half].add(place, codes, load_quad(x + t * kBlock + 4 * q));
-    if constexpr (i < 7) dot_block<bits, halved, T, i + 1>(block, x, dots);
+    for (int t = 0; t < T; t++) dots[t].add(i, codes, load_quad(x + t * kBlock + 4 * q));
+    if constexpr (i < 3) dot_half<bits, h, T, i + 1>(block, x, dots);
 }
 
-// A tile times T tokens (one block of Quantized) -> out [T, 16].
+// The same, times the activations' scales, added to `part`; and the activations' sums to `part_sums`.
+template <int bits, bool biased, int h, int T>
+static ONDEVICE_INLINE void add_half(const uint8_t* block, const int8_t* x, const float* scales, const float* sums,
+                                     float shift, F part[T][L], float part_sums[T]) {
+    Dot<bits> dots[T];
+    for (auto& dot : dots) dot.clear();
+    dot_half<bits, h, T>(block, x, dots);
+    ONDEVICE_UNROLL
+    for (int t = 0; t < T; t++) {
+        F total[L];
+        dots[t].total(4, total);
+        const F scale = set(scales[h * T + t]), extra = set(shift * sums[h * T + t]);
+        part_sums[t] += sums[h * T + t];
+        ONDEVICE_UNROLL
+        for (int i = 0; i < L; i++) {
+            const F start = biased && bits != 8 ? part[t][i] : part[t][i] + extra;
+            part[t][i] = fma(total[i], scale, start);
+        }
+    }
+}
+
+// A tile times T tokens (one block of Quantized) -> out [T, 16]. `halved`: weights have scales for 16 columns each.
 template <int bits, bool biased, bool halved, int T>
 static void multiply_tile(const Tiles& w, const uint8_t* tile, const int8_t* x, const float* scales, const float* sums,
                           float* out) {
@@ -78,33 +95,14 @@ static void multiply_tile(const Tiles& w, const uint8_t* tile, const int8_t* x, 
     for (auto& row : y)
         for (F& v : row) v = set(0);
     for (int64_t u = 0; u < units; u++) {
-        F part[T][kHalves][L];
-        float part_sums[T][kHalves] = {};
-        for (auto& token : part)
-            for (auto& half : token)
-                for (F& v : half) v = set(0);
-        for (int64_t b = 0; b < blocks; b++, x += T * kBlock, scales += T, sums += 2 * T, tile += kLine * bits) {
-            Dot<bits> dots[T][kHalves];
-            for (auto& row : dots)
-                for (auto& dot : row) dot.clear();
-            dot_block<bits, halved, T>(tile, x, dots);
-            ONDEVICE_UNROLL
-            for (int t = 0; t < T; t++) {
-                const float first = sums[T + t];
-                const float by_half[2] = {halved ? first : sums[t], sums[t] - first};
-                ONDEVICE_UNROLL
-                for (int h = 0; h < kHalves; h++) {
-                    F total[L];
-                    dots[t][h].total(8 / kHalves, total);
-                    const F scale = set(scales[t]), extra = set(shift * by_half[h]);
-                    part_sums[t][h] += by_half[h];
-                    ONDEVICE_UNROLL
-                    for (int i = 0; i < L; i++) {
-                        const F start = biased && bits != 8 ? part[t][h][i] : part[t][h][i] + extra;
-                        part[t][h][i] = fma(total[i], scale, start);
-                    }
-                }
-            }
+        F part[kHalves][T][L];
+        float part_sums[kHalves][T] = {};
+        for (auto& half : part)
+            for (auto& token : half)
+                for (F& v : token) v = set(0);
+        for (int64_t b = 0; b < blocks; b++, x += T * kBlock, scales += 2 * T, sums += 2 * T, tile += kLine * bits) {
+            add_half<bits, biased, 0, T>(tile, x, scales, sums, shift, part[0], part_sums[0]);
+            add_half<bits, biased, 1, T>(tile, x, scales, sums, shift, part[halved], part_sums[halved]);
         }
         ONDEVICE_UNROLL
         for (int h = 0; h < kHalves; h++) {
@@ -115,8 +113,8 @@ static void multiply_tile(const Tiles& w, const uint8_t* tile, const int8_t* x, 
             for (int t = 0; t < T; t++)
                 ONDEVICE_UNROLL
                 for (int i = 0; i < L; i++) {
-                    y[t][i] = fma(part[t][h][i], s[i], y[t][i]);
-                    if (biased) y[t][i] = fma(m[i], set(part_sums[t][h]), y[t][i]);
+                    y[t][i] = fma(part[h][t][i], s[i], y[t][i]);
+                    if (biased) y[t][i] = fma(m[i], set(part_sums[h][t]), y[t][i]);
                 }
         }
         tile += kHalves * line * (biased ? 2 : 1);
@@ -160,13 +158,13 @@ static inline void put_tile(const Product& p, int64_t tile, int64_t token, int64
 
 // Tokens [from, to) (from: a multiple of kTokens) of one product, at one tile.
 static void tile_product(const Quantized& x, const Product& p, int64_t tile, int64_t from, int64_t to) {
-    const int64_t blocks = x.columns / kBlock;
+    const int64_t halves = x.columns / kHalf;
     const uint8_t* data = p.weight.tiles->tile(p.weight.expert, tile);
     alignas(64) float sums[kTokens * kRows];
     for (int64_t t = from; t < to; t += kTokens) {
         const int64_t real = to - t < kTokens ? to - t : kTokens, size = real < kTokens ? last_block(real) : kTokens;
-        tile_kernel(*p.weight.tiles, size)(*p.weight.tiles, data, x.codes + t * x.columns, x.scales + t * blocks,
-                                           x.sums + 2 * t * blocks, sums);
+        tile_kernel(*p.weight.tiles, size)(*p.weight.tiles, data, x.codes + t * x.columns, x.scales + t * halves,
+                                           x.sums + t * halves, sums);
         put_tile(p, tile, t, real, sums);
     }
 }
