@@ -30,7 +30,6 @@ def backend(request: pytest.FixtureRequest, created: Callable[[str], Backend]) -
 @pytest.fixture(scope="session")
 def twin_folder(tmp_path_factory: pytest.TempPathFactory):
     """name -> (the twin, its folder as transformers saves it)"""
-    pytest.importorskip("transformers")
 
     @cache
     def make(name: str) -> tuple[object, Path]:

@@ -91,7 +91,6 @@ def test_trainable_arrays_stand_in_for_weights(decoder):
 
 @pytest.mark.parametrize(("name", "bits"), [("llama", 16), ("qwen3", 4), ("gemma3", 32), ("qwen3_moe", 8)])
 def test_random_weights_fit_every_family(name, bits):
-    pytest.importorskip("transformers")
     config = twins.make(name, hidden_size=64, intermediate_size=64, head_dim=16, num_attention_heads=4).config
     family = families()[name]
     hf = config.to_dict() | ({"moe_intermediate_size": 32} if "moe" in name else {})

@@ -27,7 +27,6 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_logits_of_a_gguf_are_those_of_the_twin(name, backend, tmp_path):
-    pytest.importorskip("transformers")
     base, fields = FILES[name]
     twin = twins.make(base, **fields)
     gguf_twins.write(tmp_path / "twin.gguf", twin)

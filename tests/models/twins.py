@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file, save_file
 
 from ondevice.testing.family import TINY, randomise
@@ -65,8 +66,7 @@ PAIRS = [(b, name) for b in BACKENDS for name in TWINS if b != "mlx" or "-" not 
 
 def make(name: str, **fields: Any) -> Any:
     """The twin called `name`, with `fields` of its config changed."""
-    import transformers
-
+    transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
     kind, own = TWINS[name]
     config_class = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(kind, f"{kind}Config"))
