@@ -58,8 +58,9 @@ def group(debug: bool) -> None:
 def main(args: list[str] | None = None) -> None:
     """The entry point: runs a command and turns whatever goes wrong into two clear lines and an exit status."""
     args = sys.argv[1:] if args is None else args
-    debug = "--debug" in args
-    args = [a for a in args if a != "--debug"]
+    end = args.index("--") if "--" in args else len(args)  # what stands behind it is text
+    debug = "--debug" in args[:end]
+    args = [a for a in args[:end] if a != "--debug"] + args[end:]
     try:
         sys.exit(_run(args, debug))
     except BrokenPipeError:  # whoever read our output has left; nothing more can be said, and that is fine
@@ -79,10 +80,10 @@ def _run(args: list[str], debug: bool) -> int:
         return 130
     except click.ClickException as error:
         error.show()
-        return 2
+        return error.exit_code
     except BrokenPipeError:
         raise
-    except (OnDeviceError, MemoryError, OSError) as error:
+    except Exception as error:
         if debug:
             raise
         told = _tell(error)
@@ -90,12 +91,22 @@ def _run(args: list[str], debug: bool) -> int:
         return 2 if isinstance(told, BadOption) else 1
 
 
-def _tell(error: OnDeviceError | MemoryError | OSError) -> OnDeviceError:
-    """What the machine refuses, in our words."""
+def _tell(error: Exception) -> OnDeviceError:
+    """What the machine refuses, and what we did not foresee, in two lines."""
     if isinstance(error, OnDeviceError):
         return error
     if isinstance(error, MemoryError):
         return OnDeviceError("There is not enough memory for this.", "Close other programs, or take a smaller model.")
+    if isinstance(error, OSError):
+        return _tell_os(error)
+    what = (str(error).splitlines() or [""])[0]
+    return OnDeviceError(
+        f"ondevice failed in a way that it did not foresee: {type(error).__name__}: {what}",
+        "That is a mistake of ours: please report it, with what `--debug` shows.",
+    )
+
+
+def _tell_os(error: OSError) -> OnDeviceError:
     where = f" ({error.filename})" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OnDeviceError(

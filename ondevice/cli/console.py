@@ -10,6 +10,8 @@ from typing import Any
 
 from ..errors import OnDeviceError
 
+_drawn = 0  # characters of a progress line that stands on the terminal now
+
 
 def answer(text: str = "", *, end: str = "\n") -> None:
     """Part of what was asked for; shown at once."""
@@ -22,21 +24,46 @@ def answer(text: str = "", *, end: str = "\n") -> None:
 
 
 def json(value: Any) -> None:
-    """One JSON document on stdout, the only thing a --json command writes there."""
-    answer(_json.dumps(value, ensure_ascii=False, default=str))
+    """One JSON document on stdout, the only thing a --json command writes there; ASCII, whatever the terminal's
+    encoding."""
+    answer(_json.dumps(value, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and paths, as JSON has them."""
+    if hasattr(value, "item"):
+        return value.item()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"{type(value).__name__} has no place in JSON")
 
 
 def status(text: str = "", *, end: str = "\n") -> None:
     """What is going on, for people."""
+    _draw("")
     sys.stderr.write(text + end)
     sys.stderr.flush()
 
 
+def _draw(text: str) -> None:
+    """Replaces the progress line; an empty text wipes it."""
+    global _drawn
+    if text or _drawn:
+        sys.stderr.write("\r" + text.ljust(_drawn) + ("" if text else "\r"))
+        sys.stderr.flush()
+        _drawn = len(text)
+
+
 def error(problem: OnDeviceError) -> None:
     """Two lines: what and where; what to do."""
-    status(f"Error: {problem.message}")
+    status(f"Error: {_line(problem.message)}")
     if problem.hint:
-        status(problem.hint)
+        status(_line(problem.hint))
+
+
+def _line(text: str) -> str:
+    """One line, with nothing in it that a terminal would obey: names out of strange files end up in messages."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.splitlines()))
 
 
 def flush() -> None:
@@ -80,7 +107,6 @@ class progress:
         self.title, self.unit, self.every = title, unit, every
         self.started = self.shown = time.monotonic()
         self.visible = interactive()
-        self.width = 0
 
     def __enter__(self) -> progress:
         return self
@@ -90,7 +116,7 @@ class progress:
         if not self.visible or (now - self.shown < self.every and done != total):
             return
         self.shown = now
-        self._draw(f"{self.title}: {self._amounts(done, total)}{self._left(done, total, now)}")
+        _draw(f"{self.title}: {self._amounts(done, total)}{self._left(done, total, now)}")
 
     def _amounts(self, done: float, total: float | None) -> str:
         scale, unit = (1e6, "MB") if self.unit == "bytes" else (1, self.unit)
@@ -103,10 +129,5 @@ class progress:
         seconds = (now - self.started) / done * (total - done)
         return f", {seconds:.0f} s left" if seconds < 90 else f", {seconds / 60:.0f} min left"
 
-    def _draw(self, text: str) -> None:
-        status("\r" + text.ljust(self.width), end="")
-        self.width = len(text)
-
     def __exit__(self, *_: object) -> None:
-        if self.visible and self.width:
-            status("\r" + " " * self.width + "\r", end="")
+        _draw("")

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from . import console
+from .pull import fetch
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -22,12 +23,11 @@ DTYPES = ("float32", "float16", "bfloat16")
 def command(source, dest, dtype, dequantize, only_plan, as_json):
     """Write SOURCE (a folder, a .gguf file or a model's name) as the new Hugging Face folder DEST, with its tokenizer,
     template and settings. GGUF's Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 keep their codes, in MLX's format."""
-    from .. import hub
     from ..checkpoint import open_checkpoint
     from ..tools.convert import convert, estimate, plan
 
     start = time.perf_counter()
-    with open_checkpoint(hub.resolve(source)) as checkpoint:
+    with open_checkpoint(fetch(source)) as checkpoint:
         work = plan(checkpoint, dtype, dequantize)
         facts = {"source": str(checkpoint.path), "path": str(dest), "tensors": len(work.specs)}
         facts |= {"source_bytes": checkpoint.nbytes, "bytes": work.nbytes, "formats": work.formats}

@@ -6,95 +6,154 @@ import os
 import platform
 import shutil
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from . import console
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..backends.base import Backend
+    from ..registry import Probe
+
+PACKAGES = ("numpy", "tokenizers", "sentencepiece", "jinja2", "huggingface-hub", "gguf", "mlx", "torch", "transformers")
+COMPILERS = ("c++", "g++", "clang++", "cl")
+TINY = {  # a Llama just large enough for groups of 32
+    "model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+TOLERANCE = 0.05  # of the largest logit: a sound backend stays below it with 8-bit activations, a wrong one far above
+
 
 @click.command("doctor")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(as_json):
-    """Run a small real computation on every backend that is ready here, and say what the others lack."""
-    facts = {"python": platform.python_version(), "platform": platform.platform(), **_machine()}
-    facts["backends"] = _backends()
+    """Run a tiny model on every backend that is ready here, and say what the others lack and how to get it."""
+    facts = {**_installation(), **_machine(), **_models(), "backends": _backends()}
     if as_json:
         console.json(facts)
         return
-    console.answer(f"Python {facts['python']} on {facts['platform']}, {facts['cores']} cores")
+    versions = ", ".join(f"{name} {version}" for name, version in facts["packages"].items() if version)
+    memory = f", {facts['memory_bytes'] / 1e9:.0f} GB of memory" if facts["memory_bytes"] else ""
+    here = [name for name, is_here in facts["catalog"].items() if is_here]
+    console.answer(f"ondevice {facts['ondevice']} at {facts['path']}, Python {facts['python']}")
+    console.answer(f"{facts['platform']}, {facts['cores']} cores{memory}; C++ compiler: {facts['compiler'] or 'none'}")
+    console.answer(f"With {versions}")
     console.answer(f"Models are kept in {facts['home']} ({facts['free_bytes'] / 1e9:.0f} GB free)")
+    console.answer(f"Here: {', '.join(here) or 'none of the catalog yet'} (`ondevice models` lists more)")
     for b in facts["backends"]:
         console.answer(f"{'ok ' if b['available'] else '-- '} {b['name']:10} {b['device'] or b['reason']}")
-        if b["available"] and b["reason"]:
-            console.answer(f"               {b['reason']}")
-        if b["hint"]:
-            console.answer(f"               {b['hint']}")
+        for line in (b["device"] and b["reason"], b["hint"]):
+            if line:
+                console.answer(f"               {line}")
+
+
+def _installation() -> dict:
+    from importlib.metadata import PackageNotFoundError, version
+
+    from .. import __version__
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    package = Path(__file__).parent.parent
+    return {
+        "ondevice": __version__,
+        "path": str(package),
+        "links": (package / "backends").is_symlink(),  # a checkout's links; an installed wheel has folders
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "packages": {name: installed(name) for name in PACKAGES},
+    }
 
 
 def _machine() -> dict:
-    from .. import __version__, hub
+    from ..runtime.memory import memory_bytes
+
+    compilers = (os.environ.get("CXX"), *COMPILERS)
+    return {
+        "platform": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": memory_bytes(),
+        "compiler": next((found for name in compilers if name and (found := shutil.which(name))), None),
+    }
+
+
+def _models() -> dict:
+    from .. import hub
+    from ..catalog import CATALOG
 
     home = hub.home()
     there = next(p for p in (home, *home.parents) if p.exists())
     return {
-        "ondevice": __version__,
-        "executable": sys.executable,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "home": str(home),
         "free_bytes": shutil.disk_usage(there).free,
+        "catalog": {name: (home / "models" / name / entry.file).is_file() for name, entry in CATALOG.items()},
     }
 
 
 def _backends() -> list[dict]:
-    from ..registry import probe_backends
+    from ..registry import create_backend, probe_backends
 
-    return [_examine(name, probe) for name, probe in probe_backends().items()]
+    wanted = _tiny_logits(create_backend("reference", exact=True))
+    return [_examine(name, probe, wanted) for name, probe in probe_backends().items()]
 
 
-def _examine(name: str, probe) -> dict:
+def _examine(name: str, probe: Probe, wanted: np.ndarray) -> dict:
     """A probe says that a backend should work; only a computation shows that it does."""
     facts = {"name": name, "available": probe.ready, "reason": probe.reason, "hint": probe.hint, "device": probe.device}
     facts["details"] = {}
     if not probe.ready:
         return facts
+    import numpy as np
+
     from ..registry import create_backend
 
     try:
         ops = create_backend(name)
         info = ops.info()
-        error = _compute(ops)
+        error = float(np.abs(_tiny_logits(ops) - wanted).max() / np.abs(wanted).max())
     except Exception as failure:  # whatever a driver or library throws is the answer
         message = str(failure).splitlines()[0] if str(failure) else ""
         return facts | {
             "available": False,
+            "device": "",
             "reason": f"a small computation failed: {type(failure).__name__}: {message}",
-            "hint": "reinstall its package, or its driver",
+            "hint": "Reinstall its package, or its driver.",
         }
-    facts |= {
-        "device": info.device,
-        "details": {"dtype": info.dtype, "features": sorted(info.features), **info.details},
+    facts["details"] = {"dtype": info.dtype, "features": sorted(info.features), "error": error, **info.details}
+    if error <= TOLERANCE:  # which NaN is not
+        return facts | {"device": info.device}
+    return facts | {
+        "available": False,
+        "device": "",
+        "reason": f"it computes wrongly on {info.device}: off by {error:.0%}",
+        "hint": "Update its package; if that does not help, please report this.",
     }
-    if error > 0.05:
-        facts |= {
-            "available": False,
-            "reason": f"it computes wrongly: off by {error:.0%}",
-            "hint": "report this, please",
-        }
-    return facts
 
 
-def _compute(ops) -> float:
-    """A norm and a 4-bit linear map, against NumPy: the largest difference, as a share of the largest value."""
+def _tiny_logits(ops: Backend) -> np.ndarray:
+    """What a tiny random 4-bit Llama says on a backend: seven tokens at once, then one more through the cache."""
     import numpy as np
 
-    from ..noise import generator
-    from ..schemes import quantize_affine, to_float
-    from ..tensors import dense
+    from ..backends.base import Step
+    from ..models.decoder import Decoder
+    from ..models.families.llama import llama
+    from ..models.random import random_weights
 
-    draw = generator(0, "doctor")
-    x = draw.standard_normal((3, 64), np.float32)
-    tensor = quantize_affine(draw.standard_normal((32, 64), np.float32), 4, 32, "float32")
-    gain = dense(np.ones(64, np.float32))
-    y = ops.linear(ops.rms_norm(ops.array(x), ops.prepare(gain), 1e-6), ops.prepare(tensor))
-    wanted = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) @ to_float(tensor).T
-    return float(np.abs(ops.numpy(y) - wanted).max() / np.abs(wanted).max())
+    config = llama.config(TINY)
+    decoder = Decoder(config, ops, random_weights(config, ops))
+    cache = decoder.new_cache(1, 8)
+    seen = []
+    for start, ids in ((0, [[3, 1, 4, 1, 5, 9, 2]]), (7, [[6]])):
+        place = (np.array([n], np.int32) for n in (start, len(ids[0]), 0))
+        step = Step(*place, cache=cache)
+        seen.append(ops.numpy(decoder(ops.array(np.array(ids, np.int32)), step)).reshape(-1, TINY["vocab_size"]))
+        cache.advance(step.slots, step.lengths)
+    return np.concatenate(seen).astype(np.float32)

@@ -21,7 +21,8 @@ def command(as_json):
         console.json(
             {
                 "models": [
-                    {"name": m.name, "path": str(m.path), "bytes": m.nbytes, "weights": m.weights} for m in here
+                    {"name": m.name, "path": str(m.path), "bytes": m.nbytes, "quantization": m.quantization}
+                    for m in here
                 ],
                 "available": [
                     {"name": e.name, "bytes": e.size, "about": e.about, "licence": e.licence} for e in missing
@@ -30,8 +31,8 @@ def command(as_json):
         )
         return
     if here:
-        rows = [(m.name, f"{m.nbytes / 1e6:.0f} MB", m.weights, str(m.path)) for m in here]
-        console.table(rows, ("name", "size", "weights", "path"))
+        rows = [(m.name, f"{m.nbytes / 1e6:.0f} MB", m.quantization, str(m.path)) for m in here]
+        console.table(rows, ("name", "size", "quantization", "path"))
     else:
         console.status("No models are here yet.")
     for entry in missing:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from . import console
@@ -11,12 +13,19 @@ from . import console
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(name, as_json):
-    """Fetch NAME: a catalog name, a Hugging Face repo id (owner/repo), or one GGUF of a repo (owner/repo:FILE.gguf).
-    Prints where it is. Interrupted downloads resume."""
-    from .. import hub
+    """Fetch NAME: a catalog name, a Hugging Face repo id (owner/name), or one GGUF of a repo (owner/name:FILE.gguf),
+    either with @REVISION. Prints where it is. Interrupted downloads resume."""
     from ..checkpoint import open_checkpoint
 
-    path = hub.resolve(name, console.status)
+    path = fetch(name)
     with open_checkpoint(path) as checkpoint:  # what came must at least open
         facts = {"name": name, "path": str(path), "tensors": len(checkpoint.names), "bytes": checkpoint.nbytes}
     console.json(facts) if as_json else console.answer(str(path))
+
+
+def fetch(name: str) -> Path:
+    """Where the model called `name` is, fetched if need be: what comes from where is said, and how far it is shown."""
+    from .. import hub
+
+    with console.progress("Fetching", unit="bytes") as bar:
+        return hub.resolve(name, console.status, lambda event: bar.update(event.done, event.total))

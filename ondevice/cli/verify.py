@@ -6,6 +6,7 @@ import click
 
 from . import console
 from .model_options import model_argument
+from .pull import fetch
 
 PROMPT = "The quick brown fox jumps over the lazy dog, and then"
 
@@ -19,7 +20,6 @@ PROMPT = "The quick brown fox jumps over the lazy dog, and then"
 def command(model, prompt, names, layers, as_json):
     """Run one prompt through every backend in one process, in exact mode, and compare each layer's output and the
     logits with the reference backend's. Exit status 1 when one differs by more than the tolerance."""
-    from .. import hub
     from ..checkpoint import open_checkpoint
     from ..errors import OnDeviceError
     from ..models.families import family_of
@@ -29,7 +29,7 @@ def command(model, prompt, names, layers, as_json):
     from ..tools.evaluate.backends import TOLERANCE, compare, observe
 
     names = names or [n for n, probe in probe_backends().items() if probe.ready and n != "reference"]
-    with open_checkpoint(hub.resolve(model)) as checkpoint:
+    with open_checkpoint(fetch(model)) as checkpoint:
         family, hf = family_of(checkpoint)
         config = family.config(hf)
         parameters = Parameters(family, config, checkpoint)

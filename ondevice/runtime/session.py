@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from .. import hub
 from ..backends.base import Backend, SamplingParams
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import BadFile, BadOption, OnDeviceError
@@ -147,19 +148,17 @@ def open_session(
     context: int | None = None,
     threads: int | None = None,
     kv_dtype: str | None = None,
-    progress: Callable[[Loading], None] = lambda event: None,
+    progress: Callable[[Loading | hub.Fetching], None] = lambda event: None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Session:
     """Open a model: a folder, a .gguf file, a Hugging Face repo id or a catalog name.
 
     backend: a name, a Backend, or None for the best that is ready. exact: float32 throughout. context: tokens of
-    prompt and answer together; None: what the model was made for, up to 8,192. `say` hears what is fetched from where.
-    Raises OnDeviceError's children.
+    prompt and answer together; None: what the model was made for, up to 8,192. `say` hears what is fetched from where,
+    `progress` how far fetching and then loading are. Raises OnDeviceError's children.
     """
-    from .. import hub
-
+    path = hub.resolve(str(model), say, progress)
     started = time.perf_counter()
-    path = hub.resolve(str(model), say)
     checkpoint = open_checkpoint(path)
     try:
         family, hf_config = family_of(checkpoint)

@@ -9,13 +9,16 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """repos: name -> {file name -> bytes}. gated: repo names that answer 403. cut: file name -> bytes after which the
-    connection breaks, once. corrupt: file names served with one byte changed. requests: what was asked, in order."""
+    """repos: name -> {file name -> bytes}. gated: repo names that answer 401 unless `token` comes. cut: file name ->
+    bytes after which each of the next connections breaks; and then there is no more of it if `gone`. corrupt: file
+    names served with one byte changed. requests: what was asked, in order."""
 
     def __init__(self):
         self.repos: dict[str, dict[str, bytes]] = {}
         self.gated: set[str] = set()
-        self.cut: dict[str, int] = {}
+        self.token = "hf_right"
+        self.cut: dict[str, list[int]] = {}
+        self.gone = False
         self.corrupt: set[str] = set()
         self.requests: list[tuple[str, str, str | None]] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -57,26 +60,29 @@ class _Handler(BaseHTTPRequestHandler):
         repo, name = "/".join(parts[:2]), "/".join(parts[4:])
         if repo not in self.hub.repos:
             return self.refuse(404, "RepoNotFound")
-        if repo in self.hub.gated:
-            return self.refuse(403, "GatedRepo")
+        if self.locked(repo):
+            return self.refuse(401, "GatedRepo")
         if name not in self.hub.repos[repo]:
             return self.refuse(404, "EntryNotFound")
         self.file(name, self.hub.repos[repo][name], body)
 
+    def locked(self, repo: str) -> bool:
+        return repo in self.hub.gated and self.headers.get("Authorization") != f"Bearer {self.hub.token}"
+
     def info(self, repo: str, rest: list[str]) -> None:
         if repo not in self.hub.repos:
             return self.refuse(404, "RepoNotFound")
-        if repo in self.hub.gated:
-            return self.refuse(403, "GatedRepo")
+        if self.locked(repo):
+            return self.refuse(401, "GatedRepo")
         files = self.hub.repos[repo]
         if rest[:1] == ["tree"]:
-            found = [{"type": "file", "path": n, "size": len(d), "oid": _oid(d)} for n, d in files.items()]
+            found = [{"type": "file", "path": n, "size": len(d), "oid": _oid(n, d)} for n, d in files.items()]
         else:
-            found = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+            found = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": [_sibling(*f) for f in files.items()]}
         self.send(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
 
     def file(self, name: str, data: bytes, body: bool) -> None:
-        headers = {"ETag": f'"{_oid(data)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{_oid(name, data)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         status, start = 200, 0
         if wanted := self.headers.get("Range"):
             start = int(wanted.removeprefix("bytes=").partition("-")[0])
@@ -84,7 +90,10 @@ class _Handler(BaseHTTPRequestHandler):
             status = 206
         if name in self.hub.corrupt:
             data = data[:-1] + bytes([data[-1] ^ 1])
-        cut = self.hub.cut.pop(name, None) if body else None
+        cuts = self.hub.cut.get(name) if body else None
+        if body and self.hub.gone and not cuts:
+            return self.refuse(503, "Busy")
+        cut = cuts.pop(0) if cuts else None
         self.send(status, data[start:], headers, body, cut)
 
     def refuse(self, status: int, code: str) -> None:
@@ -101,5 +110,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
-def _oid(data: bytes) -> str:
+def _sibling(name: str, data: bytes) -> dict:
+    found = {"rfilename": name, "size": len(data), "blobId": "0" * 40}
+    large = len(_oid(name, data)) == 64
+    return found | ({"lfs": {"sha256": _oid(name, data), "size": len(data), "pointerSize": 130}} if large else {})
+
+
+def _oid(name: str, data: bytes) -> str:
+    """Large files are named by their SHA-256, small ones by Git's SHA-1."""
+    if name.endswith((".json", ".txt")):
+        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     return hashlib.sha256(data).hexdigest()

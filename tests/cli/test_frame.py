@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 
 from ondevice import cli
@@ -60,6 +62,13 @@ def test_an_unknown_option_is_wrong_usage():
         (BadOption("--bits 7 is not known.", "Known: 4, 8."), 2, "Error: --bits 7 is not known."),
         (MemoryError(), 1, "Error: There is not enough memory for this."),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/model"), 1, "Error: The disk is full (out/model)."),
+        (
+            RuntimeError("strange\nmore"),
+            1,
+            "Error: ondevice failed in a way that it did not foresee: RuntimeError: strange",
+        ),
+        (BadFile("a\nb \x1b[2Jc.", "d"), 1, "Error: a b ?[2Jc."),
+        (click.FileError("x.json", "unreadable"), 1, "Error: Could not open file 'x.json': unreadable"),
         (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/x"), 1, "Error: Permission denied (/x)."),
     ],
 )
@@ -67,7 +76,7 @@ def test_errors_are_two_lines_and_a_status(monkeypatch, capsys, error, code, fir
     failing(monkeypatch, error)
     got, output = status(capsys, "models")
     lines = output.err.splitlines()
-    assert got == code and lines[0] == first and len(lines) == 2 and not output.out
+    assert got == code and lines[0] == first and len(lines) <= 2 and not output.out
 
 
 def test_an_interrupt_is_130(monkeypatch, capsys):
@@ -80,6 +89,26 @@ def test_debug_shows_where(monkeypatch):
     failing(monkeypatch, BadFile("x", "y"))
     with pytest.raises(BadFile):
         cli.main(["--debug", "models"])
+
+
+def test_debug_behind_two_dashes_is_text(monkeypatch, capsys):
+    seen = []
+
+    @click.command("models")
+    @click.argument("words", nargs=-1)
+    def command(words):
+        seen.append(words)
+
+    monkeypatch.setattr(cli.LazyGroup, "get_command", lambda self, ctx, name: command)
+    assert status(capsys, "--debug", "models", "--", "--debug")[0] == 0 and seen == [("--debug",)]
+
+
+def test_json_is_ascii_and_knows_numpy(capsys):
+    console.json({"a": np.float32(0.5), "b": Path("x"), "c": "é\ud800"})
+    out = capsys.readouterr().out
+    assert out.isascii() and json.loads(out) == {"a": 0.5, "b": "x", "c": "é\ud800"}
+    with pytest.raises(TypeError):
+        console.json({"a": object()})
 
 
 def test_a_reader_that_leaves_is_no_error():
@@ -99,22 +128,59 @@ def test_doctor_computes_on_every_ready_backend():
         assert backend["available"] or (backend["reason"] and backend["hint"])
 
 
-def test_doctor_notices_a_backend_that_computes_wrongly(monkeypatch):
+@pytest.fixture
+def sick(monkeypatch):
+    """doctor examines a reference backend whose `linear` a test replaces."""
     from ondevice.cli import doctor
     from ondevice.registry import Probe, create_backend
 
     ops = create_backend("reference")
-    right = ops.linear
-    monkeypatch.setattr(ops, "linear", lambda x, w: right(x, w) * 1.2)
+    wanted = doctor._tiny_logits(ops)
     monkeypatch.setattr("ondevice.registry.create_backend", lambda name: ops)
-    found = doctor._examine("reference", Probe.available("here", 0))
-    assert not found["available"] and "wrongly" in found["reason"]
+    return ops, lambda: doctor._examine("reference", Probe.available("here", 0), wanted)
+
+
+def test_doctor_finds_a_sound_backend_sound(sick):
+    found = sick[1]()
+    assert found["available"] and found["details"]["error"] == 0
+
+
+@pytest.mark.parametrize("share", [1.2, -1.0, float("nan")])
+def test_doctor_notices_a_backend_that_computes_wrongly(sick, monkeypatch, share):
+    ops, examine = sick
+    right = ops.linear
+    monkeypatch.setattr(ops, "linear", lambda x, w, *rest: right(x, w, *rest) * share)
+    found = examine()
+    assert not found["available"] and "wrongly" in found["reason"] and found["hint"]
+
+
+def test_doctor_survives_a_backend_that_breaks(sick, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no driver\nand more")
+
+    monkeypatch.setattr(sick[0], "rms_norm", broken)
+    found = sick[1]()
+    assert not found["available"] and found["reason"].endswith("RuntimeError: no driver") and found["hint"]
+
+
+def test_doctor_says_what_is_installed():
+    facts = json.loads(run("doctor", "--json").stdout)
+    assert facts["packages"]["numpy"] and facts["cores"] >= 1 and facts["free_bytes"] > 0
+    assert set(facts["catalog"]) == {"smollm2-135m"} and facts["python"] == sys.version.split()[0]
 
 
 def test_progress_is_silent_where_nobody_watches(capsys):
     with console.progress("Fetching", unit="bytes") as progress:
         progress.update(5e6, 1e7)
     assert capsys.readouterr().err == ""
+
+
+def test_a_status_wipes_the_progress_line(monkeypatch, capsys):
+    monkeypatch.setattr(console, "interactive", lambda: True)
+    with console.progress("Fetching", every=0) as progress:
+        progress.update(1, 2)
+        console.status("Hello")
+        assert capsys.readouterr().err.endswith("\r" + " " * len("Fetching: 1 of 2") + "\rHello\n")
 
 
 def test_progress_says_how_long(monkeypatch, capsys):

