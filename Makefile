@@ -1,5 +1,9 @@
 # Two commands do everything on a fresh machine: `make chat` and `make test`. Both keep their environment in .venv.
+# `make test ARGS="-n 2 tests/cli"` hands options to pytest. On Linux, TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# spares the tests' environment PyTorch's CUDA libraries.
 PYTHON ?= python3
+ARGS ?=
+TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find backends/cpu/native -type f 2>/dev/null)
@@ -12,12 +16,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 chat: $(VENV)/installed
 	@$(BIN)/ondevice chat
 
-# Two workers, and no thread pools of libraries inside them: the suite is many small things.
 test: $(VENV)/testing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest $(ARGS)
 
 test-slow: $(VENV)/testing
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(VENV)/testing
 	$(BIN)/ruff check .
@@ -31,17 +34,18 @@ bench: $(VENV)/installed
 	$(BIN)/ondevice bench smollm2-135m
 
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "No environment: this needs Python 3.10 or newer with its venv \
+	module (Debian, Ubuntu: apt install python3-venv), or PYTHON=/path/to/python." >&2; exit 1; }
 
 $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
 	@echo "Installing ondevice into $(VENV) (a minute or two, once) …"
 	$(PIP) install -e .
 	@touch $@
 
-# PyTorch first and pinned: a bare requirement would bring gigabytes of CUDA libraries on Linux.
+# PyTorch first and pinned, and from an index of its own if that is asked for: everything else takes the one that is here.
 $(VENV)/testing: $(VENV)/bin/python $(SOURCES) tests/constraints.txt
 	@echo "Installing ondevice and what its tests need into $(VENV) (some minutes, once) …"
-	$(PIP) install -c tests/constraints.txt torch
+	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c tests/constraints.txt torch
 	$(PIP) install -c tests/constraints.txt -e ".[dev,oracles,$(MLX)]"
 	@touch $@ $(VENV)/installed
 

@@ -1,9 +1,11 @@
 """What is installed: one import name, real folders behind it, plug-ins, no heavy requirement; and with no compiler."""
 
 import email
+import json
 import os
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -64,13 +66,19 @@ def test_without_a_compiler_it_runs_on_numpy_and_says_so(without_compiler, tmp_p
     with zipfile.ZipFile(without_compiler) as wheel:
         assert not [n for n in wheel.namelist() if "_native" in n and n.endswith((".so", ".pyd"))]
         wheel.extractall(tmp_path)
-    program = (
-        "from ondevice.registry import create_backend; i = create_backend('cpu').info(); print(i.device, i.details)"
-    )
+    # -S: site-packages stands on the path, but its .pth files, which would lead to an editable install, are not read
+    path = os.pathsep.join([str(tmp_path), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)}
+        [sys.executable, "-S", "-m", "ondevice", "doctor", "--json"],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["path"] == str(tmp_path / "ondevice") and not facts["links"]
+    cpu = next(b for b in facts["backends"] if b["name"] == "cpu")
+    assert (
+        cpu["available"] and "NumPy" in cpu["device"] and "not compiled" in cpu["reason"] and "compiler" in cpu["hint"]
     )
-    assert done.returncode == 0 and "numpy" in done.stdout.lower(), done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -34,7 +34,9 @@ def newcomer(tmp_path_factory, smollm2_gguf):
 
 def test_the_tour_shows_the_main_commands():
     shown = " ".join(commands())
-    assert all(f"ondevice {name}" in shown for name in ("pull", "generate", "chat", "convert", "eval", "bench", "doctor"))
+    assert all(
+        f"ondevice {name}" in shown for name in ("pull", "generate", "chat", "convert", "eval", "bench", "doctor")
+    )
 
 
 @pytest.mark.parametrize("command", commands())
