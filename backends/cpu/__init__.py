@@ -30,7 +30,7 @@ def probe() -> Probe:
 
 
 def create(exact: bool = False, threads: int | None = None, kernels: str | None = None) -> CpuBackend:
-    """exact: float32 activations in front of quantized weights and in the cache (otherwise int8 in groups of 32, and
+    """exact: float32 activations in front of quantized weights and in the cache (otherwise int8 in groups of 16, and
     float16). threads: None for one a physical core that this process may use. kernels: avx512, avx2, neon, portable or
     numpy; None for what $ONDEVICE_CPU_KERNELS says, else for the best that this processor has. Raises BadOption."""
     from .backend import open_backend
