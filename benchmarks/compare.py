@@ -37,7 +37,7 @@ def contestants(args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def run(command: list[str]) -> dict:
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -74,8 +74,11 @@ def row(name: str, theirs: list[dict], ours: list[dict]) -> dict:
         values = [r[figure] for r in theirs]
         ratios = [o[figure] / t[figure] for o, t in zip(ours, theirs, strict=True)]
         result[figure] = {
-            "median": statistics.median(values), "min": min(values), "max": max(values), "ours_over_it": statistics.median(ratios),
-        }  # fmt: skip
+            "median": statistics.median(values),
+            "min": min(values),
+            "max": max(values),
+            "ours_over_it": statistics.median(ratios),
+        }
     return result
 
 
@@ -84,7 +87,8 @@ def spell(result: dict) -> str:
     for figure in FIGURES:
         f = result[figure]
         kind = figure.split("_")[0]
-        parts.append(f"{kind} {f['median']:8.1f} ({f['min']:.1f} to {f['max']:.1f})  ondevice = {f['ours_over_it']:.2f} x")
+        spread = f"({f['min']:.1f} to {f['max']:.1f})"
+        parts.append(f"{kind} {f['median']:8.1f} {spread}  ondevice = {f['ours_over_it']:.2f} x")
     return f"{result['name']:14}" + "   ".join(parts)
 
 

@@ -8,10 +8,9 @@ import time
 from llama_cpp import Llama
 
 path, prompt, generate, depth, threads = sys.argv[1], *map(int, sys.argv[2:6])
-model = Llama(
-    path, n_ctx=max(prompt, depth + generate) + 64, n_threads=threads, n_threads_batch=threads, n_batch=512, n_ubatch=512,
-    verbose=False, flash_attn=True,
-)  # fmt: skip
+context = max(prompt, depth + generate) + 64
+threading = {"n_threads": threads, "n_threads_batch": threads}
+model = Llama(path, n_ctx=context, n_batch=512, n_ubatch=512, flash_attn=True, verbose=False, **threading)
 
 
 def seconds(work) -> float:

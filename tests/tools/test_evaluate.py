@@ -1,4 +1,4 @@
-"""Perplexity and divergence against the same numbers from whole logits; backends side by side, and one that is wrong."""
+"""Perplexity and divergence against the same numbers from whole logits; backends side by side, one of them wrong."""
 
 from types import SimpleNamespace
 
