@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find backends/cpu/native -type f 2>/dev/null)
 SOURCES := pyproject.toml CMakeLists.txt $(NATIVE)
 MLX := $(if $(filter Darwin,$(shell uname -s)),mlx,mlx-cpu)
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .PHONY: chat test test-slow lint format bench clean
 

@@ -71,6 +71,30 @@ def test_one_backend_never_imports_another():
             assert not [n for n in imports(path) for o in others if n.startswith(f"backends.{o}")], path
 
 
+def heavy_imports(path: Path):
+    """What a file imports as soon as it is imported itself."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        yield from (n for n in names if n.split(".")[0] in ("torch", "mlx", "transformers", "triton"))
+
+
+def test_frameworks_stay_in_their_backends():
+    for path in modules():
+        part = path.relative_to(ROOT / "ondevice").parts
+        if part[:2] not in (("backends", "cuda"), ("backends", "mlx")) or part[-1] == "__init__.py":
+            assert not list(heavy_imports(path)), path
+
+
+def test_only_the_console_touches_the_terminal():
+    for path in modules():
+        if path.name == "console.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            touched = isinstance(node, ast.Attribute) and node.attr in ("stdout", "stderr")
+            assert not (touched and ast.unparse(node).startswith("sys.")), f"{path}:{node.lineno}"
+
+
 def test_only_the_console_prints():
     for path in modules():
         tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -13,9 +13,14 @@ from ondevice.catalog import CATALOG, DEFAULT
 ROOT = Path(__file__).parent.parent
 
 
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+
+
 def commands():
-    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-    return [line.removeprefix("$ ") for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+    return [
+        line.removeprefix("$ ") for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +50,11 @@ def test_a_command_of_the_tour(newcomer, command):
     done = subprocess.run(command, shell=True, cwd=work, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("program", blocks("python"))
+def test_a_program_of_the_readme(newcomer, program):
+    work, environment = newcomer
+    done = subprocess.run([sys.executable, "-c", program], cwd=work, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
