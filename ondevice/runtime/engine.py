@@ -208,7 +208,8 @@ class _Draw:
                 self.mask[0, token] = bias
 
     def __call__(self, logits: A, position: int) -> Sampled:
-        u = noise.uniform(self.options.seed, "sample", position, (1,))
+        greedy = self.options.sampling.temperature == 0  # nothing is drawn, and the noise would take 1 % of a token
+        u = np.zeros(1, np.float32) if greedy else noise.uniform(self.options.seed, "sample", position, (1,))
         return self.ops.sample(logits, [self.options.sampling], u, self.counts, self.mask)
 
     def read(self, sampled: Sampled) -> Token:
