@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 from ...errors import BadOption
@@ -71,6 +72,11 @@ class Tokenizer:
     def named(self, role: str) -> str:
         """The text of the token with a role (bos, eos, unk, pad); "" where there is none."""
         return self.vocabulary.texts[self.named_ids[role]] if role in self.named_ids else ""
+
+    @cached_property
+    def special_texts(self) -> frozenset[str]:
+        """How they are written."""
+        return frozenset(self.vocabulary.texts[id] for id in self.special_ids)
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """add_special: with the ids that the tokenizer itself puts around a text. parse_special: special tokens' text
