@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine: `make chat` and `make test`. Both keep their environment in .venv.
-# `make test ARGS="-n 2 tests/cli"` hands options to pytest. On Linux, TORCH_INDEX=https://download.pytorch.org/whl/cpu
-# spares the tests' environment PyTorch's CUDA libraries.
+# `make test ARGS="tests/cli -x"` hands options to pytest. TORCH_INDEX=… names an index with PyTorch's CPU builds, which
+# on Linux spares the tests' environment gigabytes of CUDA libraries.
 PYTHON ?= python3
 ARGS ?=
 TORCH_INDEX ?=
@@ -16,8 +16,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 chat: $(VENV)/installed
 	@$(BIN)/ondevice chat
 
+# Two workers, and no thread pools of libraries inside them: the suite is many small things.
 test: $(VENV)/testing
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-slow: $(VENV)/testing
 	$(BIN)/python -m pytest -m slow $(ARGS)
