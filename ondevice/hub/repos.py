@@ -37,8 +37,7 @@ def repo_model(repo: str, file: str | None, revision: str | None, say: Say, prog
             return here
         if not reachable():
             raise Unavailable(f"The Hub cannot be reached, and {repo} is not (wholly) here.", RETRY)
-        say(f"Fetching {repo} from the Hugging Face Hub …")
-        _fetch_large(repo, file, revision, progress)
+        _fetch_large(repo, file, revision, say, progress)
         if file:
             return Path(hf_hub_download(repo, file, revision=revision))
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=NEEDED, ignore_patterns=DOUBLES))
@@ -74,7 +73,7 @@ def _whole(folder: Path) -> bool:
     return (folder / "config.json").is_file() and all(any(folder.glob(shard)) for shard in shards)
 
 
-def _fetch_large(repo: str, file: str | None, revision: str | None, progress: Progress) -> None:
+def _fetch_large(repo: str, file: str | None, revision: str | None, say: Say, progress: Progress) -> None:
     """Puts the large files that are needed and not here into the client's cache, under the names by which it will know
     them: the client itself neither resumes what an earlier run began nor checks more than sizes."""
     from huggingface_hub import HfApi, constants, hf_hub_url
@@ -93,6 +92,8 @@ def _fetch_large(repo: str, file: str | None, revision: str | None, progress: Pr
     missing = [f for f in large if not (blobs / f.lfs.sha256).exists()]
     before, total = 0, sum(f.lfs.size for f in missing)
     require_space(repo, blobs, total - sum(nbytes(blobs / f"{f.lfs.sha256}.incomplete") for f in missing))
+    if missing:
+        say(f"Fetching {repo} ({total / 1e6:.0f} MB) from the Hugging Face Hub …")
     for f in missing:
         partial, blob = blobs / f"{f.lfs.sha256}.incomplete", blobs / f.lfs.sha256
         with WeakFileLock(locks / f"{f.lfs.sha256}.lock"):  # the client's own lock for this file

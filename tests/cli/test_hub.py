@@ -300,7 +300,7 @@ def test_pull_and_models_through_the_environment(server, folder, tmp_path):
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
 
     pulled = ondevice("pull", "a/b", "--json")
-    assert pulled.returncode == 0 and pulled.stderr == "Fetching a/b from the Hugging Face Hub …\n"
+    assert pulled.returncode == 0 and pulled.stderr == "Fetching a/b (0 MB) from the Hugging Face Hub …\n"
     assert json.loads(pulled.stdout)["tensors"] == 1
     listed = json.loads(ondevice("models", "--json").stdout)
     (found,) = listed["models"]
