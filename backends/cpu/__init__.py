@@ -1,4 +1,5 @@
-"""The cpu backend's face: what would compute here, and with how many threads. No array library is imported until `create`."""
+"""The cpu backend's face: what would compute here, and with how many threads. `create` alone imports an array
+library."""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ class NativeKernels(NumpyKernels):
 
     # The operations that a plan can hold.
     RECORDED = frozenset(
-        "add mul reshape take piece embed linear rms_norm layer_norm act gated softcap rope attention".split()
+        {"add", "mul", "reshape", "take", "piece", "embed", "linear", "rms_norm", "layer_norm", "act", "gated"}
+        | {"softcap", "rope", "attention"}
     )
 
     def __init__(self, machine: _native.Machine, exact: bool):

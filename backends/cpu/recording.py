@@ -1,4 +1,4 @@
-"""`compile`: one pass through the model written down as a plan of kernel calls, then replayed without the interpreter."""
+"""`compile`: one pass through the model written down as kernel calls, then replayed without the interpreter."""
 
 from __future__ import annotations
 

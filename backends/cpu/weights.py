@@ -68,10 +68,9 @@ def _tiles(machine: _native.Machine, tensor: Tensor) -> _native.Weight:
         return machine.pack_legacy(_octets(tensor.parts["weight"]), schemes.LEGACY_BITS[form.kind], biased, *shape)
     if isinstance(form, Blocks) and form.kind in K_TILES:
         parts, (group, zero) = schemes.k_parts(tensor), K_TILES[form.kind]
+        codes, scales = _octets(parts.codes), _octets(parts.scales)
         biases = _octets(parts.biases) if zero is None else None
-        return machine.pack_affine(
-            _octets(parts.codes), 8, _octets(parts.scales), biases, "float32", K_BITS[form.kind], group, zero or 0.0, *shape
-        )  # fmt: skip
+        return machine.pack_affine(codes, 8, scales, biases, "float32", K_BITS[form.kind], group, zero or 0.0, *shape)
     return _dense(dense(schemes.to_float(tensor)))
 
 

@@ -1,0 +1,55 @@
+// AVX-512 on a processor without it: SIMDe's portable intrinsics, under Intel's names, before anything else is read.
+// What Debian's SIMDe 0.7.4 lacks is made of two halves in AVX2.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+
+#define __m512 simde__m512
+#define __m512i simde__m512i
+
+namespace emulated {
+
+template <class Half, class Whole>
+static inline Half half_of(const Whole& whole, int i) {
+    Half out;
+    std::memcpy(&out, reinterpret_cast<const char*>(&whole) + i * sizeof(Half), sizeof(Half));
+    return out;
+}
+
+// f gives the lower (0) and the upper (1) half.
+template <class Whole, class Function>
+static inline Whole both(const Function& f) {
+    const decltype(f(0)) halves[] = {f(0), f(1)};
+    Whole out;
+    std::memcpy(&out, halves, sizeof(out));
+    return out;
+}
+
+static inline simde__m512i cvtps_epi32(simde__m512 a) {
+    return both<simde__m512i>([&](int i) { return _mm256_cvtps_epi32(half_of<__m256>(a, i)); });
+}
+static inline simde__m512i srai_epi32(simde__m512i a, unsigned n) {
+    return both<simde__m512i>([&](int i) { return _mm256_srai_epi32(half_of<__m256i>(a, i), static_cast<int>(n)); });
+}
+static inline simde__m512i cvtepu16_epi32(__m256i a) {
+    return both<simde__m512i>([&](int i) { return _mm256_cvtepu16_epi32(half_of<__m128i>(a, i)); });
+}
+static inline simde__m512 cvtepi32_ps(simde__m512i a) {
+    return both<simde__m512>([&](int i) { return _mm256_cvtepi32_ps(half_of<__m256i>(a, i)); });
+}
+static inline simde__m512 cvtph_ps(__m256i a) {
+    return both<simde__m512>([&](int i) { return _mm256_cvtph_ps(half_of<__m128i>(a, i)); });
+}
+
+}  // namespace emulated
+
+#define _mm512_cvtps_epi32 emulated::cvtps_epi32
+#define _mm512_srai_epi32 emulated::srai_epi32
+#define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
+#define _mm512_cvtepi32_ps emulated::cvtepi32_ps
+#define _mm512_cvtph_ps emulated::cvtph_ps
