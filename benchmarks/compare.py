@@ -24,10 +24,9 @@ FIGURES = ("prefill_tokens_per_second", "decode_tokens_per_second")
 def contestants(args: argparse.Namespace) -> dict[str, list[str]]:
     """name -> the command that prints one JSON object with FIGURES."""
     numbers = [str(args.prompt_tokens), str(args.generate_tokens), str(args.depth), str(args.threads)]
-    ours = [
-        sys.executable, "-m", "ondevice", "bench", args.model, "--backend", args.backend, "--threads", str(args.threads),
-        "--prompt-tokens", numbers[0], "--generate-tokens", numbers[1], "--depth", numbers[2], "--repeat", "2", "--json",
-    ]  # fmt: skip
+    ours = [sys.executable, "-m", "ondevice", "bench", args.model, "--backend", args.backend, "--repeat", "2", "--json"]
+    for option, value in zip(("prompt-tokens", "generate-tokens", "depth", "threads"), numbers, strict=True):
+        ours += [f"--{option}", value]
     found = {"ondevice": ours}
     if args.llama_cpp:
         found["llama.cpp"] = [args.llama_cpp, str(HERE / "peer_llama_cpp.py"), args.peer_model or args.model, *numbers]
