@@ -7,7 +7,8 @@ TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find backends/cpu/native -type f 2>/dev/null)
-SOURCES := pyproject.toml CMakeLists.txt $(NATIVE)
+LAYOUT := $(VENV)/layout-$(shell find ondevice backends models tools -name '*.py' | LC_ALL=C sort | cksum | cut -d' ' -f1)
+SOURCES := pyproject.toml CMakeLists.txt $(NATIVE) $(LAYOUT)
 MLX := $(if $(filter Darwin,$(shell uname -s)),mlx,mlx-cpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
@@ -37,6 +38,11 @@ bench: $(VENV)/installed
 $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "No environment: this needs Python 3.10 or newer with its venv \
 	module (Debian, Ubuntu: apt install python3-venv), or PYTHON=/path/to/python." >&2; exit 1; }
+
+# An editable install knows its modules by name: it is made again when one comes, goes or moves.
+$(LAYOUT): | $(VENV)/bin/python
+	@rm -f $(VENV)/layout-*
+	@touch $@
 
 $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
 	@echo "Installing ondevice into $(VENV) (a minute or two, once) …"

@@ -35,11 +35,11 @@ def local_models() -> list[LocalModel]:
 
 
 def _cached_repos() -> Iterator[tuple[str, Path]]:
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        repos = scan_cache_dir().repos
+        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except CacheNotFound:
         return
     for repo in sorted(repos, key=lambda r: r.repo_id):
