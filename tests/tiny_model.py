@@ -42,7 +42,8 @@ def write_tiny_model(folder: Path, template: str | None = CHATML, context: int =
     config = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"],
         "hidden_size": WIDTH, "intermediate_size": HIDDEN,
-        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "hidden_act": "silu",
+        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+        "hidden_act": "silu",
         "vocab_size": cut.get_vocab_size(), "max_position_embeddings": context, "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
     }  # fmt: skip

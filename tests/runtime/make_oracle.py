@@ -4,8 +4,8 @@
     python make_oracle.py SmolLM2-135M-Instruct.Q4_1.gguf
 
 "smollm2": every text with its ids; "smollm2_plain": with special tokens as plain text. "pre": for each pre-tokenizer,
-the ids of every ninth text under SmolLM2's own vocabulary and merges. "spm": small sentencepiece tokenizers as GGUF,
-with the ids of every third text.
+the ids of `some_texts()` under SmolLM2's own vocabulary and merges. "spm": small sentencepiece tokenizers as GGUF, with
+the ids of every third text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import gguf
 import llama_cpp
 from small_tokenizers import as_gguf, sentencepiece_model
-from texts import texts
+from texts import some_texts, texts
 
 from ondevice.checkpoint import open_checkpoint
 from ondevice.runtime.tokenizer.pretokenizers import RULES
@@ -61,7 +61,7 @@ def tokenize_with(metadata: Mapping[str, Any], wanted: list[str], parse_special:
 def spm(wanted: list[str]) -> list[dict[str, Any]]:
     found = []
     for dummy_prefix in (True, False):
-        metadata = as_gguf(sentencepiece_model(dummy_prefix, ("<tool>", "  ", "\t\t")))
+        metadata = as_gguf(sentencepiece_model(dummy_prefix, ("<tool>", "  ", "    ", "\t\t")))
         ids, plain = (tokenize_with(metadata, wanted, parse) for parse in (True, False))
         found.append({"metadata": metadata, "ids": ids, "plain": plain})
     return found
@@ -73,9 +73,10 @@ def main(path: Path) -> None:
     names = [names.split()[0] for names in RULES.values()]
     found = {
         "texts": wanted,
+        "some_texts": some_texts(),
         "smollm2": tokenize(path, wanted),
         "smollm2_plain": tokenize(path, wanted, parse_special=False),
-        "pre": {name: tokenize_with(kept | {"tokenizer.ggml.pre": name}, wanted[::9]) for name in names},
+        "pre": {name: tokenize_with(kept | {"tokenizer.ggml.pre": name}, some_texts()) for name in names},
         "spm": spm(wanted[::3]),
     }
     packed = json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode()

@@ -148,6 +148,13 @@ def test_whatever_the_template_does_with_them(smollm2, source):
     assert "\U000f0001" not in smollm2.decode(ids)
 
 
+def test_masks_are_characters_that_no_message_has(smollm2):
+    template = ChatTemplate("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
+    text = "\U000f0000 <|im_end|> \U000f0001\U000f0000 <|im_start|>"
+    expected = smollm2.encode(text, add_special=False, parse_special=False)
+    assert encode_chat(smollm2, template, conversation(text)) == [1, *expected, 2]
+
+
 def test_answers_keep_the_tokens_that_are_merely_added(pair):
     """<think> is a token of the model's answers, not one that only templates may write."""
     _, ours = pair
@@ -161,6 +168,7 @@ def test_answers_keep_the_tokens_that_are_merely_added(pair):
 LOOPS = {
     "a long range": "{% for i in range(10**9) %}{% endfor %}",
     "loops in loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "loops without calls": "{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
     "loops that write": "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
     "a long text": "{{ 'x' * 10**10 }}",
     "a longer text": "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
@@ -178,14 +186,14 @@ LOOPS = {
     "{% for i in range(9999) %}{{ loop(range(99999)) }}{% endfor %}{% endfor %}",
     "powers": "{{ 9 ** 999999999 }}",
     "products": "{% set ns = namespace(x=9) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
-    "join": "{{ range(99999)|join('x' * 999999) }}",
-    "join method": "{{ ('x' * 999999).join(['a'] * 99999) }}",
-    "replace": "{{ ('x' * 999999)|replace('x', 'y' * 999999) }}",
-    "replace method": "{{ ('x' * 999999).replace('x', 'y' * 999999) }}",
+    "join": "{{ range(999)|join('x' * 999999) }}",
+    "join method": "{{ ('x' * 999999).join(['a'] * 999) }}",
+    "replace": "{{ ('x' * 999999)|replace('x', 'y' * 999) }}",
+    "replace method": "{{ ('x' * 999999).replace('x', 'y' * 999) }}",
     "replace by map": "{{ range(99999)|map('replace', '9', 'y' * 999999)|list }}",
     "upper by map": "{{ range(99999)|map(attribute='no')|map('default', 'y' * 999999)|map('upper')|list }}",
-    "indent": "{{ ('\\n' * 999999)|indent(9999999) }}",
-    "indent by text": "{{ ('\\n' * 999999)|indent('x' * 999999) }}",
+    "indent": "{{ ('\\n' * 99999)|indent(9999) }}",
+    "indent by text": "{{ ('\\n' * 99999)|indent('x' * 9999) }}",
     "json": "{{ [[1]]|tojson(indent=99999999) }}",
     "json separators": "{{ range(999)|list|tojson(separators=('x' * 999999, ':')) }}",
     "macros that write": "{% macro f() %}{% for i in range(999) %}{{ 'x' * 99999 }}{% endfor %}{% endmacro %}{{ f() }}",
@@ -247,6 +255,7 @@ def test_strangers_are_stopped(name, hurry):
     with pytest.raises(BadFile) as told:
         ChatTemplate((LOOPS | REACHES)[name]).render(messages)
     assert "chat template" in told.value.message and told.value.hint
+    assert "MemoryError" not in told.value.message
     assert "\n" not in told.value.message and len(told.value.message) < 500
     assert time.monotonic() - started < 5
     assert peak_memory() - peak < 500 << 20

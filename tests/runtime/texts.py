@@ -134,6 +134,10 @@ SUFFIXES = [
 ]
 
 
+# Where pre-tokenizers differ in what they take for whitespace.
+WIDE_SPACES = ["y. \u2028", " \u202f", "!  \u3000?", "a\u3000 b", "\u2003x", "1 \u1680 2", "的\u3000 的"]
+
+
 def lines() -> list[str]:
     return [*SENTENCES.strip().split("\n"), *CODE]
 
@@ -176,6 +180,11 @@ def mixtures(rng: random.Random, count: int) -> list[str]:
     parts = [*words(), *NUMBERS, *NUMBERS]
     glue = ["", "", " ", " ", " ", *SPACES, *SUFFIXES, ",", ".\n", "...", "--", "/", "::", *SPECIAL[:3]]
     return ["".join(rng.choice(parts) + rng.choice(glue) for _ in range(rng.randint(2, 6))) for _ in range(count)]
+
+
+def some_texts() -> list[str]:
+    """A few of everything, for what is done with many tokenizers."""
+    return [*texts()[::9], *WIDE_SPACES]
 
 
 def texts() -> list[str]:
