@@ -11,7 +11,7 @@ import numpy as np
 from ...errors import Unsupported
 from ...tensors import Tensor
 from ..base import AttentionSpec, Step
-from ..numerics import activation
+from ..numerics import activation, expert_inputs
 from ..reference import NumpyKernels
 from . import _native
 from .recording import NotRecordable, Recording
@@ -119,10 +119,26 @@ class NativeKernels(NumpyKernels):
         return self.call(self.machine.embed, self._matrix(weight), 0, ids, shape=(*ids.shape, columns))
 
     def linear(self, x: np.ndarray, weight: Any, bias: Any = None) -> np.ndarray:
-        x, shape = self.plain(x), (*x.shape[:-1], weight.shape[0])
+        return self._product(self.plain(x), weight, 0, self.vector(bias))
+
+    def expert_linear(
+        self, x: np.ndarray, weight: Any, bias: Any, gates: np.ndarray | None, ids: np.ndarray
+    ) -> np.ndarray:
+        """Each elected expert's tokens through its own matrix; nobody touches the weights of the others."""
+        if isinstance(weight, np.ndarray):
+            return super().expert_linear(x, weight, bias, gates, ids)
+        x, biases = expert_inputs(x, gates, ids), self.vector(bias)
+        y = np.empty((*ids.shape, weight.rows), np.float32)
+        for expert in np.unique(ids):
+            chosen, b = ids == expert, None if biases is None else biases[expert]
+            y[chosen] = self._product(self.plain(x[chosen]), weight, int(expert), b)
+        return y
+
+    def _product(self, x: np.ndarray, weight: Any, expert: int, bias: np.ndarray | None) -> np.ndarray:
+        shape = (*x.shape[:-1], weight.shape[-2])
         if self.exact or isinstance(weight, np.ndarray) or not weight.native.tiled:
-            return self.call(self.machine.linear_float, x, self._matrix(weight), 0, self.vector(bias), shape=shape)
-        return self.call(self.machine.linear_int8, self._int8(x), weight.native, 0, self.vector(bias), shape=shape)
+            return self.call(self.machine.linear_float, x, self._matrix(weight), expert, bias, shape=shape)
+        return self.call(self.machine.linear_int8, self._int8(x), weight.native, expert, bias, shape=shape)
 
     def _matrix(self, weight: NativeWeight | np.ndarray) -> _native.Weight:
         return native_array(weight) if isinstance(weight, np.ndarray) else weight.native

@@ -29,6 +29,7 @@ def command(model, prompt, names, layers, as_json):
     from ..tools.evaluate.backends import TOLERANCE, compare, observe
 
     names = names or [n for n, probe in probe_backends().items() if probe.ready and n != "reference"]
+    backends = [create_backend(name, exact=True) for name in names]
     with open_checkpoint(fetch(model)) as checkpoint:
         family, hf = family_of(checkpoint)
         config = family.config(hf)
@@ -37,9 +38,8 @@ def command(model, prompt, names, layers, as_json):
         console.status(f"{len(ids)} tokens through reference …")
         wanted = observe(config, parameters, create_backend("reference", exact=True), ids)
         results = []
-        for name in names:
-            console.status(f"{len(ids)} tokens through {name} …")
-            ops = create_backend(name, exact=True)
+        for ops in backends:
+            console.status(f"{len(ids)} tokens through {ops.name} …")
             results.append(compare(ops, wanted, observe(config, parameters, ops, ids)))
     if as_json:
         console.json(
