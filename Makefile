@@ -10,6 +10,9 @@ NATIVE := $(shell find backends/cpu/native -type f 2>/dev/null)
 LAYOUT := $(VENV)/layout-$(shell find ondevice backends models tools -name '*.py' | LC_ALL=C sort | cksum | cut -d' ' -f1)
 SOURCES := pyproject.toml CMakeLists.txt $(NATIVE) $(LAYOUT)
 MLX := $(if $(filter Darwin,$(shell uname -s)),mlx,mlx-cpu)
+# With the build's own tools in the environment, as for tests, a rebuild compiles only what changed.
+TOOLS := scikit-build-core nanobind cmake ninja
+HAVE_TOOLS = $(shell $(BIN)/python -c "import scikit_build_core, nanobind" 2>/dev/null && echo --no-build-isolation)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 .PHONY: chat test test-slow lint format bench clean
@@ -46,14 +49,15 @@ $(LAYOUT): | $(VENV)/bin/python
 
 $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
 	@echo "Installing ondevice into $(VENV) (a minute or two, once) …"
-	$(PIP) install -e .
+	$(PIP) install $(HAVE_TOOLS) -e .
 	@touch $@
 
 # PyTorch first and pinned, and from an index of its own if that is asked for: everything else takes the one that is here.
 $(VENV)/testing: $(VENV)/bin/python $(SOURCES) tests/constraints.txt
 	@echo "Installing ondevice and what its tests need into $(VENV) (some minutes, once) …"
 	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c tests/constraints.txt torch
-	$(PIP) install -c tests/constraints.txt -e ".[dev,oracles,$(MLX)]"
+	$(PIP) install -c tests/constraints.txt $(TOOLS)
+	$(PIP) install -c tests/constraints.txt --no-build-isolation -e ".[dev,oracles,$(MLX)]"
 	@touch $@ $(VENV)/installed
 
 clean:
