@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -13,10 +13,12 @@ Counts = tuple[np.ndarray, np.ndarray]  # ids seen in the prompt, in the answer:
 
 
 def sample(
-    logits: np.ndarray, params: Sequence[SamplingParams], u: np.ndarray, counts: Counts | None, mask: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray | None, tuple[np.ndarray, np.ndarray] | None]:
+    logits: np.ndarray, params: Sequence[SamplingParams], u: np.ndarray, counts: Counts | None, mask: np.ndarray | None,
+    draw: Callable[[np.ndarray, SamplingParams, float], int] | None = None,
+) -> tuple[np.ndarray, np.ndarray | None, tuple[np.ndarray, np.ndarray] | None]:  # fmt: skip
     """logits [B, V] -> ids [B] int32; the chosen ids' log-probabilities [B] and the most likely (ids, logprobs)
-    [B, n], or None when no row asks for them."""
+    [B, n], or None when no row asks for them. draw: a faster `draw_one`."""
+    draw = draw or draw_one
     ids = np.empty(len(params), np.int32)
     for row, p in enumerate(params):
         scores = penalised(logits[row], p, None if counts is None else (counts[0][row], counts[1][row]))
@@ -44,7 +46,7 @@ def penalised(logits: np.ndarray, p: SamplingParams, counts: Counts | None) -> n
     return scores
 
 
-def draw(scores: np.ndarray, p: SamplingParams, u: float) -> int:
+def draw_one(scores: np.ndarray, p: SamplingParams, u: float) -> int:
     """One id from scores [V]: temperature, top-k, top-p, min-p, then the first id at which the running sum exceeds u.
 
     Each filter keeps the likelier tokens; among equals, the lower ids. The most likely token always stays.

@@ -10,8 +10,9 @@ import numpy as np
 
 from ...errors import Unsupported
 from ...tensors import Tensor
-from ..base import AttentionSpec, Step
-from ..numerics import activation, expert_inputs
+from .. import sampling
+from ..base import AttentionSpec, RouteRule, SamplingParams, Step
+from ..numerics import activation
 from ..reference import NumpyKernels
 from . import _native
 from .recording import NotRecordable, Recording
@@ -27,7 +28,7 @@ class NativeKernels(NumpyKernels):
     # The operations that a plan can hold.
     RECORDED = frozenset(
         {"add", "mul", "reshape", "take", "piece", "embed", "linear", "rms_norm", "layer_norm", "act", "gated"}
-        | {"softcap", "rope", "attention"}
+        | {"softcap", "rope", "attention", "gates", "expert_linear", "combine"}
     )
 
     def __init__(self, machine: _native.Machine, exact: bool):
@@ -38,13 +39,14 @@ class NativeKernels(NumpyKernels):
 
     # ---- calling
 
-    def call(self, kernel: Callable, *arguments: Any, shape: Sequence[int]) -> np.ndarray:
-        """kernel(*arguments, out), out a new array of `shape`."""
+    def call(self, kernel: Callable, *arguments: Any, shape: Sequence[int], ids: bool = False) -> np.ndarray:
+        """kernel(*arguments, out), out a new array of `shape`: float32, or int32 if they are `ids`."""
         if self.recording is None:
-            out = np.empty(shape, np.float32)
+            out = np.empty(shape, np.int32 if ids else np.float32)
             kernel(*arguments, out)
             return out
-        out = self.recording.plan.empty(shape)
+        plan = self.recording.plan
+        out = (plan.empty_ids if ids else plan.empty)(shape)
         kernel(*arguments, out)
         self.recording.keep(arguments)
         return out
@@ -119,26 +121,10 @@ class NativeKernels(NumpyKernels):
         return self.call(self.machine.embed, self._matrix(weight), 0, ids, shape=(*ids.shape, columns))
 
     def linear(self, x: np.ndarray, weight: Any, bias: Any = None) -> np.ndarray:
-        return self._product(self.plain(x), weight, 0, self.vector(bias))
-
-    def expert_linear(
-        self, x: np.ndarray, weight: Any, bias: Any, gates: np.ndarray | None, ids: np.ndarray
-    ) -> np.ndarray:
-        """Each elected expert's tokens through its own matrix; nobody touches the weights of the others."""
-        if isinstance(weight, np.ndarray):
-            return super().expert_linear(x, weight, bias, gates, ids)
-        x, biases = expert_inputs(x, gates, ids), self.vector(bias)
-        y = np.empty((*ids.shape, weight.rows), np.float32)
-        for expert in np.unique(ids):
-            chosen, b = ids == expert, None if biases is None else biases[expert]
-            y[chosen] = self._product(self.plain(x[chosen]), weight, int(expert), b)
-        return y
-
-    def _product(self, x: np.ndarray, weight: Any, expert: int, bias: np.ndarray | None) -> np.ndarray:
-        shape = (*x.shape[:-1], weight.shape[-2])
+        x, bias, shape = self.plain(x), self.vector(bias), (*x.shape[:-1], weight.shape[0])
         if self.exact or isinstance(weight, np.ndarray) or not weight.native.tiled:
-            return self.call(self.machine.linear_float, x, self._matrix(weight), expert, bias, shape=shape)
-        return self.call(self.machine.linear_int8, self._int8(x), weight.native, expert, bias, shape=shape)
+            return self.call(self.machine.linear_float, x, self._matrix(weight), 0, bias, shape=shape)
+        return self.call(self.machine.linear_int8, self._int8(x), weight.native, 0, bias, shape=shape)
 
     def _matrix(self, weight: NativeWeight | np.ndarray) -> _native.Weight:
         return native_array(weight) if isinstance(weight, np.ndarray) else weight.native
@@ -208,15 +194,38 @@ class NativeKernels(NumpyKernels):
             _step(step), room, shape=(*q.shape[:3], v.shape[-1]),
         )  # fmt: skip
 
-    # ---- what has no kernel, and does not come through `_call`
+    # ---- experts
 
-    def elect(self, *arguments: Any) -> np.ndarray:
-        self.eager("route, which has no kernel")
-        return super().elect(*arguments)
+    def elect(self, logits: np.ndarray, k: int, rule: RouteRule, bias: Any = None) -> np.ndarray:
+        arguments = self.vector(bias), rule.groups, rule.top_groups, rule.scoring == "softmax"
+        return self.call(self.machine.elect, self.plain(logits), *arguments, shape=(len(logits), k), ids=True)
 
-    def sample(self, *arguments: Any) -> Any:
+    def gates(self, logits: np.ndarray, ids: np.ndarray, rule: RouteRule) -> np.ndarray:
+        arguments = rule.scoring == "softmax", rule.renormalise, rule.scale
+        return self.call(self.machine.gates, self.plain(logits), ids, *arguments, shape=ids.shape)
+
+    def expert_linear(
+        self, x: np.ndarray, weight: Any, bias: Any, gates: np.ndarray | None, ids: np.ndarray
+    ) -> np.ndarray:
+        experts, outputs, _ = weight.shape
+        return self.call(
+            self.machine.expert_linear, self.plain(x), self._matrix(weight), self.vector(bias), gates, ids, experts,
+            self.exact, shape=(*ids.shape, outputs),
+        )  # fmt: skip
+
+    def combine(self, y: np.ndarray, gates: np.ndarray | None) -> np.ndarray:
+        return self.call(self.machine.combine, self.plain(y), gates, shape=(len(y), y.shape[-1]))
+
+    # ---- sampling
+
+    def sample(
+        self, logits: np.ndarray, params: Sequence[SamplingParams], u: np.ndarray, counts: Any, mask: Any
+    ) -> tuple[np.ndarray, np.ndarray | None, tuple[np.ndarray, np.ndarray] | None]:
         self.eager("sampling")
-        return super().sample(*arguments)
+        return sampling.sample(logits, params, u, counts, mask, self._draw)
+
+    def _draw(self, scores: np.ndarray, p: SamplingParams, u: float) -> int:
+        return self.machine.draw(self.plain(scores), p.temperature, p.top_k, p.top_p, p.min_p, u)
 
 
 def _step(step: Step) -> _native.Step:

@@ -87,8 +87,9 @@ def numbers(machine: _native.Machine, weight: NativeWeight) -> np.ndarray:
     """float32, in the logical shape; not kept."""
     if weight.numbers is not None:
         return weight.numbers
-    out = np.empty(weight.shape, np.float32)
-    ids = np.arange(weight.rows, dtype=np.int32)
+    out, ids = np.empty(weight.shape, np.float32), np.arange(weight.rows, dtype=np.int32)
+    plan, machine.plan = machine.plan, None  # now, even while a plan is being written
     for expert, part in enumerate(out.reshape(-1, *weight.shape[-2:])):
         machine.embed(weight.native, expert, ids, part)
+    machine.plan = plan
     return out

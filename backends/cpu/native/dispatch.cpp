@@ -48,13 +48,13 @@ unsigned saved_registers() {
 
 constexpr bool bit(unsigned word, int n) { return word >> n & 1; }
 
-bool has_avx2() {
+[[maybe_unused]] bool has_avx2() {
     const Registers one = cpuid(1), seven = cpuid(7);
     const bool fma = bit(one.c, 12), osxsave = bit(one.c, 27), avx = bit(one.c, 28), f16c = bit(one.c, 29);
     return fma && osxsave && avx && f16c && bit(seven.b, 5) && (saved_registers() & 0x6) == 0x6;
 }
 
-bool has_avx512() {  // foundation, DQ, BW, VL and VNNI
+[[maybe_unused]] bool has_avx512() {  // foundation, DQ, BW, VL and VNNI
     const Registers seven = cpuid(7);
     const bool all = bit(seven.b, 16) && bit(seven.b, 17) && bit(seven.b, 30) && bit(seven.b, 31) && bit(seven.c, 11);
     return all && has_avx2() && (saved_registers() & 0xe6) == 0xe6;
@@ -62,7 +62,7 @@ bool has_avx512() {  // foundation, DQ, BW, VL and VNNI
 
 #elif defined(__aarch64__)
 
-bool has_dot_product() {
+[[maybe_unused]] bool has_dot_product() {
 #if defined(__APPLE__)
     return true;  // every Apple processor since the A11
 #elif defined(__linux__)

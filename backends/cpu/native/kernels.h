@@ -142,6 +142,53 @@ struct Attention {
     float scale, softcap;   // softcap 0: none
 };
 
+// Which experts each token goes to (`ids` [tokens, k], falling score, the lower id first among equals). bias [experts]
+// counts in the election only; groups as in base.RouteRule.
+struct Elect {
+    const float *logits, *bias;
+    int32_t* ids;
+    int64_t tokens, experts, k, groups, top_groups;
+    bool softmax;  // or each logit's sigmoid
+};
+
+// What they count: gates [tokens, k]
+struct Gates {
+    const float* logits;
+    const int32_t* ids;
+    float* gates;
+    int64_t tokens, experts, k;
+    bool softmax, renormalise;
+    float scale;
+};
+
+// out [tokens, k, O] = x . weight[ids]^T + bias[ids]; x [tokens, I], or [tokens, k, I] if `own`. gates, if given, scale
+// the inputs.
+struct ExpertLinear {
+    const float *x, *gates;
+    const int32_t* ids;
+    int64_t tokens, k;
+    bool own, exact;
+    Matrix weight;  // of the first expert
+    int64_t experts;
+    const float* bias;  // [experts, O] or null
+    float* out;
+};
+
+// out [tokens, width] = sum over k of gates y; gates may be null
+struct Combine {
+    const float *y, *gates;
+    float* out;
+    int64_t tokens, k, width;
+};
+
+// weights = e^((scores - largest) / temperature)
+struct Weigh {
+    const float* scores;
+    float* weights;
+    int64_t size;
+    float temperature;
+};
+
 template <class Arguments>
 using Kernel = void (*)(const Arguments&, Pool&);
 
@@ -157,6 +204,8 @@ struct Kernels {
     Kernel<LinearInt8> linear_int8;
     Kernel<LinearFloat> linear_float;
     Kernel<Attention> attention;
+    Kernel<ExpertLinear> expert_linear;
+    Kernel<Weigh> weigh;
 };
 
 // The instruction sets compiled in that this processor has, the best first; the last is always "portable".
@@ -171,6 +220,17 @@ void rope_table(const RopeTable&, Pool&);
 void take(const Take&, Pool&);
 void piece(const Piece&, Pool&);
 void embed(const Embed&, Pool&);
+void elect(const Elect&, Pool&);
+void gates(const Gates&, Pool&);
+void combine(const Combine&, Pool&);
+
+// How one token is drawn: see base.SamplingParams. u in [0, 1)
+struct Draw {
+    const float* scores;
+    int64_t size, top_k;
+    double temperature, top_p, min_p, u;
+};
+int64_t draw(const Draw&, const Kernels&, Pool&);
 
 // Numbers of places for tokens in a Quantized, with the last block's padding.
 static inline int64_t last_block(int64_t rest) {

@@ -248,13 +248,57 @@ void attend(Machine& machine, In q, In k, In v, Maybe sinks, const Mask& mask, c
                    room ? room->capacity : T, mask.window, mask.chunk, mask.scale, mask.softcap});
 }
 
-// A float32 array in the recorded plan's arena; its memory is free for later calls once Python has let go of it.
-nb::ndarray<nb::numpy, float> arena_array(const Plan& plan, const std::vector<size_t>& shape) {
+void choose(Machine& machine, In logits, Maybe bias, int64_t groups, int64_t top_groups, bool softmax,
+            Array<int32_t> ids) {
+    require(logits.ndim() == 2 && ids.ndim() == 2 && logits.shape(0) == ids.shape(0), "sizes");
+    const auto tokens = static_cast<int64_t>(ids.shape(0)), k = static_cast<int64_t>(ids.shape(1));
+    const int64_t experts = last(logits);
+    require(k <= experts && (!bias || size(bias) == experts) && groups > 0 && experts % groups == 0, "experts");
+    call(machine, &elect, Elect{logits.data(), data(bias), ids.data(), tokens, experts, k, groups, top_groups, softmax});
+}
+
+void make_gates(Machine& machine, In logits, Ints ids, bool softmax, bool renormalise, float scale, Out out) {
+    require(logits.ndim() == 2 && ids.ndim() == 2 && ids.size() == out.size(), "sizes");
+    const auto tokens = static_cast<int64_t>(ids.shape(0)), k = static_cast<int64_t>(ids.shape(1));
+    call(machine, &gates,
+         Gates{logits.data(), ids.data(), out.data(), tokens, last(logits), k, softmax, renormalise, scale});
+}
+
+void expert_linear(Machine& machine, In x, const Weight& weight, Maybe bias, Maybe gates, Ints ids, int64_t experts,
+                   bool exact, Out out) {
+    const Matrix w = weight.at(0);
+    const bool own = x.ndim() == 3;
+    const auto tokens = static_cast<int64_t>(ids.shape(0)), k = static_cast<int64_t>(ids.shape(1));
+    require(last(x) == w.columns && static_cast<int64_t>(x.size()) == tokens * (own ? k : 1) * w.columns, "inputs");
+    require(static_cast<int64_t>(out.size()) == tokens * k * w.rows && (!gates || gates->size() == ids.size()), "sizes");
+    require(!bias || size(bias) == experts * w.rows, "bias");
+    call(machine, machine.kernels().expert_linear,
+         ExpertLinear{x.data(), data(gates), ids.data(), tokens, k, own, exact, w, experts, data(bias), out.data()});
+}
+
+void combine_experts(Machine& machine, In y, Maybe gates, Out out) {
+    require(y.ndim() == 3 && out.size() * y.shape(1) == y.size(), "sizes");
+    const auto tokens = static_cast<int64_t>(y.shape(0)), k = static_cast<int64_t>(y.shape(1));
+    require(!gates || size(gates) == tokens * k, "gates");
+    call(machine, &combine, Combine{y.data(), data(gates), out.data(), tokens, k, last(y)});
+}
+
+int64_t draw_one(Machine& machine, In scores, double temperature, int64_t top_k, double top_p, double min_p, double u) {
+    int64_t id = 0;
+    const Draw parameters{scores.data(), static_cast<int64_t>(scores.size()), top_k, temperature, top_p, min_p, u};
+    nb::gil_scoped_release others_may_run;
+    machine.run([&] { id = draw(parameters, machine.kernels(), machine.pool()); });
+    return id;
+}
+
+// An array in the recorded plan's arena; its memory is free for later calls once Python has let go of it.
+template <class T>
+nb::ndarray<nb::numpy, T> arena_array(const Plan& plan, const std::vector<size_t>& shape) {
     struct Lease {
         std::shared_ptr<Arena> arena;
         uint8_t* data;
     };
-    size_t bytes = sizeof(float);
+    size_t bytes = sizeof(T);
     for (size_t n : shape) bytes *= n;
     auto* lease = new Lease{plan.arena, plan.arena->take(round_up(static_cast<int64_t>(bytes), kLine))};
     nb::capsule owner(lease, [](void* p) noexcept {
@@ -297,7 +341,8 @@ NB_MODULE(_native, m) {
         .def(nb::init<>())
         .def("__len__", &Plan::size)
         .def("owns", [](const Plan& self, const nb::ndarray<nb::ro>& a) { return self.arena->owns(a.data()); })
-        .def("empty", &arena_array, "shape"_a, "A float32 array for a recorded result.");
+        .def("empty", &arena_array<float>, "shape"_a, "A float32 array for a recorded result.")
+        .def("empty_ids", &arena_array<int32_t>, "shape"_a, "An int32 array for a recorded result.");
 
     m.def("dense", &dense, "array"_a.noconvert(), "dtype"_a, "rows"_a, "columns"_a);
 
@@ -342,6 +387,14 @@ NB_MODULE(_native, m) {
         .def("rope", &rope, "x"_a.noconvert(), "table"_a.noconvert(), "interleaved"_a, "out"_a.noconvert())
         .def("take", &take_rows, "x"_a.noconvert(), "rows"_a.noconvert(), "out"_a.noconvert())
         .def("piece", &cut_piece, "x"_a.noconvert(), "start"_a, "out"_a.noconvert())
+        .def("elect", &choose, "logits"_a.noconvert(), "bias"_a.noconvert().none(), "groups"_a, "top_groups"_a, "softmax"_a,
+             "ids"_a.noconvert())
+        .def("gates", &make_gates, "logits"_a.noconvert(), "ids"_a.noconvert(), "softmax"_a, "renormalise"_a, "scale"_a,
+             "out"_a.noconvert())
+        .def("expert_linear", &expert_linear, "x"_a.noconvert(), "weight"_a, "bias"_a.noconvert().none(),
+             "gates"_a.noconvert().none(), "ids"_a.noconvert(), "experts"_a, "exact"_a, "out"_a.noconvert())
+        .def("combine", &combine_experts, "y"_a.noconvert(), "gates"_a.noconvert().none(), "out"_a.noconvert())
+        .def("draw", &draw_one, "scores"_a.noconvert(), "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "u"_a)
         .def("attention", &attend, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "sinks"_a.noconvert().none(),
              "mask"_a, "step"_a, "room"_a.none(), "out"_a.noconvert());
 }

@@ -84,3 +84,15 @@ static void gated(const Gated& p, Pool& pool) {
         case Activation::tanh: return gated_as<Activation::tanh>(p, pool);
     }
 }
+
+static void weigh(const Weigh& p, Pool& pool) {
+    F most = set(-__builtin_inff());
+    int64_t i = 0;
+    for (; i + N <= p.size; i += N) most = max(load(p.scores + i), most);
+    float largest = top(most);
+    for (; i < p.size; i++) largest = p.scores[i] > largest ? p.scores[i] : largest;
+    const F shift = set(largest), inverse = set(1.0f / p.temperature);
+    map(p.size, pool, [&](int64_t at, int n) {
+        store_some(p.weights + at, exp((load_some(p.scores + at, n) - shift) * inverse), n);
+    });
+}

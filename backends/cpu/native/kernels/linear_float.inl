@@ -113,26 +113,13 @@ static void unpack(const Matrix& w, int64_t tile, int64_t from, int64_t depth, f
     if (w.type == Number::bf16) transpose(reinterpret_cast<const bfloat*>(data), w.columns, rows, from, depth, panel);
 }
 
-// 16 rows of the weight times tokens [from, to).
-static void panel_product(const LinearFloat& p, int64_t tile, int64_t from, int64_t to, float* room) {
-    const int64_t columns = p.product.weight.columns, tokens = to - from;
-    float *panel = room, *sums = room + kDepth * kRows;
-    for (int64_t k = 0; k < columns; k += kDepth) {
-        const int64_t depth = columns - k < kDepth ? columns - k : kDepth;
-        unpack(p.product.weight, tile, k, depth, panel);
-        multiply_panels(tokens, p.x + from * columns + k, columns, panel, kRows, depth, sums, kRows, k > 0);
+// 16 rows of the weight times all tokens of x -> sums [tokens, 16]
+static void panel_product(const Matrix& w, int64_t tile, const float* x, int64_t tokens, float* panel, float* sums) {
+    for (int64_t k = 0; k < w.columns; k += kDepth) {
+        const int64_t depth = w.columns - k < kDepth ? w.columns - k : kDepth;
+        unpack(w, tile, k, depth, panel);
+        multiply_panels(tokens, x + k, w.columns, panel, kRows, depth, sums, kRows, k > 0);
     }
-    put_tile(p.product, tile, from, tokens, sums);
-}
-
-constexpr int64_t kChunk = 96;  // tokens that an unpacked panel serves at least: then unpacking is a few percent
-
-static void linear_panels(const LinearFloat& p, Pool& pool) {
-    const int64_t tiles = (p.product.weight.rows + kRows - 1) / kRows, chunks = (p.tokens + kChunk - 1) / kChunk;
-    pool.run(tiles * chunks, [&](int64_t task, int thread) {
-        const int64_t from = task / tiles * kChunk, to = from + kChunk < p.tokens ? from + kChunk : p.tokens;
-        panel_product(p, task % tiles, from, to, pool.scratch(thread, (kDepth + kChunk) * kRows));
-    });
 }
 
 // `rows` (up to 4) rows of a dense matrix, one after another in memory, times one token.
@@ -158,27 +145,40 @@ static inline void dot_rows(const E* w, int64_t columns, int64_t rows, const flo
     }
 }
 
-// Dense weights and few tokens: straight from the file's memory, once.
+// The same as panel_product for dense weights and few tokens: straight from the file's memory, once.
 template <class E>
-static void linear_rows(const LinearFloat& p, Pool& pool) {
-    const Matrix& w = p.product.weight;
-    const int64_t fours = (w.rows + 3) / 4, tasks = pieces(pool, fours, 1 + 8192 / w.columns);
-    const int64_t step = (fours + tasks - 1) / tasks * 4;
-    pool.run(tasks, [&](int64_t task, int) {
-        for (int64_t row = task * step; row < w.rows && row < (task + 1) * step; row += 4)
-            for (int64_t t = 0; t < p.tokens; t++) {
-                const int64_t rows = w.rows - row < 4 ? w.rows - row : 4;
-                float* out = p.product.out + t * w.rows + row;
-                dot_rows(static_cast<const E*>(w.dense) + row * w.columns, w.columns, rows, p.x + t * w.columns, out);
-                for (int64_t r = 0; p.product.bias && r < rows; r++) out[r] += p.product.bias[row + r];
-            }
-    });
+static void row_product(const Matrix& w, int64_t tile, const float* x, int64_t tokens, float* sums) {
+    for (int64_t r = 0; r < kRows && tile * kRows + r < w.rows; r += 4) {
+        const int64_t row = tile * kRows + r, rows = w.rows - row < 4 ? w.rows - row : 4;
+        for (int64_t t = 0; t < tokens; t++)
+            dot_rows(static_cast<const E*>(w.dense) + row * w.columns, w.columns, rows, x + t * w.columns,
+                     sums + t * kRows + r);
+    }
+}
+
+constexpr int64_t kFew = 8;     // tokens for which a dense matrix isn't worth transposing
+constexpr int64_t kChunk = 96;  // tokens that an unpacked panel serves at most: then unpacking is a few percent
+constexpr int64_t kRoom = (kDepth + kChunk) * kRows;  // floats that float_product needs
+
+// One tile times up to kChunk tokens of x, which go to places place(0) ...
+template <class Place>
+static void float_product(const Product& p, int64_t tile, const float* x, int64_t tokens, float* room,
+                          const Place& place) {
+    const Matrix& w = p.weight;
+    float* sums = room + kDepth * kRows;
+    if (w.tiles || tokens > kFew) panel_product(w, tile, x, tokens, room, sums);
+    else if (w.type == Number::f32) row_product<float>(w, tile, x, tokens, sums);
+    else if (w.type == Number::f16) row_product<half>(w, tile, x, tokens, sums);
+    else row_product<bfloat>(w, tile, x, tokens, sums);
+    put_tile(p, tile, tokens, sums, place);
 }
 
 static void linear_float(const LinearFloat& p, Pool& pool) {
     const Matrix& w = p.product.weight;
-    if (w.tiles || p.tokens > 8) return linear_panels(p, pool);  // above 8 the transposition pays
-    if (w.type == Number::f32) linear_rows<float>(p, pool);
-    if (w.type == Number::f16) linear_rows<half>(p, pool);
-    if (w.type == Number::bf16) linear_rows<bfloat>(p, pool);
+    const int64_t tiles = (w.rows + kRows - 1) / kRows, chunks = (p.tokens + kChunk - 1) / kChunk;
+    pool.run(tiles * chunks, [&](int64_t task, int thread) {
+        const int64_t from = task / tiles * kChunk, count = p.tokens - from < kChunk ? p.tokens - from : kChunk;
+        float_product(p.product, task % tiles, p.x + from * w.columns, count, pool.scratch(thread, kRoom),
+                      [&](int64_t t) { return from + t; });
+    });
 }

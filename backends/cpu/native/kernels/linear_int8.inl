@@ -21,19 +21,22 @@ static inline void quantize_half(const float* x, int8_t* codes, float* scale, fl
     *total = sum(whole) * step;
 }
 
+// The numbers of token t go to its place in its block.
+static void quantize_token(const float* x, int64_t t, const Quantized& to) {
+    const int64_t halves = to.columns / kHalf, first = t / kTokens * kTokens, i = t - first, rest = to.tokens - first;
+    const int64_t size = rest < kTokens ? last_block(rest) : kTokens;
+    int8_t* codes = to.codes + first * to.columns + i * kBlock;
+    float *scales = to.scales + first * halves + i, *sums = to.sums + first * halves + i;
+    for (int64_t h = 0; h < halves; h++)
+        quantize_half(x + h * kHalf, codes + h / 2 * size * kBlock + h % 2 * kHalf, scales + h * size, sums + h * size);
+}
+
 static void quantize(const Quantize& p, Pool& pool) {
-    const int64_t columns = p.to.columns, halves = columns / kHalf, groups = (p.to.tokens + kTokens - 1) / kTokens;
-    const int64_t tasks = pieces(pool, groups, 1 + 8192 / columns), step = (groups + tasks - 1) / tasks;
+    const int64_t columns = p.to.columns, tokens = p.to.tokens, tasks = pieces(pool, tokens, 1 + 8192 / columns);
+    const int64_t step = (tokens + tasks - 1) / tasks;
     pool.run(tasks, [&](int64_t task, int) {
-        for (int64_t t = task * step * kTokens; t < p.to.tokens && t < (task + 1) * step * kTokens; t++) {
-            const int64_t first = t / kTokens * kTokens, i = t - first;
-            const int64_t size = p.to.tokens - first < kTokens ? last_block(p.to.tokens - first) : kTokens;
-            int8_t* codes = p.to.codes + first * columns + i * kBlock;
-            float *scales = p.to.scales + first * halves + i, *sums = p.to.sums + first * halves + i;
-            for (int64_t h = 0; h < halves; h++)
-                quantize_half(p.x + t * columns + h * kHalf, codes + h / 2 * size * kBlock + h % 2 * kHalf,
-                              scales + h * size, sums + h * size);
-        }
+        for (int64_t t = task * step; t < tokens && t < (task + 1) * step; t++)
+            quantize_token(p.x + t * columns, t, p.to);
     });
 }
 
@@ -147,17 +150,20 @@ static TileKernel tile_kernel(const Tiles& w, int64_t tokens) {
     return tile_kernel_of<T>(w);
 }
 
-// 16 rows of sums into as many columns of out [tokens, rows].
-static inline void put_tile(const Product& p, int64_t tile, int64_t token, int64_t tokens, const float* sums) {
+// 16 rows of sums, with the bias, into as many columns of out [places, rows]; place(t) is token t's.
+template <class Place>
+static inline void put_tile(const Product& p, int64_t tile, int64_t tokens, const float* sums, const Place& place) {
     const int64_t row = tile * kRows, rows = p.weight.rows - row < kRows ? p.weight.rows - row : kRows;
     for (int64_t t = 0; t < tokens; t++) {
-        float* out = p.out + (token + t) * p.weight.rows + row;
+        float* out = p.out + place(t) * p.weight.rows + row;
         for (int64_t r = 0; r < rows; r++) out[r] = sums[t * kRows + r] + (p.bias ? p.bias[row + r] : 0.0f);
     }
 }
 
-// Tokens [from, to) (from: a multiple of kTokens) of one product, at one tile.
-static void tile_product(const Quantized& x, const Product& p, int64_t tile, int64_t from, int64_t to) {
+// One tile times tokens [from, to) of x (from: a multiple of kTokens), which go to places place(0) ...
+template <class Place>
+static void tile_product(const Quantized& x, const Product& p, int64_t tile, int64_t from, int64_t to,
+                         const Place& place) {
     const int64_t halves = x.columns / kHalf;
     const uint8_t* data = p.weight.tiles->tile(p.weight.expert, tile);
     alignas(64) float sums[kTokens * kRows];
@@ -165,7 +171,7 @@ static void tile_product(const Quantized& x, const Product& p, int64_t tile, int
         const int64_t real = to - t < kTokens ? to - t : kTokens, size = real < kTokens ? last_block(real) : kTokens;
         tile_kernel(*p.weight.tiles, size)(*p.weight.tiles, data, x.codes + t * x.columns, x.scales + t * halves,
                                            x.sums + t * halves, sums);
-        put_tile(p, tile, t, real, sums);
+        put_tile(p, tile, real, sums, [&](int64_t i) { return place(t - from + i); });
     }
 }
 
@@ -182,7 +188,7 @@ static void linear_int8(const LinearInt8& p, Pool& pool) {
         int i = 0;
         for (int64_t at = task % cuts * step; at < tiles && at < (task % cuts + 1) * step; at++) {
             while (at >= ends[i]) i++;
-            tile_product(p.x, p.products[i], i ? at - ends[i - 1] : at, from, to);
+            tile_product(p.x, p.products[i], i ? at - ends[i - 1] : at, from, to, [&](int64_t t) { return from + t; });
         }
     });
 }
