@@ -198,6 +198,10 @@ LOOPS = {
     "json separators": "{{ range(999)|list|tojson(separators=('x' * 999999, ':')) }}",
     "macros that write": "{% macro f() %}{% for i in range(999) %}{{ 'x' * 99999 }}{% endfor %}{% endmacro %}{{ f() }}",
     "set blocks": "{% set x %}{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}{% endset %}",
+    "comparisons": "{% set a = range(99999)|list * 4 %}{% set b = range(99999)|list * 4 %}"
+    + "{% if a == b %}{% endif %}" * 2000,
+    "repeats": "{% set x = 'x' * 7999999 %}{% macro f() %}" + "{{ x }}" * 100 + "{% endmacro %}{{ f() }}",
+    "slices": "{% set x = 'x' * 7999999 %}" + "".join(f"{{% set x{i} = x[1:] %}}" for i in range(200)),
     "padding": "{{ 'x'.ljust(10**10) }}",
     "formatting": "{{ '%9999999999d' % 1 }}",
     "format method": "{{ '{:9999999999}'.format(1) }}",

@@ -6,7 +6,6 @@ Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#tokenizer
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -157,16 +156,9 @@ def _sentencepiece(keys: Keys) -> Tokenizer:
     matches = [Match(text, id, id in vocabulary.special) for text, id in vocabulary.matched().items()]
     prefix = "always" if spaced else "never"
     try:
-        engine = PieceEngine(proto.write(_without_whole(model)), matches, prefix, doubles=True)
+        engine = PieceEngine(proto.write(model), matches, prefix, doubles=True)
     except (RuntimeError, ValueError) as error:
         raise BadFile(f"The GGUF's tokenizer does not add up: {error}.", HINT) from None
     tokenizer = Tokenizer(engine, vocabulary, drops_space=spaced, **facts)
     tokenizer.files = partial(export.piece_files, tokenizer, model)
     return tokenizer
-
-
-def _without_whole(model: proto.Model) -> proto.Model:
-    """Without the tokens that are looked for whole, which the engine finds itself: sentencepiece would find them also
-    where a space in front makes one, which llama.cpp does not."""
-    hidden = {int(Kind.USER_DEFINED): int(Kind.CONTROL)}
-    return replace(model, pieces=[(text, score, hidden.get(kind, kind)) for text, score, kind in model.pieces])
