@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
 from ondevice.errors import BadOption
+from ondevice.runtime.tokenizer.bpe import BpeEngine
 
 
 def streamed(tokenizer, ids, **options) -> list[str]:
@@ -57,3 +61,28 @@ def test_pieces_for_people(smollm2):
 def test_half_a_character_is_refused(smollm2):
     with pytest.raises(BadOption, match="character 2"):
         smollm2.encode("ab\udcff")
+
+
+class Dawdling:
+    """A library's tokenizer that reads its settings late: the ids say whether special tokens were parsed."""
+
+    pre_tokenizer, encode_special_tokens = None, False
+
+    def no_truncation(self):
+        pass
+
+    no_padding = no_truncation
+
+    def get_added_tokens_decoder(self):
+        return {}
+
+    def encode(self, text, add_special_tokens):
+        time.sleep(0.001)
+        return SimpleNamespace(ids=[not self.encode_special_tokens])
+
+
+def test_threads_do_not_disturb_each_other():
+    engine, wanted = BpeEngine(Dawdling()), [bool(i % 2) for i in range(100)]
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda parse: engine.encode("", parse_special=parse), wanted)
+        assert list(found) == [[parse] for parse in wanted]
