@@ -166,6 +166,13 @@ def cache_dtype(name: str) -> str:
     return name
 
 
+def keeps_float32(dtype: str | None) -> bool:
+    """Whether `array` was asked for float32 whatever the activations are. Raises BadOption for another type."""
+    if dtype not in (None, "float32"):
+        raise BadOption(f"An array cannot be asked for in {dtype!r}.", "Give float32, or nothing.")
+    return dtype is not None
+
+
 class Cache(ABC):
     """Keys and values (or other state) of `slots` sequences of up to `capacity` tokens, for every layer.
 
@@ -236,8 +243,10 @@ class Backend(ABC):
         """The weight will not be used again."""
 
     @abstractmethod
-    def array(self, values: np.ndarray) -> A:
-        """A host array: floats become activations' dtype, integers int32."""
+    def array(self, values: np.ndarray, dtype: str | None = None) -> A:
+        """A host array: floats become the activations' dtype, integers int32. dtype "float32" keeps floats in at least
+        float32, for what small steps must not be lost from: trainables. Such an array may stand where a W may; the
+        product is made in the activations' dtype, the gradient comes back in float32."""
 
     @abstractmethod
     def numpy(self, a: A) -> np.ndarray:
@@ -392,8 +401,9 @@ class Backend(ABC):
         state: {} at first. Returns new params and state."""
         raise self._lacks("training")
 
-    def adapted_norm(self, weight: W, down: A, up: A, scale: float) -> A:
-        """Norm of each row of weight + scale * up . down, [O] (DoRA, Liu et al. 2024)."""
+    def inverse_norm(self, weight: W, down: A, up: A, scale: float) -> A:
+        """1 / norm of each row of weight + scale * up . down, [O]; a constant to gradients (DoRA, Liu et al. 2024,
+        section 4.3)."""
         raise self._lacks("training")
 
     def sum(self, x: A) -> A:

@@ -304,8 +304,8 @@ class NumpyKernels(NumpyGradients):
         """0 where dropout strikes, 1 / (1 - rate) elsewhere."""
         return (noise.uniform(seed, "dropout", step, shape) >= rate).astype(self.dtype) / self.dtype.type(1.0 - rate)
 
-    def adapted_norm(self, weight: Any, down: np.ndarray, up: np.ndarray, scale: float) -> np.ndarray:
-        return np.linalg.norm(self.values(weight) + scale * (self.values(up) @ self.values(down)), axis=-1)
+    def inverse_norm(self, weight: Any, down: np.ndarray, up: np.ndarray, scale: float) -> np.ndarray:
+        return 1 / np.linalg.norm(self.values(weight) + scale * (self.values(up) @ self.values(down)), axis=-1)
 
     def affine(
         self, scales: np.ndarray, biases: np.ndarray, codes: np.ndarray, bits: int, group_size: int

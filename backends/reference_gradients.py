@@ -205,14 +205,6 @@ class NumpyGradients:
     def dropout_vjp(self, grad: np.ndarray, need: Need, x: np.ndarray, rate: float, seed: int, step: int) -> Gradients:
         return (grad * self.kept(x.shape, rate, seed, step),)
 
-    def adapted_norm_vjp(
-        self, grad: np.ndarray, need: Need, weight: Any, down: Any, up: Any, scale: float
-    ) -> Gradients:
-        a, b = self.values(down), self.values(up)
-        adapted = self.values(weight) + scale * (b @ a)
-        to_adapted = grad[:, None] * adapted / np.linalg.norm(adapted, axis=-1, keepdims=True)
-        return to_adapted, scale * (b.T @ to_adapted), scale * (to_adapted @ a.T)
-
     def affine_vjp(
         self, grad: np.ndarray, need: Need, scales: np.ndarray, biases: np.ndarray, codes: np.ndarray, bits: int,
         group_size: int,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import A, AttentionSpec, Backend, RouteRule, Routing, Sampled, SamplingParams, Step, W
+from .base import A, AttentionSpec, Backend, RouteRule, Routing, Sampled, SamplingParams, Step, W, keeps_float32
 
 
 class Node:
@@ -104,10 +104,11 @@ class TapedBackend(Backend):
 
     # ---- life and transfer
 
-    def array(self, values: np.ndarray) -> A:
+    def array(self, values: np.ndarray, dtype: str | None = None) -> A:
+        keeps_float32(dtype)  # activations are no narrower here
         values = np.asarray(values)
-        dtype = self.kernels.dtype if values.dtype.kind == "f" else np.int32
-        return Array(self, np.array(values, dtype, order="C"))
+        kind = self.kernels.dtype if values.dtype.kind == "f" else np.int32
+        return Array(self, np.array(values, kind, order="C"))
 
     def numpy(self, a: A) -> np.ndarray:
         return a.data
@@ -205,8 +206,9 @@ class TapedBackend(Backend):
     def dropout(self, x: A, rate: float, seed: int, step: int) -> A:
         return self._call("dropout", (x,), rate, seed, step)
 
-    def adapted_norm(self, weight: W, down: A, up: A, scale: float) -> A:
-        return self._call("adapted_norm", (weight, down, up), scale)
+    def inverse_norm(self, weight: W, down: A, up: A, scale: float) -> A:
+        raw = (i.data if type(i) is Array else i for i in (weight, down, up))
+        return Array(self, self.kernels.inverse_norm(*raw, scale))
 
     def sum(self, x: A) -> A:
         return self._call("sum", (x,))

@@ -16,7 +16,18 @@ import torch.nn.functional as F
 from ...errors import BadOption, Unavailable, Unsupported
 from ...registry import did_you_mean
 from ...tensors import Tensor
-from ..base import FEATURES, AttentionSpec, Backend, Info, LayerCache, Sampled, SamplingParams, Step, cache_dtype
+from ..base import (
+    FEATURES,
+    AttentionSpec,
+    Backend,
+    Info,
+    LayerCache,
+    Sampled,
+    SamplingParams,
+    Step,
+    cache_dtype,
+    keeps_float32,
+)
 from . import sampling
 from .attention import DevicePlaces, TorchCache, TorchPlaces, attend
 from .experts import TorchExperts
@@ -60,7 +71,7 @@ class CudaBackend(TorchExperts, TorchTraining, Backend):
 
     def weight(self, w: Any) -> Weight:
         """What `prepare` returned, or an array in its place."""
-        return DenseWeight(w) if isinstance(w, torch.Tensor) else w
+        return DenseWeight(w.to(self.dtype)) if isinstance(w, torch.Tensor) else w
 
     def vector(self, w: Any) -> torch.Tensor | None:
         return None if w is None else self.weight(w).numbers(self.dtype)
@@ -68,11 +79,11 @@ class CudaBackend(TorchExperts, TorchTraining, Backend):
     def release(self, weight: Weight) -> None:
         weight.clear()
 
-    def array(self, values: np.ndarray) -> torch.Tensor:
-        values = np.asarray(values)
+    def array(self, values: np.ndarray, dtype: str | None = None) -> torch.Tensor:
+        kept, values = keeps_float32(dtype), np.asarray(values)
         floating = values.dtype.kind == "f"
         copy = torch.from_numpy(np.array(values, np.float32 if floating else np.int32))
-        return copy.to(self.device, self.dtype) if floating else copy.to(self.device)
+        return copy.to(self.device, self.dtype) if floating and not kept else copy.to(self.device)
 
     def numpy(self, a: torch.Tensor) -> np.ndarray:
         return a.detach().to("cpu", torch.float32 if a.is_floating_point() else torch.int32).numpy()
@@ -85,7 +96,7 @@ class CudaBackend(TorchExperts, TorchTraining, Backend):
             torch.cuda.synchronize(self.device)
 
     def dequantize(self, weight: Any) -> torch.Tensor:
-        return self.weight(weight).numbers(torch.float32)
+        return weight.float() if isinstance(weight, torch.Tensor) else weight.numbers(torch.float32)
 
     # ---- forward
 

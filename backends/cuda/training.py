@@ -47,9 +47,10 @@ class TorchTraining:
         factors = torch.from_numpy(kept.astype(np.float32) / np.float32(1.0 - rate))
         return x * factors.to(x.device, x.dtype)
 
-    def adapted_norm(self, weight: Any, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
-        adapted = self.weight(weight).numbers(torch.float32) + scale * (up @ down).float()
-        return torch.linalg.vector_norm(adapted, dim=-1).to(self.dtype)
+    @torch.no_grad()
+    def inverse_norm(self, weight: Any, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+        adapted = self.dequantize(weight) + scale * (up.float() @ down.float())
+        return (1 / torch.linalg.vector_norm(adapted, dim=-1)).to(self.dtype)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         return x.float().sum()

@@ -19,7 +19,18 @@ import numpy as np
 from ...errors import BadOption, Unsupported
 from ...registry import did_you_mean
 from ...tensors import Tensor
-from ..base import FEATURES, AttentionSpec, Backend, Info, LayerCache, Sampled, SamplingParams, Step, cache_dtype
+from ..base import (
+    FEATURES,
+    AttentionSpec,
+    Backend,
+    Info,
+    LayerCache,
+    Sampled,
+    SamplingParams,
+    Step,
+    cache_dtype,
+    keeps_float32,
+)
 from ..places import CAUSAL, causal
 from . import sampling
 from .attention import Heads, MlxCache, MlxPlaces, heads_first, plain, softcapped
@@ -84,7 +95,7 @@ class MlxBackend(MlxExperts, MlxTraining, Backend):
 
     def weight(self, w: Any) -> Weight:
         """What `prepare` returned, or an array in its place."""
-        return w if isinstance(w, DenseWeight | PackedWeight) else DenseWeight(plain(w))
+        return w if isinstance(w, DenseWeight | PackedWeight) else DenseWeight(plain(w).astype(self.dtype))
 
     def vector(self, w: Any) -> mx.array | None:
         return None if w is None else self.weight(w).numbers()
@@ -92,13 +103,11 @@ class MlxBackend(MlxExperts, MlxTraining, Backend):
     def release(self, weight: Weight) -> None:
         weight.clear()
 
-    def array(self, values: np.ndarray) -> mx.array:
-        values = np.asarray(values)
-        return (
-            mx.array(values.astype(np.float32)).astype(self.dtype)
-            if values.dtype.kind == "f"
-            else mx.array(values.astype(np.int32))
-        )
+    def array(self, values: np.ndarray, dtype: str | None = None) -> mx.array:
+        kept, values = keeps_float32(dtype), np.asarray(values)
+        if values.dtype.kind != "f":
+            return mx.array(values.astype(np.int32))
+        return mx.array(values.astype(np.float32)).astype(mx.float32 if kept else self.dtype)
 
     def numpy(self, a: Any) -> np.ndarray:
         a = plain(a)
@@ -112,7 +121,8 @@ class MlxBackend(MlxExperts, MlxTraining, Backend):
         mx.synchronize()
 
     def dequantize(self, weight: Any) -> mx.array:
-        return self.weight(weight).numbers().astype(mx.float32)
+        numbers = weight.numbers() if isinstance(weight, DenseWeight | PackedWeight) else plain(weight)
+        return numbers.astype(mx.float32)
 
     # ---- forward
 

@@ -47,9 +47,9 @@ class MlxTraining:
         kept = noise.uniform(seed, "dropout", step, x.shape) >= rate
         return x * mx.array(kept.astype(np.float32) / np.float32(1.0 - rate)).astype(x.dtype)
 
-    def adapted_norm(self, weight: Any, down: mx.array, up: mx.array, scale: float) -> mx.array:
-        adapted = self.weight(weight).numbers() + scale * (up @ down)
-        return mx.sqrt(mx.square(adapted.astype(mx.float32)).sum(axis=-1)).astype(self.dtype)
+    def inverse_norm(self, weight: Any, down: mx.array, up: mx.array, scale: float) -> mx.array:
+        adapted = self.dequantize(weight) + scale * (up.astype(mx.float32) @ down.astype(mx.float32))
+        return mx.stop_gradient(mx.rsqrt(mx.square(adapted).sum(axis=-1))).astype(self.dtype)
 
     def sum(self, x: mx.array) -> mx.array:
         return plain(x).astype(mx.float32).sum()

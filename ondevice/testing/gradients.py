@@ -69,7 +69,7 @@ def gradients(
 ) -> tuple[float, np.ndarray, dict[str, np.ndarray]]:
     """Loss, result and gradients, on the host. probe: at least as many numbers as the result has."""
     held = {name: given(ops, value) for name, value in frozen.items()}
-    arrays = {name: ops.array(value) for name, value in params.items()}
+    arrays = {name: ops.array(value, "float32" if name[0] == "w" else None) for name, value in params.items()}
     size = int(np.prod(t.fn(ops, arrays, held).shape))
     loss = loss_of(t, ops, held, probe)
     (value, y), grads = ops.value_and_grad(loss)(arrays, ops.array(probe[:size]))
@@ -154,11 +154,6 @@ def adapter(ops, p, frozen):
 @trainable(lambda random: {"ids": int32(1, 4, 4).reshape(1, 3)}, w=(6, 4))
 def embed_and_tied_head(ops, p, frozen):
     return ops.linear(ops.embed(p["w"], frozen["ids"]), p["w"])
-
-
-@trainable(_frozen_weights, w_down=(2, 32), w_up=(5, 2))
-def adapted_norm(ops, p, frozen):
-    return ops.adapted_norm(frozen["dense"], p["w_down"], p["w_up"], 1.5)
 
 
 def _codes(random: np.random.Generator) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 from ...backends.base import FEATURES, Backend, Info
 from ...errors import Unsupported
 from ...tensors import dense
-from ..suite import Pair, case, equal
+from ..suite import Pair, case, equal, int32
 
 
 @case()
@@ -69,6 +69,14 @@ def there_and_back(pair: Pair, shape: tuple[int, ...]) -> None:
         expected = values.dtype if values.dtype == np.int32 or pair.dtype != "float64" else np.float64
         assert back.dtype == expected, f"{values.dtype} comes back as {back.dtype}"
         equal("what comes back", back, values)
+
+
+@case()
+def float32_on_demand(pair: Pair) -> None:
+    """What is trained keeps its last bits."""
+    values = pair.random.standard_normal((3, 5), np.float32)
+    equal("what comes back", pair.backend.numpy(pair.backend.array(values, "float32")).astype(np.float32), values)
+    equal("integers", pair.backend.numpy(pair.backend.array(int32(1, 70000), "float32")), [1, 70000])
 
 
 @case()

@@ -119,9 +119,36 @@ def adamw_by_the_book(
 
 
 @case("training")
-def adapted_norm(pair: Pair) -> None:
+def inverse_norm(pair: Pair) -> None:
     weight, down, up = dense(pair.normal(5, 8)), pair.normal(2, 8), pair.normal(5, 2)
-    pair.same("chain", lambda ops, w, a, b: ops.adapted_norm(w, a, b, 0.5), weight, down, up)
+    pair.same("chain", lambda ops, w, a, b: ops.inverse_norm(w, a, b, 0.5), weight, down, up)
+
+
+@case("training")
+def inverse_norm_is_a_constant(pair: Pair) -> None:
+    ops, weight = pair.backend, pair.backend.prepare(dense(pair.normal(5, 8)))
+    factors = {"down": ops.array(pair.normal(2, 8)), "up": ops.array(pair.normal(5, 2))}
+
+    def loss(params):
+        norms = ops.inverse_norm(weight, params["down"], params["up"], 0.5)
+        return ops.sum(norms) + ops.sum(params["down"]) + ops.sum(params["up"]), norms
+
+    _, grads = ops.value_and_grad(loss)(factors)
+    for name, grad in grads.items():
+        pair.close("gradient", ops.numpy(grad), np.ones(factors[name].shape, np.float32))
+
+
+@case("training")
+def small_steps_are_not_lost(pair: Pair) -> None:
+    """A trainable kept in float32 moves by less than a half type could hold, where a product reads it too."""
+    ops, steps, rate = pair.backend, 8, 1e-4
+    w, x = np.full((3, 4), 1.0, np.float32), ops.array(np.ones((2, 4), np.float32))
+    params, state = {"w": ops.array(w, "float32")}, {}
+    for step in range(1, steps + 1):
+        _, grads = ops.value_and_grad(lambda p: (ops.sum(ops.linear(x, p["w"])), None))(params)
+        params, state = ops.adamw(params, grads, state, step, rate)
+    moved = 1.0 - ops.numpy(params["w"])
+    assert np.allclose(moved, steps * rate, rtol=1e-2), f"{steps} steps of {rate} moved it by {moved.mean():.2e}"
 
 
 @case("training")

@@ -45,7 +45,7 @@ class SaysLessThanItDoes(ReferenceBackend):
 
 @twin("contract")
 class ArraysAlias(ReferenceBackend):
-    def array(self, values):
+    def array(self, values, dtype=None):
         return Array(self, np.ascontiguousarray(values, np.float32 if values.dtype.kind == "f" else np.int32))
 
 
@@ -69,8 +69,15 @@ class CannotRelease(ReferenceBackend):
 
 @twin("contract")
 class WideIntegers(ReferenceBackend):
-    def array(self, values):
+    def array(self, values, dtype=None):
         return Array(self, values.copy())
+
+
+@twin("contract")
+class RoundsWhatIsTrained(ReferenceBackend):
+    def array(self, values, dtype=None):
+        narrow = dtype == "float32" and values.dtype.kind == "f"
+        return super().array(values.astype(np.float16) if narrow else values, dtype)
 
 
 # ------------------------------------------------------------------------------------------------ compilation

@@ -182,9 +182,22 @@ class ScalesWithoutCodes(NumpyKernels):
 
 @twin("training")
 class NormOfColumns(NumpyKernels):
-    def adapted_norm(self, weight, down, up, scale):
+    def inverse_norm(self, weight, down, up, scale):
         adapted = self.values(weight) + scale * (self.values(up) @ self.values(down))
-        return np.linalg.norm(adapted, axis=0)[: len(adapted)]
+        return 1 / np.linalg.norm(adapted, axis=0)[: len(adapted)]
+
+
+@twin("training")
+class NormNotInverted(NumpyKernels):
+    def inverse_norm(self, weight, down, up, scale):
+        return 1 / super().inverse_norm(weight, down, up, scale)
+
+
+@twin("training")
+class NormIsDifferentiated(ReferenceBackend):
+    def inverse_norm(self, weight, down, up, scale):
+        constant = super().inverse_norm(weight, down, up, scale)
+        return constant + (self.sum(up) * scale + float(-self.sum(up).data) * scale)
 
 
 @twin("training")

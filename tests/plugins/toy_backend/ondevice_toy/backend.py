@@ -21,7 +21,7 @@ class ToyBackend(Backend):
     def prepare(self, tensor):
         return schemes.to_float(tensor)
 
-    def array(self, values):
+    def array(self, values, dtype=None):
         return np.array(values, np.float32 if values.dtype.kind == "f" else np.int32)
 
     def numpy(self, a):
