@@ -24,10 +24,11 @@ BOTTOM = ("errors", "tensors", "schemes", "noise")
 ALLOWED = {  # a part -> what else of ours it may import at module level or below
     "errors": (), "tensors": (), "noise": (), "schemes": BOTTOM, "catalog": (), "registry": BOTTOM,
     "checkpoint": (*BOTTOM, "checkpoint"), "hub": (*BOTTOM, "catalog", "registry", "checkpoint", "hub"),
+    "pictures": (*BOTTOM, "checkpoint"),
     "backends": (*BOTTOM, "registry", "backends"),
     "models": (*BOTTOM, "registry", "checkpoint", "backends.base", "models"),
     "runtime": (*BOTTOM, "registry", "checkpoint", "hub", "backends.base", "models", "runtime"),
-    "tools": (*BOTTOM, "registry", "checkpoint", "hub", "backends.base", "models", "runtime", "tools"),
+    "tools": (*BOTTOM, "pictures", "registry", "checkpoint", "hub", "backends.base", "models", "runtime", "tools"),
     "testing": (*BOTTOM, "registry", "checkpoint", "backends", "models", "runtime", "testing"),
 }  # fmt: skip
 
