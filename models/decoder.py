@@ -22,13 +22,16 @@ class Decoder:
         self.listener: Callable[[str, A], None] | None = None
         self.ropes = {name: (*rope.frequencies(), rope.interleaved) for name, rope in config.ropes.items()}
 
-    def scope(self, trainable: Mapping[str, A] | None = None) -> Scope:
+    def scope(
+        self, trainable: Mapping[str, A] | None = None, loras: Mapping[str, Sequence[Lora]] | None = None
+    ) -> Scope:
+        """trainable: arrays in the place of weights; loras: adapters in the place of those attached."""
         cfg = self.config
         return Scope(
             self.ops,
             self.weights,
             trainable or {},
-            self.loras,
+            self.loras if loras is None else loras,
             self.listener,
             cfg.norm_eps,
             cfg.norm_offset,

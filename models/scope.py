@@ -17,11 +17,19 @@ from ..backends.base import A, Backend, Routing, W
 @dataclass(frozen=True)
 class Lora:
     """One low-rank update of one weight: y += up . (down . x) * scale. down [r, I], up [O, r] (experts: [E, …]; an
-    embedding: down [V, r], whose rows are looked up)."""
+    embedding: down [V, r], whose rows are looked up).
+
+    gain [O]: DoRA (Liu et al. 2024): magnitude / norm of each row of the adapted weight, by which y is multiplied;
+    shift [O]: added then, where the weight has a bias, which the gain must leave alone: bias * (1 - gain). dropout:
+    what strikes x on its way to `down`, while training.
+    """
 
     down: W
     up: W
     scale: float
+    gain: A | None = None
+    shift: A | None = None
+    dropout: Callable[[A], A] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,9 @@ class Scope:
         self.tap(f"{name}.input", x)
         y = self.ops.linear(x, self.weight(weight or name), self.bias(name))
         for a in self.adapters(name):
-            y = y + self.ops.linear(self.ops.linear(x, a.down), a.up) * a.scale
+            y = y + self.ops.linear(self.ops.linear(a.dropout(x) if a.dropout else x, a.down), a.up) * a.scale
+            y = y if a.gain is None else y * a.gain
+            y = y if a.shift is None else y + a.shift
         return y
 
     def embed(self, name: str, ids: A) -> A:
@@ -83,7 +93,7 @@ class Scope:
     def expert_linear(self, name: str, x: A, routing: Routing) -> A:
         y = self.ops.expert_linear(x, self.weight(name), routing, self.bias(name))
         for a in self.adapters(name):
-            down = self.ops.expert_linear(x, a.down, routing)
+            down = self.ops.expert_linear(a.dropout(x) if a.dropout else x, a.down, routing)
             y = y + self.ops.expert_linear(down, a.up, routing) * a.scale
         return y
 
