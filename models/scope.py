@@ -91,6 +91,7 @@ class Scope:
         return y
 
     def expert_linear(self, name: str, x: A, routing: Routing) -> A:
+        self.tap(f"{name}.experts", routing.ids), self.tap(f"{name}.input", x)
         y = self.ops.expert_linear(x, self.weight(name), routing, self.bias(name))
         for a in self.adapters(name):
             down = self.ops.expert_linear(a.dropout(x) if a.dropout else x, a.down, routing)
