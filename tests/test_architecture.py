@@ -27,8 +27,11 @@ ALLOWED = {  # a part -> what else of ours it may import at module level or belo
     "pictures": (*BOTTOM, "checkpoint"),
     "backends": (*BOTTOM, "registry", "backends"),
     "models": (*BOTTOM, "registry", "checkpoint", "backends.base", "models"),
-    "runtime": (*BOTTOM, "registry", "checkpoint", "hub", "backends.base", "models", "runtime"),
-    "tools": (*BOTTOM, "pictures", "registry", "checkpoint", "hub", "backends.base", "models", "runtime", "tools"),
+    "adapters": (*BOTTOM, "checkpoint", "backends.base", "models", "adapters"),
+    "runtime": (*BOTTOM, "registry", "checkpoint", "hub", "backends.base", "models", "adapters", "runtime"),
+    "tools": (
+        *BOTTOM, "pictures", "registry", "checkpoint", "hub", "backends.base", "models", "adapters", "runtime", "tools",
+    ),
     "testing": (*BOTTOM, "registry", "checkpoint", "backends", "models", "runtime", "testing"),
 }  # fmt: skip
 

@@ -1,0 +1,9 @@
+"""Adapters: what a fine-tune changed, small and apart from the model. PEFT's and mlx-lm's folders in and out."""
+
+from __future__ import annotations
+
+from .adapter import Adapter, LowRank
+from .folders import read_adapter, write_adapter
+from .modules import Modules
+
+__all__ = ["Adapter", "LowRank", "Modules", "read_adapter", "write_adapter"]

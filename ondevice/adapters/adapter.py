@@ -1,0 +1,50 @@
+"""An adapter in memory: low-rank updates (and a few whole tensors) under our names, whatever file they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..tensors import Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One weight's update: W + scale * up . down (LoRA, Hu et al. 2021); with `magnitude`, each row of that is brought
+    to the length that stands there (DoRA, Liu et al. 2024).
+
+    down [r, I], up [O, r], magnitude [O]; experts: down [E, r, I], up [E, O, r]. An embedding [V, D] has down [V, r],
+    whose rows are looked up, up [D, r], and magnitude [D]: the lengths of its columns. Dense tensors.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.up.shape[-1]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """updates: by the name of the weight that each changes. replaced: whole tensors (biases, norms, a head) that were
+    trained along. rslora: scales are alpha / sqrt(r) (Kalajdzievski 2023), which only its config file tells. dropout:
+    as it was trained. base: the model that it was trained on, as its file names it."""
+
+    updates: Mapping[str, LowRank]
+    replaced: Mapping[str, Tensor] = field(default_factory=dict)
+    rslora: bool = False
+    dropout: float = 0.0
+    base: str = ""
+
+    @property
+    def dora(self) -> bool:
+        return any(update.magnitude is not None for update in self.updates.values())
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that were trained."""
+        tensors = [t for u in self.updates.values() for t in (u.down, u.up, u.magnitude) if t is not None]
+        return sum(tensor.size for tensor in (*tensors, *self.replaced.values()))

@@ -1,0 +1,321 @@
+"""PEFT's folders: adapter_config.json and adapter_model.safetensors (https://github.com/huggingface/peft)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadFile, Unsupported
+from ..models.fields import flag, number, optional, several, table, whole
+from ..tensors import Tensor
+from .adapter import Adapter, LowRank
+from .files import CONFIG, file_of, json_of, read_config, read_tensors, stacked, transposed, unfit
+from .modules import Modules, Place, grouped
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+PARTS = {  # how a tensor's name ends -> what it is, and whether it lies the other way round here
+    ".lora_A.weight": ("down", False),
+    ".lora_B.weight": ("up", False),
+    ".lora_embedding_A": ("down", True),
+    ".lora_embedding_B": ("up", False),
+    ".lora_magnitude_vector": ("magnitude", False),
+    ".lora_magnitude_vector.weight": ("magnitude", False),
+}
+BASE = ".base_layer.weight"  # a copy of what was there before, which PEFT keeps beside an embedding's update
+OTHERS = (  # settings that change what an adapter means, and are not read here
+    "layer_replication", "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "velora_config",
+    "kasa_config", "use_bdlora", "arrow_config", "monteclora_config", "lora_bias",
+)  # fmt: skip
+REBASED = ("pissa", "olora", "corda", "lora_ga", "loftq")  # starts that change the base as well
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What adapter_config.json says. targets: names, or one regular expression; None where nothing is said."""
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+    dora: bool = False
+    targets: tuple[str, ...] | str | None = None
+    excluded: tuple[str, ...] | str = ()
+    saved: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
+    dropout: float = 0.0
+    base: str = ""
+
+    def rank_of(self, path: str) -> int:
+        return self.ranks.get(_pattern(self.ranks, path), self.rank)
+
+    def scale_of(self, path: str) -> float:
+        rank = self.rank_of(path)
+        alpha = self.alphas.get(_pattern(self.alphas, path), self.alpha)
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def names(self, path: str, head: bool) -> bool:
+        """Whether a module is one of the targets. head: it is the output head, which "all-linear" leaves out."""
+        if self.targets is None or _among(self.excluded, path):
+            return False
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.saved):
+            return False
+        if self.targets == "all-linear":
+            return not head
+        return _among(self.targets, path) and self._in_layers(path)
+
+    def _in_layers(self, path: str) -> bool:
+        if not self.layers or isinstance(self.targets, str) or path in self.targets:
+            return True
+        patterns = [rf"(?:^|.*?\.){p}\.(\d+)\." for p in self.layers_pattern] or [r".*?\.[^.]*\.(\d+)\."]
+        found = next((m for m in (re.match(p, path) for p in patterns) if m), None)
+        return found is not None and int(found[1]) in self.layers
+
+
+def _among(names: tuple[str, ...] | str, path: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _pattern(patterns: Mapping[str, Any], path: str) -> str:
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), "")
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def read(folder: Path, modules: Modules) -> Adapter:
+    """The adapter in a folder, checked against a model: BadFile names every mismatch."""
+    settings = read_settings(folder)
+    raw, problems = _sorted(read_tensors(folder / WEIGHTS), modules)
+    updates, more = _updates(raw.updates, settings, modules)
+    problems += more + _untouched(set(updates), raw.updates, settings, modules)
+    if problems:
+        raise unfit(folder, grouped(problems))
+    if not updates and not raw.replaced:
+        raise BadFile(f"The adapter {folder} changes nothing.", "Get the adapter again.")
+    return Adapter(updates, raw.replaced, settings.rslora, settings.dropout, settings.base)
+
+
+def read_settings(folder: Path) -> Settings:
+    """Raises BadFile for values that make no sense, Unsupported for kinds of adapters that are not read here."""
+    config = read_config(folder)
+    try:
+        _check_kind(folder, config)
+        layers = config.get("layers_to_transform")
+        return Settings(
+            rank=whole(config, "r", 8),
+            alpha=number(config, "lora_alpha", 8),
+            rslora=flag(config, "use_rslora"),
+            dora=flag(config, "use_dora"),
+            targets=_words(config, "target_modules"),
+            excluded=_words(config, "exclude_modules") or (),
+            saved=tuple(several(config, "modules_to_save", str)),
+            layers=(layers,) if type(layers) is int else tuple(several(config, "layers_to_transform", int)),
+            layers_pattern=_patterns(config),
+            ranks={key: whole(table(config, "rank_pattern"), key) for key in table(config, "rank_pattern")},
+            alphas={key: number(table(config, "alpha_pattern"), key) for key in table(config, "alpha_pattern")},
+            dropout=optional(number, config, "lora_dropout") if config.get("lora_dropout") else 0.0,
+            base=str(config.get("base_model_name_or_path") or ""),
+        )
+    except BadFile as error:
+        raise BadFile(f"{folder / CONFIG}: {error.message}", "Get the adapter again, or correct this file.") from None
+    except re.error as error:
+        raise BadFile(f"{folder / CONFIG} has a strange pattern: {error}.", "Correct this file.") from None
+
+
+def _check_kind(folder: Path, config: Mapping) -> None:
+    hint = "Merge it where it was made (merge_and_unload in PEFT), and give the result as a model."
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise Unsupported(f"{folder} is an adapter of type {kind!r:.40}; LoRA, rsLoRA and DoRA are read here.", hint)
+    used = [name for name in OTHERS if config.get(name)]
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(REBASED):
+        used.append(f"init_lora_weights = {start!r:.40}, which changes the base")
+    if used:
+        raise Unsupported(f"{folder} uses what is not read here: {', '.join(used)}.", hint)
+
+
+def _words(config: Mapping, key: str) -> tuple[str, ...] | str | None:
+    """A list of names, or one regular expression."""
+    if isinstance(config.get(key), str):
+        re.compile(config[key])
+        return config[key]
+    return tuple(several(config, key, str)) or None
+
+
+def _patterns(config: Mapping) -> tuple[str, ...]:
+    found = _words(config, "layers_pattern") or ()
+    return (found,) if isinstance(found, str) else found
+
+
+@dataclass
+class _Raw:
+    """Tensors by what they are: updates by place and part, whole ones by our name."""
+
+    updates: dict[Place, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+
+
+def _sorted(tensors: Mapping[str, Tensor], modules: Modules) -> tuple[_Raw, list[str]]:
+    raw, problems = _Raw(), []
+    for name, tensor in tensors.items():
+        path = name.removeprefix(PREFIX)
+        ending = next((e for e in PARTS if path.endswith(e)), None)
+        place = modules.at(path.removesuffix(ending)) if ending else None
+        if place is not None:
+            part, turned = PARTS[ending]
+            raw.updates[place][part] = transposed(tensor) if turned else tensor
+        elif ending is not None:
+            problems.append(f"there is no {path}")
+        else:
+            problems += _whole(path, tensor, raw, modules)
+    return raw, problems
+
+
+def _whole(path: str, tensor: Tensor, raw: _Raw, modules: Modules) -> list[str]:
+    """A tensor that stands for one of the model's."""
+    plain = path.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+    place = modules.tensors.get(plain)
+    if place is None or place.expert is not None:
+        return [f"there is no {path}"]
+    if tensor.shape != modules.shapes[place.name]:
+        return [f"{path} is {list(tensor.shape)}, not {list(modules.shapes[place.name])}"]
+    if not path.endswith(BASE):
+        raw.replaced[place.name] = tensor
+    return []
+
+
+def _updates(
+    raw: Mapping[Place, dict[str, Tensor]], settings: Settings, modules: Modules
+) -> tuple[dict[str, LowRank], list[str]]:
+    """Under our names, experts stacked; and everything that does not fit."""
+    problems, made = [], {}
+    for place, parts in raw.items():
+        path = modules.paths[place]
+        problems += _faults(path, parts, settings, modules.shape(place), place.name == "embed")
+        if not problems:
+            made[place] = LowRank(parts["down"], parts["up"], settings.scale_of(path), parts.get("magnitude"))
+    if problems:
+        return {}, problems
+    updates = {place.name: update for place, update in made.items() if place.expert is None}
+    for name in dict.fromkeys(place.name for place in made if place.expert is not None):
+        found = [made.get(Place(name, e)) for e in range(modules.shapes[name][0])]
+        problems += [f"there is no update of {modules.paths[Place(name, e)]}" for e, u in enumerate(found) if u is None]
+        if all(found):
+            updates[name] = _stack(found)
+    return updates, problems
+
+
+def _faults(path: str, parts: Mapping[str, Tensor], settings: Settings, shape: tuple, embedding: bool) -> list[str]:
+    """What is wrong with one module's update."""
+    r, (outputs, inputs) = settings.rank_of(path), shape[-2:]
+    wanted = {"down": (r, inputs), "up": (outputs, r)} | ({"magnitude": (outputs,)} if settings.dora else {})
+    if embedding:
+        wanted = {"down": (outputs, r), "up": (inputs, r)} | ({"magnitude": (inputs,)} if settings.dora else {})
+    faults = [f"{path} lacks {part}" for part in wanted if part not in parts]
+    faults += [f"{path} has {part}, which its config does not say" for part in parts if part not in wanted]
+    for part, tensor in parts.items():
+        if part in wanted and tensor.shape != wanted[part]:
+            faults.append(f"{path}: {part} is {list(tensor.shape)}, not {list(wanted[part])}")
+    return faults
+
+
+def _stack(updates: list[LowRank]) -> LowRank:
+    downs, ups = ([getattr(u, part) for u in updates] for part in ("down", "up"))
+    return LowRank(stacked(downs), stacked(ups), updates[0].scale)
+
+
+def _untouched(held: set[str], raw: Mapping[Place, Any], settings: Settings, modules: Modules) -> list[str]:
+    """Targets that the config names and the file does not hold, and those that no module of the model answers to."""
+    named = [(p, place) for p, place in modules.matrices() if settings.names(p, place.name == "head")]
+    problems = [f"{path} is a target, and the file holds no update of it" for path, place in named if place not in raw]
+    if isinstance(settings.targets, tuple):
+        for target in settings.targets:
+            if not any(_among((target,), path) for path, _ in modules.matrices()):
+                problems.append(f"the target {target} is no module of it")
+    return problems
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def files(adapter: Adapter, modules: Modules) -> dict[str, bytes]:
+    """The files of a folder that PEFT reads."""
+    tensors: dict[str, Tensor] = {}
+    ranks, alphas = {}, {}
+    for name, update in adapter.updates.items():
+        for path, own in _split(name, update, modules):
+            tensors |= _named(path, own, name == "embed")
+            ranks[path], alphas[path] = own.rank, _alpha(own, adapter.rslora)
+    for name, tensor in adapter.replaced.items():
+        tensors[PREFIX + _spelled(name, modules)] = tensor
+    return {CONFIG: json_of(_config(adapter, modules, ranks, alphas)), WEIGHTS: file_of(tensors)}
+
+
+def _split(name: str, update: LowRank, modules: Modules) -> Iterator[tuple[str, LowRank]]:
+    """Module and update; one an expert, where they are modules."""
+    if Place(name) in modules.paths:
+        yield modules.paths[Place(name)], update
+        return
+    for e in range(update.up.shape[0]):
+        down, up = (Tensor(t.shape[1:], t.format, {"weight": t.parts["weight"][e]}) for t in (update.down, update.up))
+        yield modules.paths[Place(name, e)], LowRank(down, up, update.scale)
+
+
+def _named(path: str, update: LowRank, embedding: bool) -> dict[str, Tensor]:
+    path = PREFIX + path
+    if embedding:
+        named = {f"{path}.lora_embedding_A": transposed(update.down), f"{path}.lora_embedding_B": update.up}
+    else:
+        named = {f"{path}.lora_A.weight": update.down, f"{path}.lora_B.weight": update.up}
+    return named | ({} if update.magnitude is None else {f"{path}.lora_magnitude_vector": update.magnitude})
+
+
+def _spelled(name: str, modules: Modules) -> str:
+    path = modules.paths[Place(name)]
+    return path if name.endswith(".bias") else f"{path}.weight"
+
+
+def _alpha(update: LowRank, rslora: bool) -> float:
+    alpha = update.scale * (math.sqrt(update.rank) if rslora else update.rank)
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+
+
+def _config(adapter: Adapter, modules: Modules, ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
+    rank, alpha = (Counter(d.values()).most_common(1)[0][0] if d else 8 for d in (ranks, alphas))
+    saved = [_spelled(name, modules) for name in adapter.replaced]
+    biases = [name for name in saved if name.endswith(".bias")]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.base or None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": adapter.dropout,
+        "use_rslora": adapter.rslora,
+        "use_dora": adapter.dora,
+        "fan_in_fan_out": False,
+        "bias": "all" if biases else "none",
+        "target_modules": _targets(set(ranks), modules),
+        "modules_to_save": sorted(n.removesuffix(".weight") for n in saved if n not in biases) or None,
+        "rank_pattern": {re.escape(path): r for path, r in ranks.items() if r != rank},
+        "alpha_pattern": {re.escape(path): a for path, a in alphas.items() if a != alpha},
+    }
+
+
+def _targets(held: set[str], modules: Modules) -> list[str]:
+    """The modules' last names, where these mean no other module; else whole paths."""
+    short = tuple(sorted({path.rpartition(".")[2] for path in held}))
+    meant = {path for path, _ in modules.matrices() if _among(short, path)}
+    return list(short) if meant == held else sorted(held)
