@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BadOption, Unsupported
+from ..errors import BadOption, ContextFull, Unsupported
 from ..tensors import Tensor
 
 A = Any  # the backend's array
@@ -82,6 +82,15 @@ class LayerCache:
     key_dim: int
     value_dim: int
     window: int | None = None
+
+
+@dataclass(frozen=True)
+class StateCache:
+    """What a layer without attention keeps, however long the text: a short convolution's last inputs, `conv` =
+    (taps - 1, channels), and a delta rule's `memory` = (H, dk, dv), float32; () where a layer has none."""
+
+    conv: tuple[int, ...] = ()
+    memory: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,6 +190,7 @@ class Cache(ABC):
 
     lengths: np.ndarray  # int32 [slots], on the host: tokens held, by slot
     capacity: int
+    recurrent: bool = False  # some layer keeps a state, which knows no way back but to the beginning
 
     def advance(self, slots: np.ndarray, counts: np.ndarray) -> None:
         """After a forward pass: `counts[b]` more tokens are held in `slots[b]`."""
@@ -189,11 +199,26 @@ class Cache(ABC):
     def truncate(self, slot: int, length: int) -> int:
         """Forget everything from position `length` on; returns the length really gone back to (<= length): a ring or
         a recurrent state may have to go back further, and the engine prefills from there."""
-        self.lengths[slot] = min(int(self.lengths[slot]), length)
+        if length < self.lengths[slot]:
+            self.lengths[slot] = 0 if self.recurrent else length
         return int(self.lengths[slot])
 
     def reset(self, slot: int) -> None:
         self.truncate(slot, 0)
+
+    def check(self, step: Step) -> None:
+        """Whether the step's tokens have a place here. Raises ContextFull, BadOption for a slot that isn't there, and
+        Unsupported for packed rows."""
+        if step.segments is not None:
+            raise Unsupported("Packed segments and a cache exclude each other.", "Give each document its own row.")
+        for start, length, slot in zip(step.starts.tolist(), step.lengths.tolist(), step.slots.tolist(), strict=True):
+            if start + length > self.capacity:
+                raise ContextFull(
+                    f"{start + length} tokens do not fit in a cache of {self.capacity}.",
+                    "Shorten the prompt or raise the context.",
+                )
+            if not 0 <= slot < len(self.lengths) or start < 0:
+                raise BadOption(f"A cache of {len(self.lengths)} slots has no place {start} of slot {slot}.")
 
     @abstractmethod
     def snapshot(self, slot: int) -> Any:
@@ -214,6 +239,7 @@ FEATURES = {
     "cache": "new_cache and attention over it",
     "experts": "route, expert_linear, combine",
     "latent": "latent_attention",
+    "recurrent": "short_convolution, gated_delta",
     "training": "value_and_grad, remat, dropout, token_loss, adamw",
     "trainable_scales": "quantized: a weight differentiable in its scales and biases",
     "compile": "compile makes a real difference",
@@ -320,9 +346,12 @@ class Backend(ABC):
 
     # ---- cache (feature "cache")
 
-    def new_cache(self, specs: Sequence[LayerCache], slots: int, capacity: int, dtype: str | None = None) -> Cache:
-        """Room for `slots` sequences of `capacity` tokens. dtype: float32, float16, bfloat16 (others raise BadOption);
-        None: the backend's choice (float32 when exact)."""
+    def new_cache(
+        self, specs: Sequence[LayerCache | StateCache], slots: int, capacity: int, dtype: str | None = None
+    ) -> Cache:
+        """Room for `slots` sequences of `capacity` tokens. dtype, of keys and values: float32, float16 or bfloat16
+        (others raise BadOption); None: the backend's choice (float32 when exact). States are float32. A row of a Step
+        that starts at position 0 starts from nothing, whatever its slot holds."""
         raise self._lacks("cache")
 
     # ---- experts (feature "experts")
@@ -349,6 +378,20 @@ class Backend(ABC):
         k_rope [B, T, r]; wk [H, n, L], wv [H, dv, L] -> [B, T, H, dv]. The cache holds c and k_rope end to end:
         its layer is LayerCache(kv_heads=1, key_dim=L + r, value_dim=0)."""
         raise self._lacks("latent")
+
+    # ---- mixers with a state (feature "recurrent"); the layer's cache is a StateCache
+
+    def short_convolution(self, x: A, weight: W, bias: W | None, step: Step, layer: int) -> A:
+        """Each channel a weighted sum of its last `taps` inputs: x [B, T, C], weight [C, taps], bias [C] -> [B, T, C];
+        y_t = bias + sum over j of weight[:, j] * x_(t - taps + 1 + j), with zeros before the document's beginning."""
+        raise self._lacks("recurrent")
+
+    def gated_delta(self, q: A, k: A, v: A, a: A, b: A, rate: W, shift: W, step: Step, layer: int) -> A:
+        """Gated delta rule (Yang et al. 2025). q and k [B, T, K, dk], v [B, T, H, dv], a and b [B, T, H], rate and
+        shift [H] -> [B, T, H, dv]. q and k are made unit vectors (1e-6 under the root), q divided by sqrt(dk); head h
+        reads key head h // (H / K). By token, with keep = exp(-exp(rate) * softplus(a + shift)) and learn = sigmoid(b):
+        S = keep * S; S = S + learn * k (v - S^T k)^T; y = S^T q; S [dk, dv] is zero before the document begins."""
+        raise self._lacks("recurrent")
 
     # ---- sampling
 

@@ -17,8 +17,20 @@ from ..errors import BadOption, ContextFull, Unsupported
 from ..registry import Plugin, Probe
 from ..tensors import STORAGE, Tensor, floats, store
 from . import sampling
-from .base import FEATURES, AttentionSpec, Cache, Info, LayerCache, RouteRule, SamplingParams, Step, cache_dtype
+from .base import (
+    FEATURES,
+    AttentionSpec,
+    Cache,
+    Info,
+    LayerCache,
+    RouteRule,
+    SamplingParams,
+    StateCache,
+    Step,
+    cache_dtype,
+)
 from .numerics import activation, expert_inputs, log_softmax, rotate, sigmoid, softmax, visible
+from .recurrence import NumpyRecurrence
 from .reference_gradients import NumpyGradients
 from .tape import TapedBackend
 
@@ -34,14 +46,48 @@ class HostWeight:
         self.dense: np.ndarray | None = None
 
 
+class HostStates:
+    """One layer's states: conv [slots, taps - 1, C], memory [slots, H, dk, dv]."""
+
+    def __init__(self, conv: np.ndarray, memory: np.ndarray):
+        self.conv, self.memory = conv, memory
+
+    @classmethod
+    def of(cls, spec: LayerCache | StateCache, slots: int, dtype: str = "float32") -> HostStates:
+        """Room for a layer's; none where it keeps keys and values."""
+        shapes = (spec.conv, spec.memory) if isinstance(spec, StateCache) else ((), ())
+        return cls(*(np.zeros((slots, *(shape or (0,))), dtype) for shape in shapes))
+
+    def slot(self, slot: int) -> HostStates:
+        return HostStates(self.conv[slot], self.memory[slot])
+
+    def copy(self) -> HostStates:
+        return HostStates(self.conv.copy(), self.memory.copy())
+
+    def set(self, other: HostStates) -> None:
+        self.conv[...], self.memory[...] = other.conv, other.memory
+
+    @property
+    def nbytes(self) -> int:
+        return self.conv.nbytes + self.memory.nbytes
+
+
+def attention_part(spec: LayerCache | StateCache) -> LayerCache:
+    """What a layer keeps by token: nothing where it keeps a state."""
+    return LayerCache(0, 0, 0) if isinstance(spec, StateCache) else spec
+
+
 class HostCache(Cache):
     """Keys and values in host memory, by layer: [slots, K, capacity, d], zeroed by the kernel page by page on first
-    use. Nothing is a ring: `truncate` goes back to any length."""
+    use; and states. Nothing is a ring: `truncate` goes back to any length, or to 0 where there are states."""
 
-    def __init__(self, specs: Sequence[LayerCache], slots: int, capacity: int, dtype: str = "float32"):
+    def __init__(self, specs: Sequence[LayerCache | StateCache], slots: int, capacity: int, dtype: str = "float32"):
         def room(spec: LayerCache, width: int) -> np.ndarray:
             return np.zeros((slots, spec.kv_heads, capacity, width), STORAGE[dtype])
 
+        self.recurrent = any(isinstance(spec, StateCache) for spec in specs)
+        self.states = [HostStates.of(spec, slots, "float64" if dtype == "float64" else "float32") for spec in specs]
+        specs = [attention_part(spec) for spec in specs]
         self.specs = tuple(specs)
         self.capacity = capacity
         self.dtype = dtype
@@ -70,20 +116,23 @@ class HostCache(Cache):
 
     def snapshot(self, slot: int) -> Any:
         n = int(self.lengths[slot])
-        return n, [part[slot, :, :n].copy() for part in (*self.keys, *self.values)]
+        states = [layer.slot(slot).copy() for layer in self.states]
+        return n, [part[slot, :, :n].copy() for part in (*self.keys, *self.values)], states
 
     def restore(self, slot: int, state: Any) -> None:
-        n, parts = state
+        n, parts, states = state
         for part, kept in zip((*self.keys, *self.values), parts, strict=True):
             part[slot, :, :n] = kept
+        for layer, kept in zip(self.states, states, strict=True):
+            layer.slot(slot).set(kept)
         self.lengths[slot] = n
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (*self.keys, *self.values))
+        return sum(part.nbytes for part in (*self.keys, *self.values, *self.states))
 
 
-class NumpyKernels(NumpyGradients):
+class NumpyKernels(NumpyRecurrence, NumpyGradients):
     """The operations on ndarrays of `dtype` (float32; float64 to check gradients) and HostWeights."""
 
     def __init__(self, dtype: str = "float32"):

@@ -181,6 +181,14 @@ class TapedBackend(Backend):
     ) -> A:
         return self._call("latent_attention", (q_nope, q_rope, c, k_rope, wk, wv), spec, step, layer)
 
+    # ---- mixers with a state
+
+    def short_convolution(self, x: A, weight: W, bias: W | None, step: Step, layer: int) -> A:
+        return self._call("short_convolution", (x, weight, bias), step, layer)
+
+    def gated_delta(self, q: A, k: A, v: A, a: A, b: A, rate: W, shift: W, step: Step, layer: int) -> A:
+        return self._call("gated_delta", (q, k, v, a, b, rate, shift), step, layer)
+
     # ---- sampling
 
     def sample(

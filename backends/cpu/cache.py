@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import BadOption, ContextFull
+from ...errors import BadOption
 from ...tensors import STORAGE, floats, store
-from ..base import Cache, LayerCache, Step
+from ..base import Cache, LayerCache, StateCache, Step
+from ..reference import HostStates, attention_part
 from . import _native
 
 PANEL = 16  # keys that a query meets at a time
@@ -19,27 +20,22 @@ class CpuCache(Cache):
     """By layer: keys [slots, K, capacity / 16, d, 16], sixteen tokens to a panel, and values [slots, K, capacity, dv],
     dv rounded up to 16. Zeroed by the system page by page on first use. `truncate` goes back to any length."""
 
-    def __init__(self, specs: Sequence[LayerCache], slots: int, capacity: int, dtype: str):
+    def __init__(self, specs: Sequence[LayerCache | StateCache], slots: int, capacity: int, dtype: str):
         if dtype not in ("float32", "float16", "bfloat16"):
             raise BadOption(f"The cache cannot be kept in {dtype!r}.", "Choose float32, float16 or bfloat16.")
         panels = -(-capacity // PANEL)
         self.capacity, self.slots, self.dtype = capacity, slots, dtype
         self.lengths = np.zeros(slots, np.int32)
+        self.recurrent = any(isinstance(spec, StateCache) for spec in specs)
+        self.states = [HostStates.of(spec, slots) for spec in specs]
+        specs = [attention_part(spec) for spec in specs]
         self.specs = tuple(specs)
         self.keys = [_zeros((slots, s.kv_heads, panels, s.key_dim, PANEL), dtype) for s in specs]
         self.values = [_zeros((slots, s.kv_heads, panels * PANEL, _whole(s.value_dim)), dtype) for s in specs]
-        self.rooms = [_native.LayerRoom(k, v, dtype, capacity) for k, v in zip(self.keys, self.values, strict=True)]
-
-    def check(self, step: Step) -> None:
-        """Raises ContextFull, or BadOption for a slot that isn't there."""
-        for start, length, slot in zip(step.starts.tolist(), step.lengths.tolist(), step.slots.tolist(), strict=True):
-            if start + length > self.capacity:
-                raise ContextFull(
-                    f"{start + length} tokens do not fit in a cache of {self.capacity}.",
-                    "Shorten the prompt or raise the context.",
-                )
-            if not 0 <= slot < self.slots or start < 0:
-                raise BadOption(f"A cache of {self.slots} slots has no place {start} of slot {slot}.")
+        self.rooms = [
+            _native.LayerRoom(k, v, dtype, capacity) if k.size else None
+            for k, v in zip(self.keys, self.values, strict=True)
+        ]
 
     def write(self, layer: int, slot: int, start: int, keys: np.ndarray, values: np.ndarray) -> None:
         """keys [n, K, d] and values [n, K, dv] to positions start …, for operations that NumPy does."""
@@ -59,10 +55,13 @@ class CpuCache(Cache):
         n = int(self.lengths[slot])
         panels = -(-n // PANEL)
         keys = [part[slot, :, :panels].copy() for part in self.keys]
-        return n, keys, [part[slot, :, :n].copy() for part in self.values]
+        states = [layer.slot(slot).copy() for layer in self.states]
+        return n, keys, [part[slot, :, :n].copy() for part in self.values], states
 
     def restore(self, slot: int, state: Any) -> None:
-        n, keys, values = state
+        n, keys, values, states = state
+        for layer, kept in zip(self.states, states, strict=True):
+            layer.slot(slot).set(kept)
         for kept, part in zip(self.keys, keys, strict=True):
             kept[slot, :, : part.shape[1]] = part
         for kept, part in zip(self.values, values, strict=True):
@@ -71,7 +70,7 @@ class CpuCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (*self.keys, *self.values))
+        return sum(part.nbytes for part in (*self.keys, *self.values, *self.states))
 
 
 def _whole(width: int) -> int:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import Unsupported
 from ...tensors import Tensor
 from .. import sampling
 from ..base import AttentionSpec, RouteRule, SamplingParams, Step
@@ -184,8 +183,6 @@ class NativeKernels(NumpyKernels):
     ) -> np.ndarray:
         room = None
         if step.cache is not None:
-            if step.segments is not None:
-                raise Unsupported("Packed segments and a cache exclude each other.", "Give each document its own row.")
             if self.recording is None:
                 step.cache.check(step)
             room = step.cache.rooms[layer]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..base import AttentionSpec, Cache, LayerCache, Step
+from ..base import AttentionSpec, Cache, LayerCache, StateCache, Step
 from ..places import CAUSAL, Places
 
 
@@ -41,7 +41,23 @@ class TorchPlaces(Places, _Turns):
     @cached_property
     def positions(self) -> torch.Tensor:
         steps = torch.arange(self.tokens, dtype=torch.float32, device=self.device)
-        return self._there(self.step.starts).float()[:, None] + steps
+        return self.starts.float()[:, None] + steps
+
+    @cached_property
+    def starts(self) -> torch.Tensor:
+        return self._there(self.step.starts)
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        return self._there(self.step.lengths)
+
+    @cached_property
+    def slot_ids(self) -> torch.Tensor:
+        return self._there(self.step.slots)
+
+    @cached_property
+    def segments(self) -> torch.Tensor:
+        return self._there(self.step.segments)
 
     @cached_property
     def _scattered(self) -> list[torch.Tensor]:
@@ -78,7 +94,7 @@ class TorchPlaces(Places, _Turns):
         """Of the step's rows, from position `first` to the end, [B, S, K, d]; a view where it can be."""
         if self.even:
             return kept[self.slots, first : self.end]
-        return kept[:, first : self.end][self._there(self.step.slots)]
+        return kept[:, first : self.end][self.slot_ids]
 
 
 class DevicePlaces(_Turns):
@@ -136,21 +152,27 @@ class DevicePlaces(_Turns):
 
 class TorchCache(Cache):
     """Keys and values by layer, [slots, capacity, K, d], set aside at once: recorded steps need them to stay where they
-    are. No ring: `truncate` goes back to any length."""
+    are; and states [slots, …], which `gated_delta` and `short_convolution` write. No ring: `truncate` goes back to any
+    length, or to 0 where there are states."""
 
     def __init__(
-        self, specs: Sequence[LayerCache], slots: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ):
+        self, specs: Sequence[LayerCache | StateCache], slots: int, capacity: int, dtype: torch.dtype,
+        device: torch.device,
+    ):  # fmt: skip
         self.capacity = capacity
+        self.recurrent = any(isinstance(spec, StateCache) for spec in specs)
         self.lengths = np.zeros(slots, np.int32)
-        self.layers = [
-            [
-                torch.zeros((slots, capacity, spec.kv_heads, width), dtype=dtype, device=device)
-                for width in (spec.key_dim, spec.value_dim)
-                if width
-            ]
-            for spec in specs
-        ]
+
+        def room(spec: LayerCache | StateCache) -> list[torch.Tensor]:
+            widths = () if isinstance(spec, StateCache) else (spec.key_dim, spec.value_dim)
+            return [torch.zeros((slots, capacity, spec.kv_heads, w), dtype=dtype, device=device) for w in widths if w]
+
+        def states(spec: LayerCache | StateCache) -> dict[str, torch.Tensor]:
+            shapes = vars(spec) if isinstance(spec, StateCache) else {}
+            return {part: torch.zeros((slots, *shape), device=device) for part, shape in shapes.items() if shape}
+
+        self.layers = [room(spec) for spec in specs]
+        self.states = [states(spec) for spec in specs]
 
     def exchange(
         self, layer: int, places: TorchPlaces | DevicePlaces, first: int, *new: torch.Tensor
@@ -162,20 +184,25 @@ class TorchCache(Cache):
             places.write(kept, values)
         return [places.read(kept, first).to(new[0].dtype) for kept in self.layers[layer]]
 
-    def snapshot(self, slot: int) -> tuple[int, list[list[torch.Tensor]]]:
+    def snapshot(self, slot: int) -> tuple:
         n = int(self.lengths[slot])
-        return n, [[part[slot, :n].clone() for part in parts] for parts in self.layers]
+        states = [{name: part[slot].clone() for name, part in layer.items()} for layer in self.states]
+        return n, [[part[slot, :n].clone() for part in parts] for parts in self.layers], states
 
-    def restore(self, slot: int, state: tuple[int, list[list[torch.Tensor]]]) -> None:
-        n, copies = state
+    def restore(self, slot: int, state: tuple) -> None:
+        n, copies, states = state
         for parts, kept in zip(copies, self.layers, strict=True):
             for part, into in zip(parts, kept, strict=True):
                 into[slot, :n] = part
+        for parts, kept in zip(states, self.states, strict=True):
+            for name, part in parts.items():
+                kept[name][slot] = part
         self.lengths[slot] = n
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for parts in self.layers for part in parts)
+        kept = [part for parts in self.layers for part in parts]
+        return sum(part.nbytes for part in (*kept, *(part for layer in self.states for part in layer.values())))
 
 
 def lower_right(tokens: int, keys: int, device: torch.device) -> torch.Tensor:

@@ -32,6 +32,7 @@ from . import sampling
 from .attention import DevicePlaces, TorchCache, TorchPlaces, attend
 from .experts import TorchExperts
 from .graphs import Replay
+from .recurrence import TorchRecurrence
 from .training import TorchTraining
 from .weights import TORCH, DenseWeight, Weight, prepare
 
@@ -46,7 +47,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-class CudaBackend(TorchExperts, TorchTraining, Backend):
+class CudaBackend(TorchRecurrence, TorchExperts, TorchTraining, Backend):
     """dtype: of activations and cache. packed: quantized weights stay so."""
 
     name = "cuda"

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..base import AttentionSpec, Cache, LayerCache
+from ..base import AttentionSpec, Cache, LayerCache, StateCache
 from ..places import Places
 
 CHUNK = 256  # tokens by which a cache grows
@@ -84,16 +84,24 @@ class MlxPlaces(Places):
 
 
 class MlxCache(Cache):
-    """Keys and values by layer, [slots, K, room, d]; room grows by CHUNK up to the capacity. No ring: `truncate` goes
-    back to any length."""
+    """Keys and values by layer, [slots, K, room, d]; room grows by CHUNK up to the capacity. States (conv, memory) by
+    layer, [slots, …]. No ring: `truncate` goes back to any length, or to 0 where there are states."""
 
-    def __init__(self, specs: Sequence[LayerCache], slots: int, capacity: int, dtype: mx.Dtype):
+    def __init__(self, specs: Sequence[LayerCache | StateCache], slots: int, capacity: int, dtype: mx.Dtype):
         self.capacity = capacity
+        self.recurrent = any(isinstance(spec, StateCache) for spec in specs)
         self.lengths = np.zeros(slots, np.int32)
-        self.layers = [
-            [mx.zeros((slots, spec.kv_heads, 0, width), dtype) for width in (spec.key_dim, spec.value_dim) if width]
-            for spec in specs
-        ]
+
+        def room(spec: LayerCache | StateCache) -> list[mx.array]:
+            widths = () if isinstance(spec, StateCache) else (spec.key_dim, spec.value_dim)
+            return [mx.zeros((slots, spec.kv_heads, 0, width), dtype) for width in widths if width]
+
+        def states(spec: LayerCache | StateCache) -> list[mx.array]:
+            shapes = (spec.conv, spec.memory) if isinstance(spec, StateCache) else ()
+            return [mx.zeros((slots, *(shape or (0,)))) for shape in shapes]
+
+        self.layers = [room(spec) for spec in specs]
+        self.states = [states(spec) for spec in specs]
 
     def write(self, layer: int, places: MlxPlaces, *new: mx.array) -> None:
         """new: keys, and values unless their width is 0, [B, K, T, d]. Raises ContextFull."""
@@ -127,14 +135,18 @@ class MlxCache(Cache):
             found.append(part if part.dtype == dtype else part.astype(dtype))
         return found
 
-    def snapshot(self, slot: int) -> tuple[int, list[list[mx.array]]]:
+    def snapshot(self, slot: int) -> tuple:
         n = int(self.lengths[slot])
         copies = [[mx.contiguous(part[slot, :, :n]) for part in parts] for parts in self.layers]
-        mx.eval(copies)
-        return n, copies
+        states = [[mx.contiguous(part[slot]) for part in parts] for parts in self.states]
+        mx.eval(copies, states)
+        return n, copies, states
 
-    def restore(self, slot: int, state: tuple[int, list[list[mx.array]]]) -> None:
-        n, copies = state
+    def restore(self, slot: int, state: tuple) -> None:
+        n, copies, states = state
+        for kept, parts in zip(self.states, states, strict=True):
+            for part, into in zip(parts, kept, strict=True):
+                into[slot] = part
         for layer, parts in enumerate(copies):
             for i, part in enumerate(parts):
                 kept = self._grown(layer, i, n)
@@ -144,7 +156,7 @@ class MlxCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for parts in self.layers for part in parts)
+        return sum(part.nbytes for parts in (*self.layers, *self.states) for part in parts)
 
 
 def softcapped(

@@ -35,6 +35,7 @@ from ..places import CAUSAL, causal
 from . import sampling
 from .attention import Heads, MlxCache, MlxPlaces, heads_first, plain, softcapped
 from .experts import MlxExperts
+from .recurrence import MlxRecurrence
 from .training import MlxTraining
 from .weights import DenseWeight, PackedWeight, Weight, prepare
 
@@ -68,7 +69,7 @@ def _gate(kind: str, fused: bool) -> Callable[[mx.array, mx.array], mx.array]:
     return mx.compile(gate, shapeless=True) if fused else gate
 
 
-class MlxBackend(MlxExperts, MlxTraining, Backend):
+class MlxBackend(MlxExperts, MlxRecurrence, MlxTraining, Backend):
     """dtype: of activations and cache. fused: elementwise functions through mx.compile, one kernel each; on the CPU
     that calls a C++ compiler for each function, so there it is off."""
 

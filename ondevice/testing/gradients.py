@@ -242,6 +242,24 @@ def latent_attention(ops, p, frozen):
     return ops.latent_attention(*arrays, AttentionSpec(0.5), Step.whole(1, 4), 0)
 
 
+@trainable(feature="recurrent", x=(2, 6, 3), w=(3, 4), bias=(3,))
+def short_convolution(ops, p, frozen):
+    segments = np.array([[0, 0, 1, 1, 1, 1], [0] * 6], np.int32)
+    packed = ops.short_convolution(p["x"], p["w"], p["bias"], Step.whole(2, 6, segments), 0)
+    return packed + ops.short_convolution(p["x"], p["w"], None, Step.whole(2, 6), 0) * 0.5
+
+
+DELTA = {"q": (2, 5, 2, 4), "k": (2, 5, 2, 4), "v": (2, 5, 4, 3), "a": (2, 5, 4), "b": (2, 5, 4)}
+
+
+@trainable(feature="recurrent", **DELTA, rate=(4,), shift=(4,))
+def gated_delta(ops, p, frozen):
+    inputs = [p[name] for name in ("q", "k", "v", "a", "b", "rate", "shift")]
+    segments = np.array([[0, 0, 1, 1, 1], [0] * 5], np.int32)
+    packed = ops.gated_delta(*inputs, Step.whole(2, 5, segments), 0)
+    return packed + ops.gated_delta(*inputs, Step.whole(2, 5), 0) * 0.5
+
+
 # ------------------------------------------------------------------------------------------------ experts
 
 

@@ -1,5 +1,16 @@
 """The cases, by what they are about. Importing this registers them all in `suite.CASES`."""
 
-from . import attention, compiled, contract, experts, forward, latent, sampling, training, weights
+from . import attention, compiled, contract, experts, forward, latent, recurrence, sampling, training, weights
 
-__all__ = ["attention", "compiled", "contract", "experts", "forward", "latent", "sampling", "training", "weights"]
+__all__ = [
+    "attention",
+    "compiled",
+    "contract",
+    "experts",
+    "forward",
+    "latent",
+    "recurrence",
+    "sampling",
+    "training",
+    "weights",
+]

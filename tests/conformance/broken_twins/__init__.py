@@ -30,4 +30,4 @@ def _make(kind: type) -> ReferenceBackend:
     return backend
 
 
-from . import contract, experts, forward, keeping, sampling, seeing, training  # noqa: E402, F401  (they register)
+from . import contract, experts, forward, keeping, recurrence, sampling, seeing, training  # noqa: E402, F401  (they register)
