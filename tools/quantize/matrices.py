@@ -1,0 +1,74 @@
+"""Which tensors of a model are quantized, in what groups, and what must be true of them before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ...checkpoint import release
+from ...errors import BadFile, BadOption
+from ...models.parameters import Parameters
+from ...schemes import label, to_float
+from ...tensors import Affine, Dense, Tensor
+from .options import GROUPS
+
+ROUTERS = ".router"  # small, and an error there sends a token to the wrong experts
+CHUNK = 1 << 21  # numbers looked at in one go
+
+
+def matrices(parameters: Parameters) -> Iterator[str]:
+    """Our names of what is quantized: every matrix and stack of experts but routers."""
+    for name in parameters:
+        if len(parameters.shapes[name]) > 1 and not name.endswith(ROUTERS):
+            yield name
+
+
+def fitted_group(columns: int, wanted: int) -> int | None:
+    """The largest group up to `wanted` that divides a row; None: there is none."""
+    return next((group for group in GROUPS if group <= wanted and columns % group == 0), None)
+
+
+def scale_dtype(tensor: Tensor) -> str:
+    """Of scales and biases: what the numbers came in, as mx.quantize has it."""
+    form = tensor.format
+    kept = form.dtype if isinstance(form, Dense | Affine) else "float16"
+    return kept if kept in ("float32", "float16", "bfloat16") else "float32"
+
+
+def affine_bytes(shape: tuple[int, ...], form: Affine) -> int:
+    """Bytes of codes, scales and biases."""
+    numbers = int(np.prod(shape, dtype=np.int64))
+    width = 4 if form.dtype == "float32" else 2
+    return numbers * form.bits // 8 + 2 * width * (numbers // form.group_size)
+
+
+def require_unquantized(parameters: Parameters) -> None:
+    """Raises BadOption where some matrix is quantized already."""
+    found = sorted({label(t.format) for name in matrices(parameters) if (t := parameters[name]).quantized})
+    if found:
+        raise BadOption(
+            f"{parameters.checkpoint.path} is quantized already ({', '.join(found)}).",
+            "Quantize the original weights, or add --requantize to start from these.",
+        )
+
+
+def require_finite(name: str, values: np.ndarray, parameters: Parameters) -> None:
+    """Raises BadFile, naming the tensor, where a number is NaN or infinite."""
+    flat = values.reshape(-1)
+    for at in range(0, flat.size, CHUNK):
+        if not np.isfinite(flat[at : at + CHUNK]).all():
+            raise BadFile(
+                f"{parameters.checkpoint.path}: {parameters.stored(name)[0]} holds numbers that are NaN or infinite.",
+                "Get the model again; training that diverged leaves such weights.",
+            )
+
+
+def numbers(parameters: Parameters, name: str) -> np.ndarray:
+    """A parameter as float32, checked; its pages are given back."""
+    tensor = parameters[name]
+    values = np.array(to_float(tensor))
+    for stored in parameters.stored(name):
+        release(parameters.checkpoint[stored])
+    require_finite(name, values, parameters)
+    return values

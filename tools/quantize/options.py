@@ -1,0 +1,57 @@
+"""What a quantization is asked for. Defaults live here; the command line takes them from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import BadOption
+from ...schemes import AFFINE_BITS
+
+METHODS = {  # name -> one line of help
+    "auto": "bits where they matter most, rounding that makes up for its errors (needs a target or --bits)",
+    "gptq": "rounding that makes up for its errors in the columns that follow",
+    "awq": "columns that meet large inputs are scaled up before they are rounded",
+    "search": "scale and zero point of each group by weighted error",
+    "rtn": "nearest value, as mx.quantize",
+}
+GROUPS = (128, 64, 32)
+
+
+@dataclass(frozen=True)
+class Options:
+    """bits and group_size: for every matrix (where a group does not divide a row, the next smaller that does).
+
+    target_bytes or target_bpw: of the whole model, for `auto`, which chooses bits and groups tensor by tensor.
+    calibration: a text or .jsonl; None: what the model itself says, drawn with `seed`; `tokens` of it, `length` a
+    window. requantize: take weights that are quantized already as they come.
+    """
+
+    method: str = "auto"
+    bits: int = 4
+    group_size: int = 64
+    target_bytes: int | None = None
+    target_bpw: float | None = None
+    calibration: Path | None = None
+    tokens: int = 8192
+    length: int = 512
+    seed: int = 0
+    requantize: bool = False
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise BadOption(f"There is no method {self.method!r}.", f"Choose from {', '.join(METHODS)}.")
+        if self.bits not in AFFINE_BITS:
+            raise BadOption(f"{self.bits} bits are not supported.", f"Choose from {', '.join(map(str, AFFINE_BITS))}.")
+        if self.group_size not in GROUPS:
+            raise BadOption(
+                f"Groups of {self.group_size} are not supported.", f"Choose from {', '.join(map(str, GROUPS))}."
+            )
+        if self.targeted and self.method != "auto":
+            raise BadOption(f"{self.method} takes --bits, not a target.", "Use --method auto, which chooses bits.")
+        if self.target_bytes is not None and self.target_bpw is not None:
+            raise BadOption("Two targets were given.", "Give --target-size or --target-bpw.")
+
+    @property
+    def targeted(self) -> bool:
+        return self.target_bytes is not None or self.target_bpw is not None

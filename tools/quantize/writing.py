@@ -1,0 +1,81 @@
+"""The quantized folder: matrices as planned, everything else as it was."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+from ...checkpoint import Spec, write_folder
+from ...models.families import Family, NameMap
+from ...models.parameters import Parameters
+from ...schemes import label, row, to_dense
+from ...tensors import Affine, Blocks, Tensor
+from ..convert.side_files import side_files
+
+Make = Callable[[str], Tensor]  # our name -> the quantized tensor
+Plan = Mapping[str, Affine]  # our name -> what it becomes
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was made. bpw: bits a parameter, of the whole model. formats: name -> bytes. tensors: Hugging Face's name ->
+    format, for each matrix. notes: what could not be done as asked, for people. seconds: it took."""
+
+    path: Path
+    nbytes: int
+    bpw: float
+    formats: Mapping[str, int]
+    tensors: Mapping[str, str]
+    notes: tuple[str, ...]
+    seconds: float = 0.0
+
+
+def write(
+    dest: Path, parameters: Parameters, family: Family, hf_config: Mapping, plan: Plan, make: Make,
+    written: Callable[[int, int], None], notes: tuple[str, ...] = (),
+) -> Result:  # fmt: skip
+    """`dest` appears complete or not at all; `written` hears bytes done and in all. Raises OnDeviceError."""
+    specs = list(_specs(parameters, family.names, plan, make))
+    total, done = sum(spec.nbytes for spec in specs), 0
+
+    def count(spec: Spec) -> None:
+        nonlocal done
+        done += spec.nbytes
+        written(done, total)
+
+    write_folder(dest, hf_config, specs, side_files(parameters.checkpoint), written=count)
+    formats: Counter[str] = Counter()
+    for spec in specs:
+        formats[label(spec.format)] += spec.nbytes
+    numbers = sum(parameters[name].size for name in parameters)
+    tensors = {spec.name: label(spec.format) for spec in specs if len(spec.shape) > 1}
+    return Result(dest, total, 8 * total / numbers, dict(formats.most_common()), tensors, notes)
+
+
+def _specs(parameters: Parameters, names: NameMap, plan: Plan, make: Make) -> Iterator[Spec]:
+    for name in parameters:
+        planned = plan.get(name)
+        load = partial(make, name) if planned else partial(_kept, parameters, name)
+        shape, form = parameters.shapes[name], planned or load().format
+        spelled = _spelled(names, name, planned is not None)
+        if "{e}" not in spelled:
+            yield Spec(spelled, shape, form, load)
+            continue
+        load = lru_cache(maxsize=1)(load)  # a stack is made once for all of its experts
+        for e in range(shape[0]):
+            yield Spec(spelled.replace("{e}", str(e)), shape[1:], form, lambda load=load, e=e: row(load(), e))
+
+
+def _kept(parameters: Parameters, name: str) -> Tensor:
+    """As it is; a GGUF's blocks, which have no place in a folder, dense."""
+    tensor = parameters[name]
+    return to_dense(tensor, "bfloat16") if isinstance(tensor.format, Blocks) else tensor
+
+
+def _spelled(names: NameMap, name: str, quantized: bool) -> str:
+    """Hugging Face's name; quantized experts go under the stacked one that mlx-lm reads, where there is one."""
+    spellings = names.spellings(name)
+    return next((s for s in spellings if quantized and "{e}" not in s), spellings[0])
