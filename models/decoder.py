@@ -48,7 +48,8 @@ class Decoder:
 
     def head(self, p: Scope, x: A) -> A:
         """x [..., D] -> logits [..., V]"""
-        logits = p.linear("head", p.norm("norm", x), weight="embed" if self.config.tied else None)
+        shared = self.config.tied and "head" not in self.weights  # an adapter may bring a head of its own
+        logits = p.linear("head", p.norm("norm", x), weight="embed" if shared else None)
         cap = self.config.logit_softcap
         return logits if cap is None else p.ops.softcap(logits, cap)
 

@@ -15,20 +15,32 @@ from ..backends.base import A, Backend, Routing, W
 
 
 @dataclass(frozen=True)
+class Gains:
+    """What DoRA does to a weight's outputs y = W x, once its norms are known: y * rest + z * gain is added, z the
+    low-rank part; shift, where the weight has a bias, keeps it out of that. All [O]."""
+
+    gain: A
+    rest: A
+    shift: A | None = None
+
+
+@dataclass(frozen=True)
 class Lora:
     """One low-rank update of one weight: y += up . (down . x) * scale. down [r, I], up [O, r] (experts: [E, …]; an
     embedding: down [V, r], whose rows are looked up).
 
-    gain [O]: DoRA (Liu et al. 2024): magnitude / norm of each row of the adapted weight, by which y is multiplied;
-    shift [O]: added then, where the weight has a bias, which the gain must leave alone: bias * (1 - gain). dropout:
-    what strikes x on its way to `down`, while training.
+    With `magnitude` [O] (DoRA, Liu et al. 2024) the rows of W + scale * up . down are brought to these lengths; their
+    norms are taken at each pass, for training, and `bias` [O] must stand beside it where the weight has one. With
+    `gains` that has been worked out before. Either holds for linear maps; an embedding's gains [D] are by column.
+    dropout: what strikes x on its way to `down`, while training.
     """
 
     down: W
     up: W
     scale: float
-    gain: A | None = None
-    shift: A | None = None
+    magnitude: A | None = None
+    bias: A | None = None
+    gains: Gains | None = None
     dropout: Callable[[A], A] | None = None
 
 
@@ -77,18 +89,33 @@ class Scope:
     def linear(self, name: str, x: A, weight: str | None = None) -> A:
         """weight: another's, where it is shared (a head that is the embedding); the adapters are those of `name`."""
         self.tap(f"{name}.input", x)
-        y = self.ops.linear(x, self.weight(weight or name), self.bias(name))
+        w = self.weight(weight or name)
+        base = y = self.ops.linear(x, w, self.bias(name))
         for a in self.adapters(name):
-            y = y + self.ops.linear(self.ops.linear(a.dropout(x) if a.dropout else x, a.down), a.up) * a.scale
-            y = y if a.gain is None else y * a.gain
-            y = y if a.shift is None else y + a.shift
+            z = self.ops.linear(self.ops.linear(a.dropout(x) if a.dropout else x, a.down), a.up)
+            y = y + self._change(base, z, a, a.gains or self._gains(w, a))
         return y
 
     def embed(self, name: str, ids: A) -> A:
-        y = self.ops.embed(self.weight(name), ids)
+        base = y = self.ops.embed(self.weight(name), ids)
         for a in self.adapters(name):
-            y = y + self.ops.linear(self.ops.embed(a.down, ids), a.up) * a.scale
+            y = y + self._change(base, self.ops.linear(self.ops.embed(a.down, ids), a.up), a, a.gains)
         return y
+
+    def _change(self, base: A, z: A, a: Lora, gains: Gains | None) -> A:
+        """What an adapter adds to `base`, which is the weight's own answer; z: the low-rank answer."""
+        z = z if a.scale == 1.0 else z * a.scale
+        if gains is None:
+            return z
+        change = base * gains.rest + z * gains.gain
+        return change if gains.shift is None else change + gains.shift
+
+    def _gains(self, weight: W, a: Lora) -> Gains | None:
+        if a.magnitude is None:
+            return None
+        gain = a.magnitude * self.ops.inverse_norm(weight, a.down, a.up, a.scale)
+        rest = gain + -1.0
+        return Gains(gain, rest, None if a.bias is None else a.bias * rest * -1.0)
 
     def expert_linear(self, name: str, x: A, routing: Routing) -> A:
         self.tap(f"{name}.experts", routing.ids), self.tap(f"{name}.input", x)

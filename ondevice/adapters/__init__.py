@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .adapter import Adapter, LowRank
+from .attaching import Weighted, loras, replaced
 from .folders import read_adapter, write_adapter
 from .modules import Modules
 
-__all__ = ["Adapter", "LowRank", "Modules", "read_adapter", "write_adapter"]
+__all__ = ["Adapter", "LowRank", "Modules", "Weighted", "loras", "read_adapter", "replaced", "write_adapter"]

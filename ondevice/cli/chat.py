@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -16,7 +17,15 @@ from ..errors import BadFile, BadOption, OnDeviceError
 from ..registry import did_you_mean
 from . import console
 from .generate import describe, stream
-from .model_options import SAMPLING, generate_options, open_model, runtime_options, sampling_options
+from .model_options import (
+    SAMPLING,
+    adapter_choice,
+    adapter_option,
+    generate_options,
+    open_model,
+    runtime_options,
+    sampling_options,
+)
 
 if TYPE_CHECKING:
     from ..runtime.chat import Conversation
@@ -30,6 +39,7 @@ COMMANDS = {  # name -> what it takes, what it does; the method of Talk with thi
     "retry": ("", "another answer to the last message"),
     "save": ("FILE", "write the conversation to a file"),
     "load": ("FILE", "go on with a saved conversation"),
+    "adapter": ("[PATH[:WEIGHT] …]", "show or change the adapters; off removes them"),
     "set": ("[NAME VALUE]", "show or change temperature, max-tokens and the like"),
     "stats": ("", "speed of the last answer, use of context and memory"),
     "exit": ("", "leave; so do Ctrl-D and, at the prompt, Ctrl-C"),
@@ -42,10 +52,11 @@ NUMBERS = {name: kind for name, (_, kind, _) in SAMPLING.items()} | {"max-tokens
 @click.option("--system", help="What the model is told first.")
 @click.option("--max-tokens", default=MAX_TOKENS, show_default=True, type=click.IntRange(1), help="Of one answer.")
 @sampling_options()
+@adapter_option()
 @runtime_options(kv_dtype=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line and answer on stdout.")
 def command(
-    model, system, max_tokens, stop, as_json, backend, exact, context, threads, kv_dtype, **sampling
+    model, system, max_tokens, stop, as_json, backend, exact, context, threads, kv_dtype, adapters, **sampling
 ):  # fmt: skip
     """Talk with MODEL (a folder, a .gguf file, a Hub repo or a catalog name; a small one is fetched if none is given).
 
@@ -60,7 +71,7 @@ def command(
     from ..runtime.chat import Conversation
 
     with open_model(
-        model, backend=backend, exact=exact, context=context, threads=threads, kv_dtype=kv_dtype
+        model, adapters, backend=backend, exact=exact, context=context, threads=threads, kv_dtype=kv_dtype
     ) as session:
         options = generate_options(session, sampling, max_tokens)
         talk = Talk(Conversation(session, options, stop, system), sys.stdin.isatty(), as_json)
@@ -175,7 +186,7 @@ class Talk:
 
     def help(self) -> None:
         for name, (takes, what) in COMMANDS.items():
-            console.status(f"  /{name} {takes}".ljust(22) + what)
+            console.status(f"  /{name} {takes}".ljust(28) + what)
         console.status('Messages over several lines: """ … """, or a backslash at the end of a line.')
 
     def clear(self) -> None:
@@ -200,6 +211,20 @@ class Talk:
     def load(self, file: str) -> None:
         self.conversation.load(Path(file).expanduser())
         console.status(f"(Exchanges loaded: {len(self.conversation.exchanges)}.)")
+
+    def adapter(self, what: str) -> None:
+        session = self.conversation.session
+        if what:
+            try:
+                given = [] if what == "off" else [adapter_choice(text) for text in shlex.split(what)]
+            except ValueError as error:
+                raise BadOption(f"/adapter {what}: {error}.", "Put quotes around a path with spaces.") from None
+            session.adapt([(Path(path).expanduser(), weight) for path, weight in given])
+        for attached in session.attached:
+            numbers, updates = attached.adapter.parameters, len(attached.adapter.updates)
+            console.status(f"(Adapter: {attached}, {numbers / 1e6:.2f}M parameters on {updates} weights.)")
+        if not session.attached:
+            console.status("(No adapter: the model is as it came.)")
 
     def set(self, what: str) -> None:
         name, _, text = what.replace("=", " ").partition(" ")

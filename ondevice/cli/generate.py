@@ -10,7 +10,14 @@ from contextlib import closing
 import click
 
 from . import console
-from .model_options import generate_options, model_argument, open_model, runtime_options, sampling_options
+from .model_options import (
+    adapter_option,
+    generate_options,
+    model_argument,
+    open_model,
+    runtime_options,
+    sampling_options,
+)
 
 MAX_TOKENS = 256
 
@@ -23,11 +30,12 @@ MAX_TOKENS = 256
 @click.option("--max-tokens", type=click.IntRange(1), help=f"Default: {MAX_TOKENS}; 1 with --top-logprobs.")
 @click.option("--top-logprobs", default=0, type=click.IntRange(0), help="List the N likeliest next tokens instead.")
 @sampling_options()
+@adapter_option()
 @runtime_options(kv_dtype=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, at the end.")
 def command(
     model, prompt, chat, system, max_tokens, top_logprobs, stop, as_json,
-    backend, exact, context, threads, kv_dtype, **sampling,
+    backend, exact, context, threads, kv_dtype, adapters, **sampling,
 ):  # fmt: skip
     """Continue a text with MODEL (a folder, a .gguf file, a Hub repo or a catalog name).
 
@@ -41,7 +49,7 @@ def command(
         raise BadOption("--system has no place in a plain prompt.", "Add --chat, or put it in the prompt yourself.")
     text = _read_prompt(prompt)
     runtime = {"backend": backend, "exact": exact, "context": context, "threads": threads, "kv_dtype": kv_dtype}
-    with open_model(model, **runtime) as session:
+    with open_model(model, adapters, **runtime) as session:
         max_tokens = max_tokens or (1 if top_logprobs else MAX_TOKENS)
         options = generate_options(session, sampling, max_tokens=max_tokens, top_logprobs=top_logprobs)
         if chat:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -68,14 +68,47 @@ def sampling_options() -> Callable:
     return _stack(options)
 
 
-def open_model(model: str, **options: Any) -> Session:
-    """`open_session`, with what is fetched and loaded shown on stderr."""
+def adapter_option() -> Callable:
+    """--adapter, as a list of (folder, weight) called `adapters`."""
+    return click.option(
+        "--adapter", "adapters", metavar="PATH[:WEIGHT]", multiple=True,
+        callback=lambda ctx, param, values: [adapter_choice(value) for value in values],
+        help="An adapter's folder (PEFT's or mlx-lm's); WEIGHT 1 is as trained. Several add up.",
+    )  # fmt: skip
+
+
+def adapter_choice(text: str) -> tuple[str, float]:
+    """PATH[:WEIGHT] -> (path, weight). Raises BadOption for weights that make no sense."""
+    import math
+
+    from ..errors import BadOption
+
+    path, colon, weight = text.rpartition(":")
+    try:
+        number = float(weight)
+    except ValueError:
+        return text, 1.0  # a colon in the path
+    if not colon or not path:
+        return text, 1.0
+    if not math.isfinite(number):
+        raise BadOption(f"--adapter {text}: a weight of {weight} makes no sense.", "Give a number, such as 0.5.")
+    return path, number
+
+
+def open_model(model: str, adapters: Sequence[tuple[str, float]] = (), **options: Any) -> Session:
+    """`open_session`, with what is fetched and loaded shown on stderr, and the adapters attached."""
     from ..runtime.session import open_session
 
     with console.progress("Loading", unit="bytes") as progress:
-        return open_session(
+        session = open_session(
             model, progress=lambda event: progress.update(event.done, event.total), say=console.status, **options
         )
+    try:
+        session.adapt(adapters)
+    except BaseException:
+        session.close()
+        raise
+    return session
 
 
 def generate_options(

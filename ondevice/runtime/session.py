@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from .. import hub
+from .. import adapters, hub
+from ..adapters import Adapter
 from ..backends.base import Backend, SamplingParams
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import BadFile, BadOption, OnDeviceError
@@ -18,6 +19,7 @@ from ..models.decoder import Decoder
 from ..models.families import Family, family_of
 from ..models.parameters import Parameters
 from ..registry import create_backend
+from ..tensors import Tensor
 from . import memory
 from .engine import Engine, GenerateOptions
 from .template import ChatTemplate, encode_chat
@@ -35,6 +37,18 @@ class Loading:
     total: int
 
 
+@dataclass(frozen=True)
+class Attached:
+    """An adapter that is in use: where it came from, and how much of it counts (1: as it was trained)."""
+
+    path: Path
+    weight: float
+    adapter: Adapter
+
+    def __str__(self) -> str:
+        return str(self.path) if self.weight == 1 else f"{self.path}:{self.weight:g}"
+
+
 @dataclass
 class Session:
     """Everything about one opened model. `engine` is made when first used."""
@@ -45,10 +59,14 @@ class Session:
     config: ModelConfig
     decoder: Decoder
     checkpoint: Checkpoint
+    parameters: Parameters
     capacity: int
     load_seconds: float = 0.0
     kv_dtype: str | None = None
-    _defaults: dict = field(default_factory=dict)
+    attached: tuple[Attached, ...] = ()
+
+    def __post_init__(self):
+        self.weights = self.decoder.weights  # the model's own, whatever adapters put in their place
 
     @property
     def backend(self) -> Backend:
@@ -128,8 +146,33 @@ class Session:
             options = replace(options, stop_ids=self.stop_ids)
         return stream_text(self.engine.generate(prompt, options), self.tokenizer, options.stop_ids, stop)
 
+    def adapt(self, chosen: Sequence[tuple[str | Path, float]]) -> None:
+        """Attach these adapters (folder, weight), in the place of those attached before; [] detaches all.
+
+        The model stays loaded; what was computed with the old ones is forgotten. Their changes add up, each times its
+        weight. Raises what `read_adapter` raises, and nothing has changed.
+        """
+        modules = adapters.Modules(self.family, self.config)
+        attached = tuple(Attached(Path(path), w, adapters.read_adapter(path, modules)) for path, w in chosen)
+        weighted = [(a.adapter, a.weight) for a in attached]
+        loras = adapters.loras(self.backend, self.weights, self._base, weighted)
+        brought = adapters.replaced(self._base, weighted)
+        extra = {name: self.backend.prepare(tensor) for name, tensor in brought.items()}
+        old = [w for many in self.decoder.loras.values() for a in many for w in (a.down, a.up)]
+        old += [w for name, w in self.decoder.weights.items() if w is not self.weights.get(name)]
+        self.decoder.loras, self.decoder.weights, self.attached = loras, {**self.weights, **extra}, attached
+        if "engine" in self.__dict__:
+            self.engine.recompile()
+        for weight in old:
+            self.backend.release(weight)
+
+    def _base(self, name: str) -> Tensor:
+        """The model's own tensor; the embedding's for a head that is the same."""
+        return self.parameters["embed" if name == "head" and self.config.tied else name]
+
     def close(self) -> None:
-        for weight in self.decoder.weights.values():
+        self.adapt([])
+        for weight in self.weights.values():
             self.backend.release(weight)
         self.checkpoint.close()
 
@@ -180,7 +223,7 @@ def open_session(
         raise
     decoder = Decoder(config, ops, weights)
     seconds = time.perf_counter() - started
-    return Session(path, family, hf_config, config, decoder, checkpoint, capacity, seconds, kv_dtype)
+    return Session(path, family, hf_config, config, decoder, checkpoint, parameters, capacity, seconds, kv_dtype)
 
 
 def _capacity(config: ModelConfig, context: int | None) -> int:
