@@ -7,6 +7,7 @@ config.json's `quantization`), so that mlx-lm reads the folder.
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import shutil
@@ -20,7 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import OnDeviceError, Unsupported
-from ..tensors import STORAGE, Affine, Dense, Tensor
+from ..schemes import row_bytes
+from ..tensors import STORAGE, Affine, Blocks, Dense, Tensor
 from .files import release
 from .folder import INDEX
 from .safetensors import DTYPES
@@ -39,7 +41,7 @@ class Spec:
 
     name: str
     shape: tuple[int, ...]
-    format: Dense | Affine
+    format: Dense | Affine | Blocks
     load: Callable[[], Tensor]
 
     @property
@@ -59,6 +61,8 @@ class Spec:
     @property
     def nbytes(self) -> int:
         """Bytes as planned."""
+        if isinstance(self.format, Blocks):
+            return math.prod(self.shape[:-1]) * row_bytes(self.format.kind, self.shape[-1])
         return sum(
             int(np.prod(shape, dtype=np.int64)) * STORAGE[dtype].itemsize for dtype, shape in self.parts.values()
         )
@@ -78,7 +82,8 @@ def write_folder(
     left. Raises OnDeviceError when `dest` exists, its parent doesn't, or the disk is too small, full or failing.
     """
     dest = Path(dest)
-    with _appearing(dest, sum(spec.nbytes for spec in specs)) as temporary:
+    with appearing(dest, sum(spec.nbytes for spec in specs)) as temporary:
+        temporary.mkdir()
         _write_shards(temporary, _shards(specs, shard_bytes), written)
         files = {"config.json": _json(_with_quantization(config, specs)), **side_files}
         for name, content in files.items():
@@ -87,8 +92,9 @@ def write_folder(
 
 
 @contextmanager
-def _appearing(dest: Path, nbytes: int) -> Iterator[Path]:
-    """A temporary folder that becomes `dest` if the block ends well and vanishes if not."""
+def appearing(dest: Path, nbytes: int) -> Iterator[Path]:
+    """A temporary path beside `dest`: the folder or file that the block makes there becomes `dest` if the block ends
+    well and vanishes if not. Raises OnDeviceError as `write_folder` does."""
     if dest.exists() or dest.is_symlink():
         raise OnDeviceError(f"{dest} exists already.", "Choose another name, or remove it first.")
     parent = dest.absolute().parent
@@ -102,13 +108,12 @@ def _appearing(dest: Path, nbytes: int) -> Iterator[Path]:
         )
     temporary = parent / f".{dest.name}.{secrets.token_hex(4)}.partial"
     try:
-        temporary.mkdir()
         yield temporary
-        _sync_folder(temporary)
+        _sync(temporary)
         temporary.rename(dest)
-        _sync_folder(parent)
+        _sync(parent)
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         if isinstance(error, OSError):
             reason = error.strerror or str(error)
             raise OnDeviceError(
@@ -118,6 +123,14 @@ def _appearing(dest: Path, nbytes: int) -> Iterator[Path]:
         raise
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
 def write_file(dest: Path, content: bytes) -> None:
     """A small file, new or in an old one's place: whole or not at all. Raises OnDeviceError."""
     temporary = dest.parent / f".{dest.name}.{secrets.token_hex(4)}.partial"
@@ -125,7 +138,7 @@ def write_file(dest: Path, content: bytes) -> None:
         with _durable(temporary) as file:
             file.write(content)
         temporary.replace(dest)
-        _sync_folder(dest.parent)
+        _sync(dest.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         raise OnDeviceError(f"{dest} could not be written: {reason}.", "Choose another place.") from error
@@ -143,7 +156,8 @@ def _durable(path: Path) -> Iterator[BinaryIO]:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def _sync(path: Path) -> None:
+    """What is at `path` is on the disk, its entries' names if it is a folder."""
     if os.name == "posix":  # elsewhere a folder can't be opened, and need not be
         handle = os.open(path, os.O_RDONLY)
         try:

@@ -66,6 +66,13 @@ def plan(checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool = Fa
     return Plan(checkpoint, _config(checkpoint, hf_config, specs[0], dtype), tuple(specs), tuple(sources))
 
 
+def plan_hf(checkpoint: Checkpoint, dtype: str | None = None) -> Plan:
+    """How to write a checkpoint such that transformers loads it: nothing quantized; in `dtype`, or in the types that
+    its tensors have if all are dense, else bfloat16."""
+    quantized = any(checkpoint[name].quantized for name in checkpoint.names)
+    return plan(checkpoint, dtype or ("bfloat16" if quantized else None), dequantize=quantized)
+
+
 def convert(plan: Plan, dest: str | Path, written: Callable[[Spec], None] = lambda spec: None) -> None:
     """Run a plan: `dest` appears complete or not at all; peak memory is about one tensor. Raises OnDeviceError."""
     write_folder(dest, plan.config, plan.specs, side_files(plan.checkpoint), written=written)

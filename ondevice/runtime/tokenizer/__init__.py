@@ -13,7 +13,7 @@ from typing import Any
 from .tokenizer import Stream, Tokenizer
 from .vocabulary import Kind, Vocabulary
 
-__all__ = ["Kind", "Stream", "Tokenizer", "Vocabulary", "load_tokenizer"]
+__all__ = ["Kind", "Stream", "Tokenizer", "Vocabulary", "gguf_tokenizer", "load_tokenizer"]
 
 
 def load_tokenizer(source: str | Path | Mapping[str, Any]) -> Tokenizer:
@@ -29,3 +29,13 @@ def load_tokenizer(source: str | Path | Mapping[str, Any]) -> Tokenizer:
     from .folder import from_folder
 
     return from_folder(Path(source))
+
+
+def gguf_tokenizer(folder: str | Path, vocab: int) -> dict[str, Any]:
+    """The tokenizer of a Hugging Face folder as the `tokenizer.…` keys of a GGUF, for a model of `vocab` token ids.
+
+    Raises what `load_tokenizer` raises, Unsupported where llama.cpp would give other ids.
+    """
+    from .to_gguf import gguf_tokenizer as translate
+
+    return translate(Path(folder), vocab)

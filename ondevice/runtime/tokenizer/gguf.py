@@ -125,12 +125,17 @@ def _backend(keys: Keys, rule: PreTokenizer, vocabulary: Vocabulary) -> Backend:
     with told(lambda what: BadFile(f"The GGUF's merges do not fit its tokens: {what}.", HINT)):
         model = models.BPE(vocabulary.ids, merges, ignore_merges=rule.ignore_merges)
     backend = Backend(model)
-    splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in rule.expressions]
-    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, spell, *_without_missing(vocabulary)])
+    backend.pre_tokenizer = word_steps(rule, vocabulary)
     backend.decoder = decoders.ByteLevel()
     backend.add_tokens(export.added_tokens(vocabulary))
     return backend
+
+
+def word_steps(rule: PreTokenizer, vocabulary: Vocabulary | None) -> pre_tokenizers.Sequence:
+    """Text into words in GPT-2's byte alphabet, by a rule; without the bytes that a vocabulary can't spell."""
+    splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in rule.expressions]
+    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([*splits, spell, *(_without_missing(vocabulary) if vocabulary else [])])
 
 
 def _without_missing(vocabulary: Vocabulary) -> list[pre_tokenizers.PreTokenizer]:

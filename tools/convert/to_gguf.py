@@ -1,0 +1,176 @@
+"""A model as one GGUF file that llama.cpp loads: tensors in its names and arrangement, metadata, tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...checkpoint import Checkpoint, Spec, open_checkpoint, release
+from ...checkpoint.write_gguf import ARCHITECTURE, write_gguf
+from ...errors import BadFile, BadOption, OnDeviceError, Unsupported
+from ...models.config import ModelConfig
+from ...models.families import Family, family_of
+from ...models.parameters import Parameters
+from ...runtime.tokenizer import gguf_tokenizer
+from ...schemes import take_rows, to_float
+from ...tensors import Blocks, Dense, Tensor, dense
+from .blocks import BLOCK, TYPES, Loss, nearest, to_type
+from .gguf_metadata import architecture_keys, check_back, general_keys, rope_divisors, sampling_keys
+from .planning import Plan
+
+ROPE = "rope_freqs.weight"
+FULL = ("router", "norm")  # small and delicate: llama.cpp keeps them, and every vector, in float32
+
+
+@dataclass(frozen=True)
+class GgufPlan(Plan):
+    """A conversion to GGUF, ready to run. losses: by tensor, filled while it is written."""
+
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    losses: dict[str, Loss] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> Loss:
+        """All tensors together."""
+        every = self.losses.values()
+        return Loss(all(x.kept for x in every), sum(x.error for x in every), sum(x.size for x in every))
+
+
+def plan_gguf(checkpoint: Checkpoint, kind: str | None = None) -> GgufPlan:
+    """How to write a checkpoint as GGUF.
+
+    kind: one of `TYPES` for every matrix; None: the type that each has, or the nearest one. Raises BadOption for a
+    type that can't be written, Unsupported for a model that llama.cpp's format has no place for.
+    """
+    family, hf = family_of(checkpoint)
+    if family.gguf is None:
+        raise Unsupported(f"{checkpoint.path} is {family.name}, which has no GGUF form here.", "Use --to hf or mlx.")
+    config, wanted = family.config(hf), _type(kind)
+    parameters = Parameters(family, config, checkpoint)
+    losses: dict[str, Loss] = {}
+    specs: list[Spec] = []
+    sources = []
+    if (divisors := _divisors(checkpoint, config)) is not None:
+        specs.append(Spec(ROPE, divisors.shape, divisors.format, lambda: divisors))
+        sources.append(divisors.format)
+    for name in parameters:
+        source = parameters[name]
+        form = _form(name, source, wanted)
+        spelled = family.gguf.names.spell(name)
+        load = partial(_load, parameters, family, config, name, spelled, form, losses)
+        specs.append(Spec(spelled, parameters.shapes[name], form, load))
+        sources.append(source.format)
+    metadata = _metadata(checkpoint, family, config, hf, specs)
+    return GgufPlan(checkpoint, hf, tuple(specs), tuple(sources), metadata, losses)
+
+
+def convert_gguf(plan: GgufPlan, dest: str | Path, written: Callable[[Spec], None] = lambda spec: None) -> None:
+    """Run a plan: `dest` appears complete or not at all, read back before it gets its name; peak memory is about one
+    tensor. `plan.losses` is filled on the way. Raises OnDeviceError."""
+    write_gguf(dest, plan.metadata, plan.specs, written, check=_opens)
+
+
+def _opens(path: Path) -> None:
+    with open_checkpoint(path) as checkpoint:
+        family, hf = family_of(checkpoint)
+        Parameters(family, family.config(hf), checkpoint)
+
+
+def _type(kind: str | None) -> Dense | Blocks | None:
+    if kind is None or kind.lower() in TYPES:
+        return TYPES[kind.lower()] if kind else None
+    if "_k" in kind.lower() or kind.lower().startswith("iq"):
+        raise BadOption(
+            f"{kind} cannot be written here: the gguf package quantizes to {', '.join(TYPES)}.",
+            f"Write f16 or bf16, then run llama.cpp's own tool on it: llama-quantize FILE {kind.upper()}.",
+        )
+    raise BadOption(f"GGUF has no type {kind!r}.", f"Choose from {', '.join(TYPES)}.")
+
+
+def _form(name: str, tensor: Tensor, wanted: Dense | Blocks | None) -> Dense | Blocks:
+    """What one parameter is stored as."""
+    if len(tensor.shape) == 1 or name.endswith(FULL):
+        return Dense("float32")
+    if wanted is None:
+        return nearest(tensor)
+    if isinstance(wanted, Blocks) and tensor.shape[-1] % BLOCK:
+        return Dense("float16")  # rows that blocks don't fill; llama.cpp does the same
+    return wanted
+
+
+# ------------------------------------------------------------------------------------------------ tensors
+
+
+def _load(parameters, family, config, name, spelled, form, losses) -> Tensor:
+    source = parameters[name]
+    arranged = _rearranged(family, config, name, source)
+    try:
+        made, losses[spelled] = to_type(arranged, form)
+    except OnDeviceError as error:
+        raise type(error)(f"{spelled} cannot be written: {error.message}.", error.hint) from None
+    for stored in parameters.stored(name):
+        release(parameters.checkpoint[stored])
+    return made
+
+
+def _rearranged(family: Family, config: ModelConfig, name: str, tensor: Tensor) -> Tensor:
+    """Hugging Face's arrangement into llama.cpp's: what the family does to a GGUF's tensor, undone.
+
+    That is an order of rows or a constant that is added, and shows on rows that hold their own number.
+    """
+    arrange = family.gguf.arrange
+    if arrange is None:
+        return tensor
+    count = tensor.shape[0]
+    probe = dense(np.arange(count, dtype=np.float64).reshape(-1, *[1] * (len(tensor.shape) - 1)))
+    shown = to_float64(arrange(name, probe, config)).reshape(count)
+    order = shown.astype(np.int64)
+    if (np.sort(order) == np.arange(count)).all():
+        return tensor if (order == np.arange(count)).all() else take_rows(tensor, np.argsort(order))
+    return dense(to_float(tensor) - np.float32(shown[0]))
+
+
+def to_float64(tensor: Tensor) -> np.ndarray:
+    return tensor.parts["weight"].astype(np.float64)
+
+
+def _divisors(checkpoint: Checkpoint, config: ModelConfig) -> Tensor | None:
+    if ROPE in checkpoint:  # another GGUF's, as it is
+        return checkpoint[ROPE]
+    found = rope_divisors(config)
+    return None if found is None else dense(found.astype(np.float32))
+
+
+# ------------------------------------------------------------------------------------------------ metadata
+
+
+def _metadata(checkpoint: Checkpoint, family: Family, config: ModelConfig, hf: Mapping, specs: list[Spec]) -> dict:
+    metadata: dict[str, Any] = {ARCHITECTURE: family.gguf.architecture}
+    metadata |= general_keys(checkpoint, specs) | {ARCHITECTURE: family.gguf.architecture}
+    if checkpoint.kind != "gguf":
+        metadata |= sampling_keys(_generation(checkpoint))
+    metadata |= architecture_keys(family, config, hf)
+    metadata |= _tokenizer(checkpoint, config)
+    check_back(family, config, metadata, specs, checkpoint.path)
+    return metadata
+
+
+def _tokenizer(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Any]:
+    if checkpoint.kind == "gguf":
+        return {key: checkpoint.metadata[key] for key in checkpoint.metadata if key.startswith("tokenizer.")}
+    return gguf_tokenizer(checkpoint.path, config.vocab)
+
+
+def _generation(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    path = checkpoint.files.get("generation_config.json")
+    try:
+        found = json.loads(path.read_bytes()) if path else {}
+    except ValueError:
+        raise BadFile(f"{path} is not JSON.", "Fetch the model again.") from None
+    return found if isinstance(found, dict) else {}
