@@ -29,8 +29,12 @@ ALLOWED = {  # a part -> what else of ours it may import at module level or belo
     "models": (*BOTTOM, "registry", "checkpoint", "backends.base", "models"),
     "adapters": (*BOTTOM, "checkpoint", "backends.base", "models", "adapters"),
     "runtime": (*BOTTOM, "registry", "checkpoint", "hub", "backends.base", "models", "adapters", "runtime"),
+    "train": (
+        *BOTTOM, "pictures", "registry", "checkpoint", "backends.base", "models", "adapters", "runtime", "train",
+    ),
     "tools": (
-        *BOTTOM, "pictures", "registry", "checkpoint", "hub", "backends.base", "models", "adapters", "runtime", "tools",
+        *BOTTOM, "pictures", "registry", "checkpoint", "hub", "backends.base", "models", "adapters", "runtime", "train",
+        "tools",
     ),
     "testing": (*BOTTOM, "registry", "checkpoint", "backends", "models", "runtime", "testing"),
 }  # fmt: skip

@@ -23,6 +23,7 @@ COMMANDS = {  # name -> one line of help; the module of the same name holds `com
     "models": "List the models that are here.",
     "convert": "Between GGUF, Hugging Face and MLX.",
     "quantize": "A model in fewer bits.",
+    "lora-train": "Teach a model from examples.",
     "eval": "Perplexity of a text, and divergence from a reference.",
     "verify": "Compare the backends on one model.",
     "bench": "Measure load, prefill and decode speed.",
@@ -37,7 +38,7 @@ class LazyGroup(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        return import_module(f".{name}", __package__).command if name in COMMANDS else None
+        return import_module(f".{name.replace('-', '_')}", __package__).command if name in COMMANDS else None
 
     def resolve_command(self, ctx: click.Context, args: list[str]):
         if args and args[0] not in COMMANDS:

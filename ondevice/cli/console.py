@@ -131,3 +131,72 @@ class progress:
 
     def __exit__(self, *_: object) -> None:
         _draw("")
+
+
+class dashboard:
+    """A live view of long work on a terminal: a bar, a few facts, how a number ran; where nobody watches, one line now
+    and then.
+
+    with dashboard("Training") as view: view.show(done, total, {"loss": "1.23"}, line)
+    """
+
+    WIDTH = 60  # characters of the curve
+
+    def __init__(self, title: str):
+        self.title, self.live = title, None
+        self.facts: dict[str, str] = {}
+        self.curve: list[float] = []
+        self.done = self.total = 0
+        self.hint = ""
+
+    def __enter__(self) -> dashboard:
+        if interactive():
+            from rich.console import Console
+            from rich.live import Live
+
+            self.live = Live(console=Console(file=sys.stderr), refresh_per_second=4, get_renderable=self._drawing)
+            self.live.start()
+        return self
+
+    def show(self, done: int, total: int, facts: dict[str, str], line: str | None, value: float) -> None:
+        """line: for who reads a log; None: not worth one. value: the next point of the curve."""
+        self.done, self.total, self.facts, self.hint = done, total, facts, ""
+        self.curve.append(value)
+        if self.live is None and line:
+            status(line)
+
+    def note(self, text: str) -> None:
+        """What goes on between two shows."""
+        self.hint = text
+
+    def _drawing(self) -> Any:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            Text(self.title, style="bold"), ProgressBar(total=max(self.total, 1), completed=self.done, width=32),
+            Text(f"{self.done} of {self.total}"), Text(self.hint, style="dim"),
+        )  # fmt: skip
+        facts = Table.grid(padding=(0, 3))
+        facts.add_row(*(Text.assemble((f"{name} ", "dim"), value) for name, value in self.facts.items()))
+        return Group(head, facts, Text(_sparks(self.curve, self.WIDTH), style="cyan"))
+
+    def __exit__(self, *_: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+
+def _sparks(values: list[float], width: int) -> str:
+    """A curve in one line: each character the mean of its share of the values."""
+    if not values:
+        return ""
+    count = min(width, len(values))
+    means = []
+    for i in range(count):
+        part = values[i * len(values) // count : (i + 1) * len(values) // count]
+        means.append(sum(part) / len(part))
+    low, high = min(means), max(means)
+    return "".join("▁▂▃▄▅▆▇█"[int(7 * (m - low) / (high - low))] if high > low else "▁" for m in means)

@@ -1,0 +1,217 @@
+"""`ondevice lora-train MODEL DATA --out ADAPTER`: teach a model, on any backend."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..train.settings import Settings
+from . import console
+from .model_options import model_argument, runtime_options
+
+if TYPE_CHECKING:
+    from ..train import Data, Finished, Started, StepDone
+
+TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+
+
+def settings_options(command: Callable) -> Callable:
+    """One option for each field of Settings, with its default and help."""
+    for field in reversed(fields(Settings)):
+        rules, kind = field.metadata, field.type.partition(" ")[0]
+        if field.name == "targets":
+            option = click.option("--target", "targets", multiple=True, help=rules["help"])
+        elif kind == "bool":
+            name = field.name.replace("_", "-")
+            option = click.option(f"--{name}/--no-{name}", default=field.default, help=rules["help"])
+        else:
+            type = click.Choice(rules["known"]) if "known" in rules else TYPES[kind]
+            shown = field.default is not None
+            name = f"--{field.name.replace('_', '-')}"
+            option = click.option(
+                name, field.name, type=type, default=field.default, show_default=shown, help=rules["help"]
+            )
+        command = option(command)
+    return command
+
+
+@click.command("lora-train")
+@model_argument
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The adapter's folder, made by this.")
+@settings_options
+@click.option("--teacher", metavar="MODEL", help="Whom to imitate, with --objective distill.")
+@click.option("--init", "initial", metavar="ADAPTER", help="Begin with this adapter's factors.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out, exactly; start it where there is none.")
+@click.option("--save-every", type=click.IntRange(1), metavar="STEPS", help="Steps between checkpoints.")
+@click.option("--save-minutes", type=float, default=5.0, show_default=True, help="Minutes between checkpoints.")
+@click.option("--memory", metavar="SIZE", help="What to plan for, such as 700M or 4G; default: most of this machine's.")
+@runtime_options(context=False)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, at the end.")
+def command(
+    model, data, out, teacher, initial, resume, save_every, save_minutes, memory, backend, exact, threads, as_json,
+    **options,
+):  # fmt: skip
+    """Teach MODEL what stands in DATA: a JSONL file, or a folder with train.jsonl, valid.jsonl and test.jsonl. Lines
+    are {"messages": […]}, {"prompt": …, "completion": …}, {"text": …}, or {"prompt": …, "chosen": …, "rejected": …}.
+
+    Writes an adapter (with --method full: a model) that chat, generate, eval and fuse take, in PEFT's format."""
+    from ..runtime.session import open_session
+    from ..train import Saving, load_data, train
+
+    options["targets"] = options["targets"] or Settings.targets_default()
+    settings, room = Settings(**options), _bytes(memory)
+    opened = {"backend": backend, "exact": exact, "threads": threads}
+    with open_session(model, **opened, say=console.status) as session:
+        taught = open_session(teacher, **opened, say=console.status) if teacher else None
+        with console.progress("Reading", unit="lines") as progress:
+            preference = settings.objective in ("dpo", "orpo")
+            found = load_data(
+                data, session, settings.max_length, preference, settings.validation, settings.seed, progress.update
+            )
+        _tell_data(found)
+        run = train(
+            session, found, settings, out, resume=resume, saving=Saving(save_every, save_minutes), teacher=taught,
+            initial=_initial(initial, session), memory=room,
+        )  # fmt: skip
+        finished = _follow(run, session.backend.name, out)
+    _draw(out)
+    if as_json:
+        console.json({"adapter": out, **finished})
+
+
+def _tell_data(data: Data) -> None:
+    aside = f", {len(data.valid)} for validation" if data.valid else ""
+    held = " (held out: there is no valid.jsonl)" if data.held_out else ""
+    console.status(f"{len(data.train)} examples to learn from ({data.tokens} tokens){aside}{held}.")
+    if not data.valid:
+        console.status("Nothing to validate with: overfitting will not be seen.")
+    if data.truncated:
+        console.status(f"{data.truncated} examples are longer than --max-length and were cut.")
+    if data.dropped:
+        console.status(f"{data.dropped} of them had nothing to learn left and are not used.")
+
+
+def _follow(run: Any, backend: str, out: Path) -> dict[str, Any]:
+    """Shows the events; returns what the last says."""
+    from ..train import Finished, Saved, Started, StepDone, Validating
+
+    with console.dashboard("Training") as view:
+        tracker = _Tracker()
+        try:
+            for event in run:
+                if isinstance(event, Started):
+                    tracker.start(event)
+                    console.status(_plan(event, backend))
+                elif isinstance(event, StepDone):
+                    tracker.add(event)
+                    view.show(event.step, tracker.total, tracker.facts(), tracker.line(), event.loss)
+                elif isinstance(event, Validating):
+                    view.note(f"validating {event.done + 1} of {event.total}")
+                elif isinstance(event, Saved):
+                    view.note(f"checkpoint behind step {event.step}")
+                elif isinstance(event, Finished):
+                    finished = event
+        except KeyboardInterrupt:
+            run.close()
+            console.status(f"Stopped behind step {tracker.step}; --resume goes on from there.")
+            raise
+    console.status(_ending(finished, out))
+    return {
+        "steps": finished.step, "kept": finished.kept, "loss": finished.loss,
+        "validation_loss": finished.validation_loss, "stopped_early": finished.stopped_early,
+    }  # fmt: skip
+
+
+class _Tracker:
+    """What a view shows of a run."""
+
+    def __init__(self):
+        self.total = self.step = self.tokens = 0
+        self.validation: float | None = None
+        self.best: float | None = None
+        self.last: StepDone | None = None
+
+    def start(self, event: Started) -> None:
+        self.total, self.first = event.steps, event.done
+        self.began = time.monotonic()
+
+    def add(self, event: StepDone) -> None:
+        self.step, self.last = event.step, event
+        if event.validation_loss is not None:
+            self.validation = event.validation_loss
+            self.best = min(self.validation, self.best if self.best is not None else self.validation)
+
+    def facts(self) -> dict[str, str]:
+        event = self.last
+        passed = (time.monotonic() - self.began) / max(1, self.step - self.first)
+        shown = {"loss": f"{event.loss:.4f}"}
+        if self.validation is not None:
+            shown["validation"] = f"{self.validation:.4f} (best {self.best:.4f})"
+        return shown | {
+            "tokens/s": f"{event.tokens_per_second:.0f}",
+            "memory": f"{event.peak_memory_bytes / 1e6:.0f} MB",
+            "left": _time(passed * (self.total - self.step)),
+        }
+
+    def line(self) -> str | None:
+        """For who reads a log: what was validated, and the last step."""
+        if self.last.validation_loss is None and self.step != self.total:
+            return None
+        facts = self.facts() | ({} if self.step != self.total else {"left": "nothing"})
+        return f"step {self.step} of {self.total}: " + ", ".join(f"{name} {value}" for name, value in facts.items())
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _plan(event: Started, backend: str) -> str:
+    again = f", going on behind step {event.done}" if event.done else ""
+    remat = "activations computed twice" if event.remat else "activations kept"
+    return (
+        f"{event.parameters / 1e6:.2f} M parameters, {event.steps} steps on {backend}{again}; "
+        f"{event.micro_batch} at once, {remat}: about {event.memory / 1e6:.0f} MB."
+    )
+
+
+def _ending(event: Finished, out: Path) -> str:
+    said = f"{out} holds the state behind step {event.kept}"
+    if event.validation_loss is not None:
+        said += f", the best of {event.step}: validation loss {event.validation_loss:.4f}"
+    return said + ("; stopped early, as validation no longer improved." if event.stopped_early else ".")
+
+
+def _initial(adapter: str | None, session: Any) -> dict | None:
+    from ..train.artifacts import factors_of
+
+    return None if adapter is None else factors_of(adapter, session)
+
+
+def _bytes(size: str | None) -> int | None:
+    """700M, 4G, or plain bytes."""
+    from ..errors import BadOption
+
+    if size is None:
+        return None
+    units = {"K": 10**3, "M": 10**6, "G": 10**9}
+    number, unit = size.upper().removesuffix("B"), 1
+    if number[-1:] in units:
+        number, unit = number[:-1], units[number[-1]]
+    try:
+        return int(float(number) * unit)
+    except ValueError:
+        raise BadOption(f"--memory {size!r} is no size.", "Give for example 700M or 4G.") from None
+
+
+def _draw(out: Path) -> None:
+    """The curves beside metrics.jsonl."""
+    from ..train.curves import draw
+
+    if drawn := draw(out):
+        console.status(f"The curves are drawn in {drawn}.")

@@ -1,0 +1,164 @@
+"""Files of training data -> examples: ids, and which of them the model must learn to say.
+
+A line is a JSON object of one of these kinds (Hugging Face's names for the fields):
+
+    {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …], "tools": […]}
+    {"prompt": "…" or [messages], "completion": "…" or [messages]}
+    {"text": "…"}
+    {"prompt": …, "chosen": …, "rejected": …}                          a preference
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .. import noise
+from ..errors import BadFile, BadOption, OnDeviceError
+from ..runtime.session import Session
+from . import encode
+from .encode import Encoded
+
+SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
+MOST_HELD_OUT = 256  # examples: a validation should cost little against the steps between two of them
+
+
+@dataclass(frozen=True)
+class Example:
+    """sequences: one, or two for a preference (chosen, rejected). source: "FILE:LINE", for messages."""
+
+    sequences: tuple[Encoded, ...]
+    source: str
+
+    @property
+    def length(self) -> int:
+        return max(s.length for s in self.sequences)
+
+
+@dataclass
+class Data:
+    """Examples by split, and what became of the rest. `digest` tells one set of files from another."""
+
+    train: list[Example]
+    valid: list[Example] = field(default_factory=list)
+    test: list[Example] = field(default_factory=list)
+    truncated: int = 0  # examples that were longer than max_length
+    dropped: int = 0  # examples of which nothing to learn was left
+    held_out: bool = False  # valid was taken from train
+    digest: str = ""
+
+    @property
+    def tokens(self) -> int:
+        return sum(s.length for example in self.train for s in example.sequences)
+
+
+def load_data(
+    path: str | Path, session: Session, max_length: int, preference: bool = False, validation: float = 0.05,
+    seed: int = 0, progress: Callable[[int], None] = lambda lines: None,
+) -> Data:  # fmt: skip
+    """A JSONL file, or a folder with train.jsonl and, if there, valid.jsonl and test.jsonl.
+
+    `progress` hears how many lines have been read. Raises BadFile, naming file and line, for what cannot be learnt
+    from, and BadOption where there is nothing at all.
+    """
+    files = find_files(Path(path))
+    reader = _Reader(session, max_length, preference, progress)
+    splits = {name: [e for file in found for e in reader.read(file)] for name, found in files.items()}
+    if not splits["train"]:
+        raise BadFile(f"{path} holds no example to learn from.", _nothing_left(reader))
+    data = Data(**splits, truncated=reader.truncated, dropped=reader.dropped, digest=reader.digest.hexdigest())
+    return data if data.valid else _hold_out(data, validation, seed)
+
+
+def find_files(path: Path) -> dict[str, list[Path]]:
+    """Split -> its files. Raises BadOption where there is no training data."""
+    if path.is_file():
+        return {"train": [path], "valid": [], "test": []}
+    if not path.is_dir():
+        raise BadOption(f"There is no data at {path}.", "Give a JSONL file, or a folder with train.jsonl.")
+    found = {split: _first(path, names) for split, names in SPLITS.items()}
+    if not found["train"]:
+        there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        raise BadOption(f"{path} has no train.jsonl; there is: {there}.", "Name a file, or add train.jsonl.")
+    return found
+
+
+def _first(folder: Path, names: Sequence[str]) -> list[Path]:
+    return [folder / f"{name}.jsonl" for name in names if (folder / f"{name}.jsonl").is_file()][:1]
+
+
+def _nothing_left(reader: _Reader) -> str:
+    if reader.dropped:
+        return f"All {reader.dropped} examples are longer than --max-length before anything to learn: give more."
+    return "Give one JSON object a line: see docs/train.md."
+
+
+def _hold_out(data: Data, share: float, seed: int) -> Data:
+    """Some of the training examples as validation, the same for the same seed."""
+    count = min(round(len(data.train) * share), MOST_HELD_OUT)
+    if share and not count and len(data.train) >= 8:
+        count = 1
+    if not count:
+        return data
+    chosen = set(noise.generator(seed, "held out").permutation(len(data.train))[:count].tolist())
+    valid = [e for i, e in enumerate(data.train) if i in chosen]
+    return replace(data, train=[e for i, e in enumerate(data.train) if i not in chosen], valid=valid, held_out=True)
+
+
+class _Reader:
+    """Lines into examples, counting what was cut."""
+
+    def __init__(self, session: Session, max_length: int, preference: bool, progress: Callable[[int], None]):
+        self.session, self.max_length, self.preference, self.progress = session, max_length, preference, progress
+        self.truncated = self.dropped = self.lines = 0
+        self.digest = hashlib.sha256()
+
+    def read(self, path: Path) -> Iterator[Example]:
+        for number, line in self._lines(path):
+            source = f"{path}:{number}"
+            for sequences in self._encoded(line, source):
+                cut = tuple(s.cut(self.max_length) for s in sequences)
+                self.truncated += any(s.length > self.max_length for s in sequences)
+                if all(s.learns for s in cut):
+                    yield Example(cut, source)
+                else:
+                    self.dropped += 1
+
+    def _lines(self, path: Path) -> Iterator[tuple[int, bytes]]:
+        try:
+            with open(path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    self.digest.update(line)
+                    self.lines += 1
+                    self.progress(self.lines)
+                    if line.strip():
+                        yield number, line
+        except OSError as error:
+            raise BadFile(f"{path} cannot be read: {error.strerror or error}.", "Check the path.") from None
+        self.digest.update(b"\0")
+
+    def _encoded(self, line: bytes, source: str) -> list[tuple[Encoded, ...]]:
+        """One line as examples: several where a conversation must be learnt turn by turn, or a text is long."""
+        try:
+            value = _object(line)
+            if self.preference:
+                return [encode.preference(self.session, value)]
+            return [(s,) for s in encode.example(self.session, value, self.max_length)]
+        except OnDeviceError as error:
+            raise BadFile(f"{source}: {error.message}", error.hint or "Correct or remove this line.") from None
+
+
+def _object(line: bytes) -> Mapping[str, Any]:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise BadFile("this is not UTF-8 text.", "Convert the file first: iconv -t utf-8.") from None
+    except (ValueError, RecursionError) as error:
+        raise BadFile(f"this is not JSON ({error}).", "Every line must be one JSON object.") from None
+    if not isinstance(value, dict):
+        raise BadFile("this is not a JSON object.", "Every line must be one: {…}.")
+    return value

@@ -1,0 +1,294 @@
+"""The run: a generator of events, from the first step to the adapter that is kept.
+
+Each step is a pure function of the state behind the step before and of its own number: what is drawn (order, dropout)
+comes from the seed and that number. A run that is stopped anywhere and goes on from its last checkpoint therefore
+ends in the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..backends.base import A
+from ..errors import OnDeviceError, Unsupported
+from ..runtime.memory import peak_memory_bytes
+from ..runtime.session import Session
+from . import folder as place
+from . import state as states
+from .artifacts import write_artifact
+from .batches import Batch, batches_of, rows_of, steps_an_epoch, steps_of_rows
+from .data import Data, Example
+from .events import Event, Finished, Saved, Started, StepDone, Validating
+from .learner import Learner, Teacher
+from .methods import Prompt, make_method
+from .objectives import make_objective
+from .planning import Plan, plan
+from .schedule import rate_at
+from .settings import Settings
+from .state import State
+
+MOMENTS = 1 << 20  # batches a step may have: numbers dropout's patterns
+SMOOTHED = 5  # steps whose mean loss tells whether a run diverges
+
+
+@dataclass(frozen=True)
+class Saving:
+    """When checkpoints are made, beside those at the end of a run that is interrupted."""
+
+    steps: int | None = None
+    minutes: float = 5.0
+
+
+def train(
+    session: Session, data: Data, settings: Settings, dest: str | Path | None = None, *, resume: bool = False,
+    saving: Saving | None = None, teacher: Session | None = None, initial: Mapping[str, np.ndarray] | None = None,
+    memory: int | None = None,
+) -> Iterator[Event]:  # fmt: skip
+    """Train, and end with Finished, which holds what was learnt.
+
+    dest: the folder of the adapter (full: of the model), of metrics and checkpoints; None: nothing is written. resume:
+    go on with the run in dest, if there is one. teacher: imitated by the objective `distill`. initial: where the
+    parameters begin, by name, instead of the method's own choice. memory: bytes to plan for. Raises OnDeviceError's
+    children; Ctrl-C leaves a checkpoint behind.
+    """
+    with ExitStack() as stack:
+        if dest is not None:
+            stack.enter_context(place.locked(Path(dest)))
+        run = _Run(session, data, settings, None if dest is None else Path(dest), resume, teacher, initial, memory)
+        yield from run.events(saving or Saving())
+
+
+class _Run:
+    """What does not change from step to step."""
+
+    def __init__(
+        self, session: Session, data: Data, settings: Settings, dest: Path | None, resume: bool,
+        teacher: Session | None, initial: Mapping[str, np.ndarray] | None, memory: int | None,
+    ):  # fmt: skip
+        _check(session, settings, teacher)
+        self.session, self.data, self.settings, self.dest = session, data, settings, dest
+        self.ops = session.backend
+        then = place.admit(dest, resume) if dest else None
+        self.method = make_method(session, settings)
+        self.steps = settings.steps
+        if self.steps is None:
+            self.steps = math.ceil(settings.epochs * steps_an_epoch(data.train, settings))
+        begin = self.method.initial() if initial is None else dict(initial)
+        self.parameters = sum(values.size for values in begin.values())
+        self.identity = self._identity(initial)
+        if then:
+            place.check_unchanged(dest, then, {"identity": self.identity})
+            self.plan = Plan(**then["plan"])
+        else:
+            self.plan = plan(session, data, settings, self.parameters, memory)
+        self.state = (states.load(dest, self.ops) if then else None) or self._fresh(begin)
+        self.finished = bool(then and then.get("finished"))
+        imitated = Teacher(teacher.decoder, settings.temperature, settings.hard) if teacher else None
+        self.learner = Learner(self.method, self.plan.remat, imitated)
+        self.objective = make_objective(settings, self.learner)
+        self.virtual = settings.virtual_tokens if isinstance(self.method, Prompt) else 0
+        self.every = settings.validate_every or max(1, self.steps // 10)
+        self.recent: list[float] = []
+        if dest:
+            self._record(finished=self.finished)
+            self.metrics = place.Metrics(dest, self.state.step)
+            self.recent = [m["loss"] for m in self.metrics.kept[-SMOOTHED:]]
+        self.saved_at = time.monotonic()
+
+    def _fresh(self, begin: Mapping[str, np.ndarray]) -> State:
+        return State({name: self.ops.array(values, "float32") for name, values in begin.items()})
+
+    def _identity(self, initial: Mapping[str, np.ndarray] | None) -> dict[str, Any]:
+        """All that the resulting bits depend on."""
+        info = self.ops.info()
+        return {
+            "base": place.digest_of(self.session.checkpoint),
+            "data": self.data.digest,
+            "initial": place.digest_of_arrays(initial) if initial else None,
+            "backend": {"name": info.name, "device": info.device, "exact": info.exact},
+            "settings": self.settings.as_dict(),
+        }
+
+    def _record(self, **more: Any) -> None:
+        record = {"base": str(self.session.path), "identity": self.identity, "plan": self.plan.as_dict(), **more}
+        place.write_record(self.dest, record)
+
+    # ---- the run
+
+    def events(self, saving: Saving) -> Iterator[Event]:
+        yield Started(
+            self.steps, self.state.step, self.parameters, self.plan.micro_batch, self.plan.remat, self.plan.memory
+        )
+        if self.finished:
+            yield self._finished(False)
+            return
+        early = False
+        try:
+            for step, rows in zip(
+                range(self.state.step + 1, self.steps + 1),
+                steps_of_rows(self.data.train, self.settings, self.state.step),
+                strict=False,
+            ):
+                if early := self._stale():
+                    break
+                done = self._learn(step, rows)
+                if self.data.valid and (step % self.every == 0 or step == self.steps):
+                    done = replace(done, validation_loss=(yield from self._validate()))
+                if self.dest:
+                    self.metrics.add(done)
+                yield done
+                if self._due(saving, step):
+                    yield self._save()
+        except (KeyboardInterrupt, GeneratorExit, _Stopped):
+            if self.dest and self.state.step:
+                self._save()
+            raise
+        yield self._end(early or self._stale())
+
+    def _stale(self) -> bool:
+        return self.settings.patience is not None and self.state.stale >= self.settings.patience
+
+    def _end(self, early: bool) -> Finished:
+        finished = self._finished(early)
+        if self.dest:
+            write_artifact(self.dest, self.session, self.method, finished.parameters, self.settings)
+            self._record(
+                finished=True, step=finished.step, kept=finished.kept, validation_loss=finished.validation_loss
+            )
+            place.clear(self.dest)
+        return finished
+
+    def _finished(self, early: bool) -> Finished:
+        state = self.state
+        best = state.best is not None and self.settings.keep_best
+        kept = {name: self.ops.numpy(a) for name, a in (state.best if best else state.params).items()}
+        loss = self.recent[-1] if self.recent else None
+        return Finished(state.step, state.best_step if best else state.step, loss, state.best_loss, early, kept)
+
+    # ---- one step
+
+    def _learn(self, step: int, rows: Sequence[list[int]]) -> StepDone:
+        started = time.perf_counter()
+        batches = batches_of(self.data.train, rows, self.plan.micro_batch, self.virtual)
+        loss, grads = self._gradients(step, batches)
+        norm = self._norm(grads)
+        self._check_step(step, batches, loss, norm)
+        rate = rate_at(self.settings, step, self.steps)
+        if self.settings.clip and norm > self.settings.clip:
+            grads = {name: g * (self.settings.clip / (norm + 1e-6)) for name, g in grads.items()}
+        state = self.state
+        params, moments = self.ops.adamw(
+            state.params, grads, state.moments, step, rate, decay=self.settings.weight_decay
+        )
+        self.ops.sync()
+        self.state = replace(state, params=params, moments=moments, step=step)
+        seconds = time.perf_counter() - started
+        tokens = sum(batch.tokens for batch in batches) / seconds
+        return StepDone(step, loss, round(tokens, 1), peak_memory_bytes(), rate, norm)
+
+    def _gradients(self, step: int, batches: Sequence[Batch]) -> tuple[float, dict[str, A]]:
+        """The step's loss, and its gradient: each target counts the same, in whichever batch it stands."""
+        total = sum(map(self.objective.share, batches))
+        loss, grads = 0.0, {}
+        for number, batch in enumerate(batches):
+            moment = step * MOMENTS + number
+            weights, known = self.objective.weigh(
+                batch, lambda b=batch, m=moment: self.learner.losses(self.state.params, b, m), total
+            )
+            run = self.ops.value_and_grad(lambda params, b=batch, w=weights, m=moment: self._loss(params, b, w, m))
+            (value, _), more = run(self.state.params)
+            loss += float(self.ops.numpy(value)) if known is None else known
+            grads = {name: grads[name] + g for name, g in more.items()} if grads else more
+            if len(batches) > 1:
+                self._norm(grads)  # asks for the sums now: backends that wait would keep every batch alive
+        return loss, grads
+
+    def _loss(self, params: Mapping[str, A], batch: Batch, weights: np.ndarray, moment: int) -> tuple[A, tuple]:
+        return self.learner.loss(params, batch, weights, moment), ()
+
+    def _norm(self, grads: Mapping[str, A]) -> float:
+        total = None
+        for g in grads.values():
+            square = self.ops.sum(g * g)
+            total = square if total is None else total + square
+        return float(np.sqrt(self.ops.numpy(total)))
+
+    def _check_step(self, step: int, batches: Sequence[Batch], loss: float, norm: float) -> None:
+        """Before the update: the state behind the step before is the last good one."""
+        rate = rate_at(self.settings, max(1, step - 1), self.steps)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            sources = [source for batch in batches for source in batch.sources]
+            some = ", ".join(sources[:4]) + (f" and {len(sources) - 4} more" if len(sources) > 4 else "")
+            what = "loss" if not math.isfinite(loss) else "gradient"
+            raise _Stopped(
+                f"Step {step} stopped: its {what} is {loss if what == 'loss' else norm}, on {some}.",
+                f"Try a lower --learning-rate (it was {rate:.2g}), or look at these examples." + self._kept(step),
+            )
+        self.recent = [*self.recent, loss][-SMOOTHED:]
+        most = 1.5 * math.log(self.session.config.vocab)
+        if self.settings.objective == "next-token" and len(self.recent) == SMOOTHED and min(self.recent) > most:
+            raise _Stopped(
+                f"Step {step} stopped: training diverges, the loss is {loss:.1f}, worse than guessing.",
+                f"Give a lower --learning-rate: it was {rate:.2g}." + self._kept(step),
+            )
+
+    def _kept(self, step: int) -> str:
+        return f" The state behind step {step - 1} is kept." if self.dest and step > 1 else ""
+
+    # ---- beside the steps
+
+    def _validate(self) -> Iterator[Validating]:
+        """Ends with the mean loss over the held-out examples, and takes note of it."""
+        settings = replace(self.settings, shuffle=False)
+        rows = sorted(rows_of(self.data.valid, settings, 0), key=lambda row: -_length(self.data.valid, row))
+        batches = batches_of(self.data.valid, rows, self.plan.micro_batch, self.virtual)
+        value = shares = 0.0
+        for done, batch in enumerate(batches):
+            yield Validating(done, len(batches))
+            value += self.objective.value(batch, self.learner.losses(self.state.params, batch))
+            shares += self.objective.share(batch)
+        loss = value / shares
+        self.state = self.state.judged(loss)
+        return loss
+
+    def _due(self, saving: Saving, step: int) -> bool:
+        if self.dest is None or step == self.steps:
+            return False
+        by_steps = saving.steps is not None and step % saving.steps == 0
+        return by_steps or time.monotonic() - self.saved_at > 60 * saving.minutes
+
+    def _save(self) -> Saved:
+        path = states.save(self.dest, self.state, self.ops)
+        self.saved_at = time.monotonic()
+        return Saved(self.state.step, path)
+
+
+class _Stopped(OnDeviceError):
+    """A run that must not go on; the state before is good."""
+
+
+def _length(examples: Sequence[Example], row: Sequence[int]) -> int:
+    return sum(examples[i].length for i in row)
+
+
+def _check(session: Session, settings: Settings, teacher: Session | None) -> None:
+    """Raises Unsupported for what cannot go together."""
+    if "training" not in session.backend.features:
+        raise Unsupported(f"The backend {session.backend.name} cannot train.", "Use another: see ondevice doctor.")
+    if settings.method == "prompt" and settings.objective != "next-token":
+        raise Unsupported("Prompt tuning learns the next token only.", "Give --objective next-token, or --method lora.")
+    if (settings.objective == "distill") != (teacher is not None):
+        raise Unsupported("Distillation and a teacher belong together.", "Give --objective distill and --teacher.")
+    if teacher is not None and teacher.config.vocab != session.config.vocab:
+        raise Unsupported(
+            f"The teacher knows {teacher.config.vocab} tokens, the model {session.config.vocab}: they do not match.",
+            "Take a teacher of the same family.",
+        )

@@ -1,0 +1,37 @@
+"""The same run in torch, transformers and peft: from the same initial adapter, over the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from ondevice.train import Data, Settings
+from ondevice.train.batches import batches_of, steps_of_rows
+from ondevice.train.schedule import rate_at
+
+
+def peft_losses(model: Path, adapter: Path | None, data: Data, settings: Settings) -> Iterator[float]:
+    """The loss of each step, float32, before its update. adapter: where it begins; None: the whole model is trained."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if adapter is not None:
+        network = pytest.importorskip("peft").PeftModel.from_pretrained(network, adapter, is_trainable=True)
+    network.train()
+    learnt = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, weight_decay=settings.weight_decay)
+    for step, rows in enumerate(islice(steps_of_rows(data.train, settings), settings.steps), 1):
+        (batch,) = batches_of(data.train, rows, len(rows))
+        ids, targets = (torch.from_numpy(a).long() for a in (batch.ids, batch.targets))
+        mask = torch.arange(ids.shape[1])[None] < torch.from_numpy(batch.step.lengths)[:, None]
+        logits = network(input_ids=ids, attention_mask=mask).logits.float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learnt, settings.clip)
+        optimizer.param_groups[0]["lr"] = rate_at(settings, step, settings.steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.item()
