@@ -265,6 +265,15 @@ class Backend(ABC):
         """A host tensor (any format of `ondevice.tensors`, any rank) made ready; one W serves `embed`, `linear`, norms
         and experts. The tensor may be a view of a file's memory map; it is not written to."""
 
+    def footprint(self, tensor: Tensor) -> int:
+        """Bytes of memory that a weight made of this tensor takes while it is in use, pages of its file included where
+        it is used in place. Known without preparing it: the tensor may be a `tensors.blank`. Here: as stored."""
+        return tensor.nbytes
+
+    def device_memory(self) -> int | None:
+        """Bytes that weights and caches may take of the device's own memory; None: they live in the host's."""
+        return None
+
     def release(self, weight: W) -> None:  # noqa: B027  (optional by design)
         """The weight will not be used again."""
 

@@ -15,7 +15,7 @@ import numpy as np
 from .. import noise, schemes
 from ..errors import BadOption, ContextFull, Unsupported
 from ..registry import Plugin, Probe
-from ..tensors import STORAGE, Tensor, floats, store
+from ..tensors import STORAGE, Dense, Tensor, floats, store
 from . import sampling
 from .base import (
     FEATURES,
@@ -142,6 +142,11 @@ class NumpyKernels(NumpyRecurrence, NumpyGradients):
 
     def prepare(self, tensor: Tensor) -> HostWeight:
         return HostWeight(tensor)
+
+    def footprint(self, tensor: Tensor) -> int:
+        """Beside the numbers that it makes, the pages of the file that they are made from."""
+        as_it_is = tensor.format == Dense(str(self.dtype))
+        return tensor.nbytes + (0 if as_it_is else tensor.size * self.dtype.itemsize)
 
     def release(self, weight: HostWeight) -> None:
         weight.dense = None

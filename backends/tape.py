@@ -119,6 +119,9 @@ class TapedBackend(Backend):
     def prepare(self, tensor) -> W:
         return self.kernels.prepare(tensor)
 
+    def footprint(self, tensor) -> int:
+        return self.kernels.footprint(tensor)
+
     def release(self, weight: W) -> None:
         self.kernels.release(weight)
 

@@ -39,6 +39,11 @@ def block_size(kind: str) -> int:
     return 32 if kind in LEGACY_BITS else 256
 
 
+def k_group(kind: str) -> int:
+    """Numbers that share a scale in a block of a K-quant."""
+    return 16 if kind in ("Q2_K", "Q3_K", "Q6_K") else 32
+
+
 def label(form: Dense | Affine | Blocks) -> str:
     """A format's name for people: bfloat16, 4-bit (groups of 64), Q4_K."""
     if isinstance(form, Dense):

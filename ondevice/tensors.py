@@ -84,6 +84,19 @@ class Tensor:
         return sum(part.nbytes for part in self.parts.values())
 
 
+def blank(shape: tuple[int, ...], form: Dense | Affine) -> Tensor:
+    """A tensor of zeros that takes no memory, with the `nbytes` of a real one: for working out what one would take."""
+
+    def zeros(dtype: str, columns: int) -> np.ndarray:
+        return np.broadcast_to(np.zeros((), STORAGE[dtype]), (*shape[:-1], columns))
+
+    if isinstance(form, Dense):
+        return Tensor(shape, form, {"weight": zeros(form.dtype, shape[-1])})
+    groups, words = shape[-1] // form.group_size, shape[-1] * form.bits // 32
+    parts = {"weight": zeros("uint32", words), "scales": zeros(form.dtype, groups), "biases": zeros(form.dtype, groups)}
+    return Tensor(shape, form, parts)
+
+
 def dense(values: np.ndarray) -> Tensor:
     """A dense tensor over an ordinary NumPy array (float32, float16, integers)."""
     return Tensor(tuple(values.shape), Dense(values.dtype.name), {"weight": values})

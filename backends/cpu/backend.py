@@ -11,6 +11,7 @@ import numpy as np
 
 from ...errors import BadOption
 from ...registry import did_you_mean
+from ...tensors import Tensor
 from ..base import FEATURES, A, Cache, Info, LayerCache, Step, cache_dtype
 from ..reference import HostCache, NumpyKernels
 from ..tape import Array, TapedBackend
@@ -87,6 +88,11 @@ class CpuBackend(TapedBackend):
         from .cache import CpuCache
 
         return CpuCache(specs, slots, capacity, dtype or ("float32" if self.exact else "float16"))
+
+    def footprint(self, tensor: Tensor) -> int:
+        from .weights import footprint
+
+        return footprint(tensor)
 
     def compile(self, fn: Callable[[A, Step], A], state: Sequence[Any] = ()) -> Callable[[A, Step], A]:
         from .recording import Replayed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ... import schemes
-from ...tensors import Affine, Blocks, Dense, Tensor, dense
+from ...tensors import STORAGE, Affine, Blocks, Dense, Tensor, dense
 from . import _native
 
 FLOATS = ("float32", "float16", "bfloat16")
@@ -43,6 +43,27 @@ class NativeWeight:
     @property
     def columns(self) -> int:
         return self.shape[-1]
+
+
+def footprint(tensor: Tensor) -> int:
+    """Bytes of a NativeWeight made of it: dense matrices stay in their file, tiles hold whole rows of sixteen."""
+    form, numbers = tensor.format, 4 * tensor.size
+    if len(tensor.shape) < 2:
+        return numbers
+    if isinstance(form, Dense):
+        return tensor.nbytes if form.dtype in FLOATS else numbers
+    if isinstance(form, Affine) and form.group_size % 32 == 0:
+        bits, group, width, biased = form.bits, form.group_size, STORAGE[form.dtype].itemsize, True
+    elif isinstance(form, Blocks) and form.kind in schemes.LEGACY_BITS:
+        bits, group, width, biased = schemes.LEGACY_BITS[form.kind], 32, 2, form.kind.endswith("_1")
+    elif isinstance(form, Blocks) and form.kind in K_TILES:
+        bits, (group, zero), width = K_BITS[form.kind], K_TILES[form.kind], 4
+        biased = zero is None
+    else:
+        return numbers
+    experts, rows, columns = _stacked(tensor.shape)
+    held = experts * -(-rows // 16) * 16 * columns
+    return held * bits // 8 + held // group * width * (2 if biased else 1)
 
 
 def native_array(values: np.ndarray) -> _native.Weight:

@@ -34,7 +34,7 @@ from .experts import TorchExperts
 from .graphs import Replay
 from .recurrence import TorchRecurrence
 from .training import TorchTraining
-from .weights import TORCH, DenseWeight, Weight, prepare
+from .weights import TORCH, DenseWeight, Weight, footprint, prepare
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -69,6 +69,12 @@ class CudaBackend(TorchRecurrence, TorchExperts, TorchTraining, Backend):
 
     def prepare(self, tensor: Tensor) -> Weight:
         return prepare(tensor, self.dtype, self.device, self.packed)
+
+    def footprint(self, tensor: Tensor) -> int:
+        return footprint(tensor, self.dtype, self.packed)
+
+    def device_memory(self) -> int | None:
+        return torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else None
 
     def weight(self, w: Any) -> Weight:
         """What `prepare` returned, or an array in its place."""

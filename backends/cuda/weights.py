@@ -146,6 +146,18 @@ def prepare(tensor: Tensor, dtype: torch.dtype, device: torch.device, packed: bo
     return PackedWeight(*(torch.from_numpy(a).to(device) for a in arrays), bits, k.group_size)
 
 
+def footprint(tensor: Tensor, dtype: torch.dtype, packed: bool) -> int:
+    """Bytes of what `prepare` makes of it."""
+    form = tensor.format
+    if isinstance(form, Dense) or not packed:
+        return tensor.size * dtype.itemsize
+    if isinstance(form, Affine):
+        return tensor.nbytes
+    if form.kind in schemes.LEGACY_BITS:
+        return tensor.size * schemes.LEGACY_BITS[form.kind] // 8 + tensor.size // 32 * 2 * 2
+    return tensor.size * int(form.kind[1]) // 8 + tensor.size // schemes.k_group(form.kind) * 2 * 4
+
+
 def stored(part: np.ndarray, dtype: str, device: torch.device) -> torch.Tensor:
     """A stored part as torch holds that dtype (bfloat16 arrives as its bit patterns). Copied: files are read-only."""
     if dtype == "bfloat16":

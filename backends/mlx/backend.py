@@ -37,7 +37,7 @@ from .attention import Heads, MlxCache, MlxPlaces, heads_first, plain, softcappe
 from .experts import MlxExperts
 from .recurrence import MlxRecurrence
 from .training import MlxTraining
-from .weights import DenseWeight, PackedWeight, Weight, prepare
+from .weights import DenseWeight, PackedWeight, Weight, footprint, prepare
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -93,6 +93,13 @@ class MlxBackend(MlxExperts, MlxRecurrence, MlxTraining, Backend):
 
     def prepare(self, tensor: Tensor) -> Weight:
         return prepare(tensor, self.dtype)
+
+    def footprint(self, tensor: Tensor) -> int:
+        return footprint(tensor, self.dtype)
+
+    def device_memory(self) -> int | None:
+        """What Metal lets one process hold at once, which is less than the machine has."""
+        return mx.device_info().get("max_recommended_working_set_size") if mx.metal.is_available() else None
 
     def weight(self, w: Any) -> Weight:
         """What `prepare` returned, or an array in its place."""

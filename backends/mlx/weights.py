@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from ... import schemes
-from ...tensors import Affine, Dense, Tensor, floats
+from ...tensors import Affine, Blocks, Dense, Tensor, floats
 
 LEAST_GROUP = 32  # of MLX's quantized kernels
 
@@ -112,6 +112,18 @@ def _blocks(tensor: Tensor, dtype: mx.Dtype) -> Weight:
     bits = int(kind[1])
     scales, biases = (settled(mx.array(p), dtype) for p in (parts.scales, parts.biases))
     return PackedWeight(mx.array(schemes.pack(parts.codes, bits)), scales, biases, bits, parts.group_size)
+
+
+def footprint(tensor: Tensor, dtype: mx.Dtype) -> int:
+    """Bytes of what `prepare` makes of it."""
+    form, size, width = tensor.format, tensor.size, dtype.size
+    if isinstance(form, Affine):
+        return tensor.parts["weight"].nbytes + size // form.group_size * 2 * width
+    if isinstance(form, Blocks) and form.kind in schemes.LEGACY_BITS:
+        return size * schemes.LEGACY_BITS[form.kind] // 8 + size // 32 * 2 * width
+    if isinstance(form, Blocks) and schemes.k_group(form.kind) >= LEAST_GROUP:
+        return size * int(form.kind[1]) // 8 + size // schemes.k_group(form.kind) * 2 * width
+    return size * width
 
 
 def stored(part: np.ndarray, dtype: str) -> mx.array:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...backends.base import FEATURES, Backend, Info
 from ...errors import Unsupported
-from ...tensors import dense
+from ...tensors import Affine, Dense, blank, dense
 from ..suite import Pair, case, equal, int32
 
 
@@ -98,6 +98,17 @@ def integers_of_any_width(pair: Pair) -> None:
 @case()
 def zeros_are_zeros(pair: Pair) -> None:
     equal("zeros", pair.backend.numpy(pair.backend.zeros((2, 3))), np.zeros((2, 3)))
+
+
+@case()
+def footprints_grow_with_the_weight(pair: Pair) -> None:
+    """Told without preparing anything, and neither forgotten nor beyond what numbers can take."""
+    for form in (Dense("float32"), Dense("bfloat16"), Affine(4, 32, "float16"), Affine(8, 64, "float32")):
+        small, large = (blank((rows, 128), form) for rows in (64, 128))
+        took, twice = pair.backend.footprint(small), pair.backend.footprint(large)
+        equal(f"{form}: twice the rows", twice, 2 * took)
+        most = small.nbytes + 8 * small.size
+        assert small.nbytes // 2 <= took <= most, f"{form}: {small.nbytes} bytes as stored would take {took}"
 
 
 @case()
