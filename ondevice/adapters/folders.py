@@ -7,12 +7,12 @@ from pathlib import Path
 
 from ..checkpoint.write import write_file
 from ..errors import BadFile, BadOption, Unavailable
-from . import peft
+from . import mlx, peft
 from .adapter import Adapter
 from .files import CONFIG
 from .modules import Modules
 
-FORMATS: Mapping[str, Callable[[Adapter, Modules], dict[str, bytes]]] = {"peft": peft.files}
+FORMATS: Mapping[str, Callable[[Adapter, Modules], dict[str, bytes]]] = {"peft": peft.files, "mlx": mlx.files}
 
 
 def read_adapter(path: str | Path, modules: Modules) -> Adapter:
@@ -26,6 +26,8 @@ def read_adapter(path: str | Path, modules: Modules) -> Adapter:
         raise Unavailable(f"There is no adapter folder {folder}.", "Give a folder with an adapter_config.json.")
     if (folder / peft.WEIGHTS).is_file():
         return peft.read(folder, modules)
+    if (folder / mlx.WEIGHTS).is_file():
+        return mlx.read(folder, modules)
     raise _no_adapter(folder)
 
 
@@ -43,8 +45,9 @@ def _no_adapter(folder: Path) -> BadFile:
 
 
 def write_adapter(dest: str | Path, adapter: Adapter, modules: Modules, form: str = "peft") -> None:
-    """Write a folder in PEFT's format, or into one that exists: each file appears whole or not at all, the weights
-    last. Raises OnDeviceError when it cannot be written."""
+    """Write a folder in PEFT's format, or mlx-lm's (form "mlx"); or into one that exists: each file appears whole or
+    not at all, the weights last. Raises Unsupported for what has no place there, OnDeviceError if it can't be.
+    """
     if form not in FORMATS:
         raise BadOption(f"There is no adapter format {form!r}.", f"Choose from {', '.join(FORMATS)}.")
     dest = Path(dest)

@@ -21,7 +21,10 @@ class Place(NamedTuple):
 
 class Modules:
     """Everything in a model that an adapter may change. shapes: by our names, experts stacked, `head` even where it is
-    the embedding. paths: the module of each place, as this family's files name it first."""
+    the embedding. paths: the module of each place, as this family's files name it first. experts: our stacks -> the
+    module that holds them all in transformers; those alone whose files have each expert's parts apart. stacked: our
+    stacks -> the module of each in mlx-lm, where the family's files may have them so.
+    """
 
     def __init__(self, family: Family, config: ModelConfig):
         self.config = config
@@ -30,11 +33,20 @@ class Modules:
             self.shapes["head"] = self.shapes["embed"]
         self.tensors: dict[str, Place] = {}  # every name that a file may use for one of our tensors
         self.paths: dict[Place, str] = {}
+        self.experts: dict[str, str] = {}
+        self.stacked: dict[str, str] = {}
         for name in self.shapes:
             for spelling in family.names.spellings(name):
                 for place, spelled in self._places(name, spelling):
                     self.tensors.setdefault(spelled, place)
                     self.paths.setdefault(place, spelled.removesuffix(".weight"))
+                if "{e}" in spelling:
+                    module = spelling.partition(".{e}.")[0].replace(".block_sparse_moe.", ".mlp.")
+                    self.experts.setdefault(name, module)
+                elif len(self.shapes[name]) == 3:
+                    self.stacked.setdefault(name, spelling.removesuffix(".weight"))
+        for name in self.experts:
+            self.paths.pop(Place(name), None)
 
     def _places(self, name: str, spelling: str) -> Iterator[tuple[Place, str]]:
         if "{e}" not in spelling:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import BadFile, Unsupported
 from ..models.fields import flag, number, optional, several, table, whole
 from ..tensors import Tensor
+from . import stacks
 from .adapter import Adapter, LowRank
 from .files import CONFIG, file_of, json_of, read_config, read_tensors, stacked, transposed, unfit
 from .modules import Modules, Place, grouped
@@ -46,6 +47,7 @@ class Settings:
     targets: tuple[str, ...] | str | None = None
     excluded: tuple[str, ...] | str = ()
     saved: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()  # stacks of experts
     layers: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
     ranks: Mapping[str, int] = field(default_factory=dict)
@@ -97,7 +99,11 @@ def read(folder: Path, modules: Modules) -> Adapter:
     settings = read_settings(folder)
     raw, problems = _sorted(read_tensors(folder / WEIGHTS), modules)
     updates, more = _updates(raw.updates, settings, modules)
-    problems += more + _untouched(set(updates), raw.updates, settings, modules)
+    of_stacks, most = stacks.read(
+        raw.stacks, lambda key: _among(settings.parameters, key), settings.rank_of, settings.scale_of, modules
+    )
+    problems += more + most + _untouched(raw, settings, modules)
+    updates |= of_stacks
     if problems:
         raise unfit(folder, grouped(problems))
     if not updates and not raw.replaced:
@@ -119,6 +125,7 @@ def read_settings(folder: Path) -> Settings:
             targets=_words(config, "target_modules"),
             excluded=_words(config, "exclude_modules") or (),
             saved=tuple(several(config, "modules_to_save", str)),
+            parameters=tuple(several(config, "target_parameters", str)),
             layers=(layers,) if type(layers) is int else tuple(several(config, "layers_to_transform", int)),
             layers_pattern=_patterns(config),
             ranks={key: whole(table(config, "rank_pattern"), key) for key in table(config, "rank_pattern")},
@@ -160,9 +167,13 @@ def _patterns(config: Mapping) -> tuple[str, ...]:
 
 @dataclass
 class _Raw:
-    """Tensors by what they are: updates by place and part, whole ones by our name."""
+    """Tensors by what they are: updates by place and part, those of stacks of experts by module, depth and part, whole
+    ones by our name."""
 
     updates: dict[Place, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
+    stacks: dict[str, dict[int, dict[str, Tensor]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(dict))
+    )
     replaced: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -175,6 +186,8 @@ def _sorted(tensors: Mapping[str, Tensor], modules: Modules) -> tuple[_Raw, list
         if place is not None:
             part, turned = PARTS[ending]
             raw.updates[place][part] = transposed(tensor) if turned else tensor
+        elif ending is not None and (found := stacks.stem(path.removesuffix(ending))):
+            raw.stacks[found[0]][found[1]][PARTS[ending][0]] = tensor
         elif ending is not None:
             problems.append(f"there is no {path}")
         else:
@@ -202,9 +215,12 @@ def _updates(
     problems, made = [], {}
     for place, parts in raw.items():
         path = modules.paths[place]
-        problems += _faults(path, parts, settings, modules.shape(place), place.name == "embed")
+        key = f"{path}.weight" if _among(settings.parameters, f"{path}.weight") else path
+        problems += _faults(
+            path, parts, settings.rank_of(key), settings.dora, modules.shape(place), place.name == "embed"
+        )
         if not problems:
-            made[place] = LowRank(parts["down"], parts["up"], settings.scale_of(path), parts.get("magnitude"))
+            made[place] = LowRank(parts["down"], parts["up"], settings.scale_of(key), parts.get("magnitude"))
     if problems:
         return {}, problems
     updates = {place.name: update for place, update in made.items() if place.expert is None}
@@ -216,12 +232,14 @@ def _updates(
     return updates, problems
 
 
-def _faults(path: str, parts: Mapping[str, Tensor], settings: Settings, shape: tuple, embedding: bool) -> list[str]:
+def _faults(
+    path: str, parts: Mapping[str, Tensor], r: int, dora: bool, shape: tuple[int, ...], embedding: bool
+) -> list[str]:
     """What is wrong with one module's update."""
-    r, (outputs, inputs) = settings.rank_of(path), shape[-2:]
-    wanted = {"down": (r, inputs), "up": (outputs, r)} | ({"magnitude": (outputs,)} if settings.dora else {})
+    outputs, inputs = shape[-2:]
+    wanted = {"down": (r, inputs), "up": (outputs, r)} | ({"magnitude": (outputs,)} if dora else {})
     if embedding:
-        wanted = {"down": (outputs, r), "up": (inputs, r)} | ({"magnitude": (inputs,)} if settings.dora else {})
+        wanted = {"down": (outputs, r), "up": (inputs, r)} | ({"magnitude": (inputs,)} if dora else {})
     faults = [f"{path} lacks {part}" for part in wanted if part not in parts]
     faults += [f"{path} has {part}, which its config does not say" for part in parts if part not in wanted]
     for part, tensor in parts.items():
@@ -235,15 +253,38 @@ def _stack(updates: list[LowRank]) -> LowRank:
     return LowRank(stacked(downs), stacked(ups), updates[0].scale)
 
 
-def _untouched(held: set[str], raw: Mapping[Place, Any], settings: Settings, modules: Modules) -> list[str]:
+def _untouched(raw: _Raw, settings: Settings, modules: Modules) -> list[str]:
     """Targets that the config names and the file does not hold, and those that no module of the model answers to."""
-    named = [(p, place) for p, place in modules.matrices() if settings.names(p, place.name == "head")]
-    problems = [f"{path} is a target, and the file holds no update of it" for path, place in named if place not in raw]
-    if isinstance(settings.targets, tuple):
-        for target in settings.targets:
-            if not any(_among((target,), path) for path, _ in modules.matrices()):
-                problems.append(f"the target {target} is no module of it")
+    named = [
+        p for p, place in modules.matrices() if settings.names(p, place.name == "head") and place not in raw.updates
+    ]
+    problems = [f"{path} is a target, and the file holds no update of it" for path in named]
+    paths = {False: [path for path, _ in modules.matrices()], True: _parameters(modules)}
+    for stack, targets in ((False, settings.targets), (True, settings.parameters)):
+        for target in targets if isinstance(targets, tuple) else ():
+            if not any(_among((target,), path) for path in paths[stack]):
+                problems.append(f"the target {target} is no {'parameter' if stack else 'module'} of it")
+    held = {*raw.stacks, *(modules.paths[place] for place in raw.updates)}
+    for path in paths[True]:
+        if _among(settings.parameters, path) and path.rpartition(".")[0] not in held:
+            problems.append(f"{path} is a target, and the file holds no update of it")
     return problems
+
+
+def _module(place: Place) -> bool:
+    """Experts and routers are modules in some versions of transformers, and parameters in others."""
+    return place.expert is None and not _routes(place.name)
+
+
+def _routes(name: str) -> bool:
+    return name.endswith(".router")
+
+
+def _parameters(modules: Modules) -> list[str]:
+    """Paths of what may be adapted as a parameter: experts' stacks, and matrices of modules that are no plain ones."""
+    paths = dict.fromkeys(modules.experts.values())
+    found = [f"{path}.{parameter}" for path in paths for parameter in stacks.names(path, modules)]
+    return found + [f"{path}.weight" for path, place in modules.matrices() if place.expert is None]
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -253,23 +294,24 @@ def files(adapter: Adapter, modules: Modules) -> dict[str, bytes]:
     """The files of a folder that PEFT reads."""
     tensors: dict[str, Tensor] = {}
     ranks, alphas = {}, {}
-    for name, update in adapter.updates.items():
-        for path, own in _split(name, update, modules):
-            tensors |= _named(path, own, name == "embed")
-            ranks[path], alphas[path] = own.rank, _alpha(own, adapter.rslora)
+    single = {name: u for name, u in adapter.updates.items() if name not in modules.experts}
+    for name, update in single.items():
+        path = modules.paths[Place(name)]
+        tensors |= _named(path, update, name == "embed")
+        key = f"{path}.weight" if _routes(name) else path
+        ranks[key], alphas[key] = update.rank, _alpha(update, adapter.rslora)
+    stacked_ones = {name: u for name, u in adapter.updates.items() if name in modules.experts}
+    parameters = [key for key in ranks if key.endswith(".weight")]
+    for module, path, update, parts in stacks.write(stacked_ones, modules):
+        tensors |= {f"{PREFIX}{module}.lora_A.weight": parts["down"], f"{PREFIX}{module}.lora_B.weight": parts["up"]}
+        ranks[path], alphas[path] = update.rank, _alpha(update, adapter.rslora)
+        parameters.append(path)
     for name, tensor in adapter.replaced.items():
-        tensors[PREFIX + _spelled(name, modules)] = tensor
-    return {CONFIG: json_of(_config(adapter, modules, ranks, alphas)), WEIGHTS: file_of(tensors)}
-
-
-def _split(name: str, update: LowRank, modules: Modules) -> Iterator[tuple[str, LowRank]]:
-    """Module and update; one an expert, where they are modules."""
-    if Place(name) in modules.paths:
-        yield modules.paths[Place(name)], update
-        return
-    for e in range(update.up.shape[0]):
-        down, up = (Tensor(t.shape[1:], t.format, {"weight": t.parts["weight"][e]}) for t in (update.down, update.up))
-        yield modules.paths[Place(name, e)], LowRank(down, up, update.scale)
+        owner, _, last = _spelled(name, modules).rpartition(".")
+        wrapped = ".base_layer" if owner in ranks else ""  # as PEFT's own module has it inside
+        tensors[f"{PREFIX}{owner}{wrapped}.{last}"] = tensor
+    config = _config(adapter, modules, ranks, alphas, parameters)
+    return {CONFIG: json_of(config), WEIGHTS: file_of(tensors)}
 
 
 def _named(path: str, update: LowRank, embedding: bool) -> dict[str, Tensor]:
@@ -291,7 +333,9 @@ def _alpha(update: LowRank, rslora: bool) -> float:
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
 
 
-def _config(adapter: Adapter, modules: Modules, ranks: dict[str, int], alphas: dict[str, float]) -> dict[str, Any]:
+def _config(
+    adapter: Adapter, modules: Modules, ranks: dict[str, int], alphas: dict[str, float], parameters: list[str]
+) -> dict[str, Any]:
     rank, alpha = (Counter(d.values()).most_common(1)[0][0] if d else 8 for d in (ranks, alphas))
     saved = [_spelled(name, modules) for name in adapter.replaced]
     biases = [name for name in saved if name.endswith(".bias")]
@@ -307,7 +351,8 @@ def _config(adapter: Adapter, modules: Modules, ranks: dict[str, int], alphas: d
         "use_dora": adapter.dora,
         "fan_in_fan_out": False,
         "bias": "all" if biases else "none",
-        "target_modules": _targets(set(ranks), modules),
+        "target_modules": _targets(set(ranks) - set(parameters), modules),
+        "target_parameters": parameters or None,
         "modules_to_save": sorted(n.removesuffix(".weight") for n in saved if n not in biases) or None,
         "rank_pattern": {re.escape(path): r for path, r in ranks.items() if r != rank},
         "alpha_pattern": {re.escape(path): a for path, a in alphas.items() if a != alpha},

@@ -158,8 +158,11 @@ class Session:
         loras = adapters.loras(self.backend, self.weights, self._base, weighted)
         brought = adapters.replaced(self._base, weighted)
         extra = {name: self.backend.prepare(tensor) for name, tensor in brought.items()}
+        if self.config.tied and "embed" in extra:
+            extra = {"head": self.weights["embed"]} | extra  # an embedding of its own leaves the head as it was
         old = [w for many in self.decoder.loras.values() for a in many for w in (a.down, a.up)]
-        old += [w for name, w in self.decoder.weights.items() if w is not self.weights.get(name)]
+        own = set(map(id, self.weights.values()))
+        old += [w for w in self.decoder.weights.values() if id(w) not in own]
         self.decoder.loras, self.decoder.weights, self.attached = loras, {**self.weights, **extra}, attached
         if "engine" in self.__dict__:
             self.engine.recompile()
@@ -221,7 +224,7 @@ def open_session(
     except BaseException:
         checkpoint.close()
         raise
-    decoder = Decoder(config, ops, weights)
+    decoder = Decoder(config, ops, weights, capacity)
     seconds = time.perf_counter() - started
     return Session(path, family, hf_config, config, decoder, checkpoint, parameters, capacity, seconds, kv_dtype)
 
