@@ -22,7 +22,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -160,6 +160,14 @@ class Info:
 # ------------------------------------------------------------------------------------------------ what is given back
 
 
+class Footprint(NamedTuple):
+    """Bytes. held: memory of a weight's own. mapped: pages of its file that are read again and again, which the system
+    may take back for a while."""
+
+    held: int
+    mapped: int = 0
+
+
 class Routing(ABC):
     """Experts chosen for N tokens: `ids` [N, k] int32 in order of falling score, `gates` [N, k] float32. A backend
     adds what it needs (tokens sorted by expert, once)."""
@@ -265,10 +273,10 @@ class Backend(ABC):
         """A host tensor (any format of `ondevice.tensors`, any rank) made ready; one W serves `embed`, `linear`, norms
         and experts. The tensor may be a view of a file's memory map; it is not written to."""
 
-    def footprint(self, tensor: Tensor) -> int:
-        """Bytes of memory that a weight made of this tensor takes while it is in use, pages of its file included where
-        it is used in place. Known without preparing it: the tensor may be a `tensors.blank`. Here: as stored."""
-        return tensor.nbytes
+    def footprint(self, tensor: Tensor) -> Footprint:
+        """The memory that a weight made of this tensor takes while it is in use. Known without preparing it: the tensor
+        may be a `tensors.blank`. Here: a copy as it is stored."""
+        return Footprint(tensor.nbytes)
 
     def device_memory(self) -> int | None:
         """Bytes that weights and caches may take of the device's own memory; None: they live in the host's."""

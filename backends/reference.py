@@ -21,6 +21,7 @@ from .base import (
     FEATURES,
     AttentionSpec,
     Cache,
+    Footprint,
     Info,
     LayerCache,
     RouteRule,
@@ -143,10 +144,9 @@ class NumpyKernels(NumpyRecurrence, NumpyGradients):
     def prepare(self, tensor: Tensor) -> HostWeight:
         return HostWeight(tensor)
 
-    def footprint(self, tensor: Tensor) -> int:
-        """Beside the numbers that it makes, the pages of the file that they are made from."""
+    def footprint(self, tensor: Tensor) -> Footprint:
         as_it_is = tensor.format == Dense(str(self.dtype))
-        return tensor.nbytes + (0 if as_it_is else tensor.size * self.dtype.itemsize)
+        return Footprint(0 if as_it_is else tensor.size * self.dtype.itemsize, tensor.nbytes)
 
     def release(self, weight: HostWeight) -> None:
         weight.dense = None

@@ -14,7 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from .base import A, AttentionSpec, Backend, RouteRule, Routing, Sampled, SamplingParams, Step, W, keeps_float32
+from .base import (
+    A,
+    AttentionSpec,
+    Backend,
+    Footprint,
+    RouteRule,
+    Routing,
+    Sampled,
+    SamplingParams,
+    Step,
+    W,
+    keeps_float32,
+)
 
 
 class Node:
@@ -119,7 +131,7 @@ class TapedBackend(Backend):
     def prepare(self, tensor) -> W:
         return self.kernels.prepare(tensor)
 
-    def footprint(self, tensor) -> int:
+    def footprint(self, tensor) -> Footprint:
         return self.kernels.footprint(tensor)
 
     def release(self, weight: W) -> None:

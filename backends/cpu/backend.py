@@ -12,7 +12,7 @@ import numpy as np
 from ...errors import BadOption
 from ...registry import did_you_mean
 from ...tensors import Tensor
-from ..base import FEATURES, A, Cache, Info, LayerCache, Step, cache_dtype
+from ..base import FEATURES, A, Cache, Footprint, Info, LayerCache, Step, cache_dtype
 from ..reference import HostCache, NumpyKernels
 from ..tape import Array, TapedBackend
 from . import GET_KERNELS, NO_KERNELS, compiled
@@ -89,7 +89,7 @@ class CpuBackend(TapedBackend):
 
         return CpuCache(specs, slots, capacity, dtype or ("float32" if self.exact else "float16"))
 
-    def footprint(self, tensor: Tensor) -> int:
+    def footprint(self, tensor: Tensor) -> Footprint:
         from .weights import footprint
 
         return footprint(tensor)

@@ -6,6 +6,7 @@ import numpy as np
 
 from ... import schemes
 from ...tensors import STORAGE, Affine, Blocks, Dense, Tensor, dense
+from ..base import Footprint
 from . import _native
 
 FLOATS = ("float32", "float16", "bfloat16")
@@ -45,13 +46,13 @@ class NativeWeight:
         return self.shape[-1]
 
 
-def footprint(tensor: Tensor) -> int:
-    """Bytes of a NativeWeight made of it: dense matrices stay in their file, tiles hold whole rows of sixteen."""
-    form, numbers = tensor.format, 4 * tensor.size
+def footprint(tensor: Tensor) -> Footprint:
+    """Of a NativeWeight made of it: dense matrices stay in their file, tiles hold whole rows of sixteen."""
+    form, numbers = tensor.format, Footprint(4 * tensor.size)
     if len(tensor.shape) < 2:
         return numbers
     if isinstance(form, Dense):
-        return tensor.nbytes if form.dtype in FLOATS else numbers
+        return Footprint(0, tensor.nbytes) if form.dtype in FLOATS else numbers
     if isinstance(form, Affine) and form.group_size % 32 == 0:
         bits, group, width, biased = form.bits, form.group_size, STORAGE[form.dtype].itemsize, True
     elif isinstance(form, Blocks) and form.kind in schemes.LEGACY_BITS:
@@ -63,7 +64,7 @@ def footprint(tensor: Tensor) -> int:
         return numbers
     experts, rows, columns = _stacked(tensor.shape)
     held = experts * -(-rows // 16) * 16 * columns
-    return held * bits // 8 + held // group * width * (2 if biased else 1)
+    return Footprint(held * bits // 8 + held // group * width * (2 if biased else 1))
 
 
 def native_array(values: np.ndarray) -> _native.Weight:

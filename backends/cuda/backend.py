@@ -20,6 +20,7 @@ from ..base import (
     FEATURES,
     AttentionSpec,
     Backend,
+    Footprint,
     Info,
     LayerCache,
     Sampled,
@@ -70,8 +71,8 @@ class CudaBackend(TorchRecurrence, TorchExperts, TorchTraining, Backend):
     def prepare(self, tensor: Tensor) -> Weight:
         return prepare(tensor, self.dtype, self.device, self.packed)
 
-    def footprint(self, tensor: Tensor) -> int:
-        return footprint(tensor, self.dtype, self.packed)
+    def footprint(self, tensor: Tensor) -> Footprint:
+        return Footprint(footprint(tensor, self.dtype, self.packed))
 
     def device_memory(self) -> int | None:
         return torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else None

@@ -23,6 +23,7 @@ from ..base import (
     FEATURES,
     AttentionSpec,
     Backend,
+    Footprint,
     Info,
     LayerCache,
     Sampled,
@@ -94,8 +95,8 @@ class MlxBackend(MlxExperts, MlxRecurrence, MlxTraining, Backend):
     def prepare(self, tensor: Tensor) -> Weight:
         return prepare(tensor, self.dtype)
 
-    def footprint(self, tensor: Tensor) -> int:
-        return footprint(tensor, self.dtype)
+    def footprint(self, tensor: Tensor) -> Footprint:
+        return Footprint(footprint(tensor, self.dtype))
 
     def device_memory(self) -> int | None:
         """What Metal lets one process hold at once, which is less than the machine has."""

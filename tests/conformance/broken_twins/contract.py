@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ondevice.backends.base import Step
+from ondevice.backends.base import Footprint, Step
 from ondevice.backends.reference import ReferenceBackend
 from ondevice.backends.tape import Array
 
@@ -46,7 +46,7 @@ class SaysLessThanItDoes(ReferenceBackend):
 @twin("contract")
 class TakesNoRoom(ReferenceBackend):
     def footprint(self, tensor):
-        return 0
+        return Footprint(0)
 
 
 @twin("contract")
