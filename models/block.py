@@ -11,8 +11,16 @@ from .scope import Scope
 
 def block(p: Scope, cfg: LayerConfig, x: A, step: Step) -> A:
     """x [B, T, D] -> [B, T, D]"""
-    h = attention(p.at("attn"), cfg.attention, p.norm("attn_norm", x), step)
-    x = x + (p.norm("attn_post_norm", h) if cfg.post_norms else h)
-    h = feed_forward(p, cfg.feed_forward, p.norm("mlp_norm", x))
-    x = x + (p.norm("mlp_post_norm", h) if cfg.post_norms else h)
-    return p.tap("output", x)
+    read = p.norm("attn_norm", x) if cfg.pre_norms else x
+    h = attention(p.at("attn"), cfg.attention, read, step)
+    stream = _added(x, p.norm("attn_post_norm", h) if cfg.post_norms else h, cfg)
+    if not cfg.shared_norm:
+        read = x if cfg.parallel else stream
+        read = p.norm("mlp_norm", read) if cfg.pre_norms else read
+    h = feed_forward(p, cfg.feed_forward, read)
+    stream = _added(stream, p.norm("mlp_post_norm", h) if cfg.post_norms else h, cfg)
+    return p.tap("output", stream)
+
+
+def _added(stream: A, h: A, cfg: LayerConfig) -> A:
+    return stream + (h if cfg.residual_scale == 1.0 else h * cfg.residual_scale)

@@ -14,13 +14,15 @@ from .scope import Lora, Scope
 
 class Decoder:
     """A model made of prepared weights. Callable as a whole, or as `embed`, `block(i)`, `head`, so that tools can
-    stream layer by layer. `listener` is shown every tapped activation; while there is one, nothing is compiled."""
+    stream layer by layer. `listener` is shown every tapped activation; while there is one, nothing is compiled.
 
-    def __init__(self, config: ModelConfig, ops: Backend, weights: Mapping[str, W]):
+    length: how many tokens its caches hold at most, by which some rotary positions are chosen; None: few."""
+
+    def __init__(self, config: ModelConfig, ops: Backend, weights: Mapping[str, W], length: int | None = None):
         self.config, self.ops, self.weights = config, ops, weights
         self.loras: Mapping[str, Sequence[Lora]] = {}
         self.listener: Callable[[str, A], None] | None = None
-        self.ropes = {name: (*rope.frequencies(), rope.interleaved) for name, rope in config.ropes.items()}
+        self.ropes = {name: (*rope.frequencies(length), rope.interleaved) for name, rope in config.ropes.items()}
 
     def scope(
         self, trainable: Mapping[str, A] | None = None, loras: Mapping[str, Sequence[Lora]] | None = None
@@ -36,6 +38,7 @@ class Decoder:
             cfg.norm_eps,
             cfg.norm_offset,
             self.ropes,
+            layer_norms=cfg.norm == "layer",
         )
 
     def embed(self, p: Scope, ids: A) -> A:
@@ -50,7 +53,8 @@ class Decoder:
         """x [..., D] -> logits [..., V]"""
         shared = self.config.tied and "head" not in self.weights  # an adapter may bring a head of its own
         logits = p.linear("head", p.norm("norm", x), weight="embed" if shared else None)
-        cap = self.config.logit_softcap
+        scale, cap = self.config.logit_scale, self.config.logit_softcap
+        logits = logits if scale == 1.0 else logits * scale
         return logits if cap is None else p.ops.softcap(logits, cap)
 
     def hidden(self, ids: A, step: Step, trainable: Mapping[str, A] | None = None) -> A:

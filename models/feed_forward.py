@@ -13,7 +13,13 @@ def feed_forward(p: Scope, cfg: MLPConfig | MoEConfig, x: A) -> A:
 
 
 def mlp(p: Scope, cfg: MLPConfig, x: A) -> A:
-    return p.linear("down", p.ops.gated(p.linear("gate", x), p.linear("up", x), cfg.act))
+    if cfg.gate is None:
+        return p.linear("down", p.ops.act(p.linear("up", x), cfg.act))
+    if cfg.gate == "fused":
+        gate, up = p.ops.split(p.linear("gate_up", x), (cfg.hidden, cfg.hidden))
+    else:
+        gate, up = p.linear("gate", x), p.linear("up", x)
+    return p.linear("down", p.ops.gated(gate, up, cfg.act))
 
 
 def moe(p: Scope, cfg: MoEConfig, x: A) -> A:

@@ -38,9 +38,21 @@ def whole(hf: Mapping, key: str, default: int | None = None, least: int = 1, mos
     return _value(hf, key, default, needed, lambda v: type(v) is int and least <= v <= most)
 
 
-def number(hf: Mapping, key: str, default: float | None = None) -> float:
-    """A positive number, well within float32."""
-    return float(_value(hf, key, default, "a positive number", lambda v: type(v) in (int, float) and 1e-30 < v < 1e30))
+def number(hf: Mapping, key: str, default: float | None = None, least: float = 1e-30) -> float:
+    """A positive number (or, with `least` 0, none), well within float32."""
+    needed = "a positive number" if least else "a number, 0 or more,"
+    return float(_value(hf, key, default, needed, lambda v: _is_number(v) and least <= v < 1e30))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def numbers(hf: Mapping, key: str) -> Sequence[float]:
+    """A list of positive numbers."""
+    return _value(hf, key, None, "a list of positive numbers", lambda v: (
+        isinstance(v, list) and all(_is_number(i) and 1e-30 < i < 1e30 for i in v)
+    ))  # fmt: skip
 
 
 def flag(hf: Mapping, key: str, default: bool = False) -> bool:
@@ -75,7 +87,7 @@ def one_of(hf: Mapping, key: str, known: Mapping[str, T], default: str) -> T:
 
 ACTIVATIONS = {  # Hugging Face's names -> the contract's
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
-    "relu": "relu", "relu2": "relu2",
+    "gelu_fast": "gelu_tanh", "gelu_python": "gelu", "relu": "relu", "relu2": "relu2",
 }  # fmt: skip
 
 

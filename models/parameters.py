@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ..backends.base import Backend, W
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, release
 from ..errors import BadFile
 from ..schemes import stack
 from ..tensors import Tensor
-from .config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
+from .config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig
 from .families import Family
 
 Shapes = dict[str, tuple[int, ...]]
@@ -17,37 +17,56 @@ Shapes = dict[str, tuple[int, ...]]
 
 def expected(cfg: ModelConfig) -> Shapes:
     """Our name -> shape, for every parameter of the model."""
-    shapes: Shapes = {"embed": (cfg.vocab, cfg.width), "norm": (cfg.width,)}
+    shapes: Shapes = {"embed": (cfg.vocab, cfg.width)}
+    if cfg.positions:
+        shapes["positions"] = (cfg.positions, cfg.width)
     if not cfg.tied:
         shapes["head"] = (cfg.vocab, cfg.width)
+    if cfg.head_bias:
+        shapes["head.bias"] = (cfg.vocab,)
+    shapes |= _norm(cfg, "norm")
     for i, layer in enumerate(cfg.layers):
-        of_layer = {"attn_norm": (cfg.width,), "mlp_norm": (cfg.width,)}
-        if layer.post_norms:
-            of_layer |= {"attn_post_norm": (cfg.width,), "mlp_post_norm": (cfg.width,)}
-        of_layer |= _attention(layer.attention, cfg.width) | _feed_forward(layer.feed_forward, cfg.width)
+        of_layer = _norms(cfg, layer) | _attention(layer.attention, cfg.width) | _feed_forward(layer, cfg.width)
         shapes |= {f"layers.{i}.{name}": shape for name, shape in of_layer.items()}
     return shapes
 
 
+def _norm(cfg: ModelConfig, name: str) -> Shapes:
+    return {name: (cfg.width,)} | ({f"{name}.bias": (cfg.width,)} if cfg.norm_bias else {})
+
+
+def _norms(cfg: ModelConfig, layer: LayerConfig) -> Shapes:
+    """Those around the two halves of a block."""
+    pre = () if not layer.pre_norms else ("attn_norm",) if layer.shared_norm else ("attn_norm", "mlp_norm")
+    names = (*pre, *(("attn_post_norm", "mlp_post_norm") if layer.post_norms else ()))
+    return {key: shape for name in names for key, shape in _norm(cfg, name).items()}
+
+
 def _attention(a: AttentionConfig, width: int) -> Shapes:
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    shapes: Shapes = {"attn.q": (q, width), "attn.k": (kv, width), "attn.v": (kv, width), "attn.o": (width, q)}
+    rows = {"q": q, "k": kv, "v": kv} if a.qkv == "separate" else {"qkv": q + 2 * kv}
+    shapes: Shapes = {f"attn.{name}": (n, width) for name, n in rows.items()} | {"attn.o": (width, q)}
     if a.bias:
-        shapes |= {"attn.q.bias": (q,), "attn.k.bias": (kv,), "attn.v.bias": (kv,)}
+        shapes |= {f"attn.{name}.bias": (n,) for name, n in rows.items()}
     if a.output_bias:
         shapes["attn.o.bias"] = (width,)
     if a.qk_norm:
-        shapes |= {"attn.q_norm": (a.head_dim,), "attn.k_norm": (a.head_dim,)}
+        q, kv = (q, kv) if a.qk_norm == "width" else (a.head_dim, a.head_dim)
+        shapes |= {"attn.q_norm": (q,), "attn.k_norm": (kv,)}
     return shapes
 
 
-def _feed_forward(f: MLPConfig | MoEConfig, width: int) -> Shapes:
+def _feed_forward(layer: LayerConfig, width: int) -> Shapes:
+    f = layer.feed_forward
     if isinstance(f, MoEConfig):
         up, down = (f.experts, f.hidden, width), (f.experts, width, f.hidden)
         return {"moe.router": (f.experts, width), "moe.gate": up, "moe.up": up, "moe.down": down}
-    shapes: Shapes = {"mlp.gate": (f.hidden, width), "mlp.up": (f.hidden, width), "mlp.down": (width, f.hidden)}
+    rows = {"gate_up": 2 * f.hidden} if f.gate == "fused" else {"gate": f.hidden, "up": f.hidden}
+    if f.gate is None:
+        del rows["gate"]
+    shapes: Shapes = {f"mlp.{name}": (n, width) for name, n in rows.items()} | {"mlp.down": (width, f.hidden)}
     if f.bias:
-        shapes |= {"mlp.gate.bias": (f.hidden,), "mlp.up.bias": (f.hidden,), "mlp.down.bias": (width,)}
+        shapes |= {f"mlp.{name}.bias": (n,) for name, n in rows.items()} | {"mlp.down.bias": (width,)}
     return shapes
 
 
@@ -113,6 +132,8 @@ class Parameters:
         for name in self:
             tensor = self[name]
             weights[name] = ops.prepare(tensor)
+            for stored in self.stored(name):  # a weight that is used in place takes its pages again when it is used
+                release(self.checkpoint[stored])
             progress(tensor.nbytes)
         return weights
 

@@ -59,12 +59,13 @@ class Scope:
     ropes: Mapping[str, tuple[np.ndarray, float, bool]] = field(default_factory=dict)
     prefix: str = ""
     layer: int = -1
+    layer_norms: bool = False  # norms take the mean away, and may have a bias
 
     def at(self, name: str, layer: int | None = None) -> Scope:
         """The scope one step down: `p.at("attn")`."""
         return Scope(
             self.ops, self.weights, self.trainable, self.loras, self.listener, self.eps, self.norm_offset, self.ropes,
-            f"{self.prefix}{name}.", self.layer if layer is None else layer,
+            f"{self.prefix}{name}.", self.layer if layer is None else layer, self.layer_norms,
         )  # fmt: skip
 
     def weight(self, name: str) -> W:
@@ -126,4 +127,6 @@ class Scope:
         return y
 
     def norm(self, name: str, x: A) -> A:
+        if self.layer_norms:
+            return self.ops.layer_norm(x, self.weight(name), self.bias(name), self.eps)
         return self.ops.rms_norm(x, self.weight(name), self.eps, self.norm_offset)

@@ -89,11 +89,16 @@ LLAMA = NameMap(
         "layers.{i}.mlp.gate": "model.layers.{i}.mlp.gate_proj.weight",
         "layers.{i}.mlp.up": "model.layers.{i}.mlp.up_proj.weight",
         "layers.{i}.mlp.down": "model.layers.{i}.mlp.down_proj.weight",
+        "layers.{i}.attn.qkv": "model.layers.{i}.self_attn.qkv_proj.weight",
+        "layers.{i}.mlp.gate_up": "model.layers.{i}.mlp.gate_up_proj.weight",
+        "layers.{i}.attn.q_norm": "model.layers.{i}.self_attn.q_norm.weight",
+        "layers.{i}.attn.k_norm": "model.layers.{i}.self_attn.k_norm.weight",
     }
 )
-QK_NORM = {
-    "layers.{i}.attn.q_norm": "model.layers.{i}.self_attn.q_norm.weight",
-    "layers.{i}.attn.k_norm": "model.layers.{i}.self_attn.k_norm.weight",
+SANDWICH = LLAMA | {  # a norm in front of and behind each half of a block
+    "layers.{i}.attn_post_norm": "model.layers.{i}.post_attention_layernorm.weight",
+    "layers.{i}.mlp_norm": "model.layers.{i}.pre_feedforward_layernorm.weight",
+    "layers.{i}.mlp_post_norm": "model.layers.{i}.post_feedforward_layernorm.weight",
 }
 
 

@@ -6,19 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ...errors import Unsupported
-from ..config import ModelConfig, RopeConfig, rope
-from ..fields import activation, flag, head_dim, layer_count, number, optional, table, whole
-from . import LLAMA, QK_NORM, Family, Gguf, gguf
-
-NAMES = LLAMA | QK_NORM | {
-    "layers.{i}.attn_post_norm": "model.layers.{i}.post_attention_layernorm.weight",
-    "layers.{i}.mlp_norm": "model.layers.{i}.pre_feedforward_layernorm.weight",
-    "layers.{i}.mlp_post_norm": "model.layers.{i}.post_feedforward_layernorm.weight",
-}  # fmt: skip
-GGUF_NAMES = gguf.NAMES | {
-    "layers.{i}.attn_post_norm": "blk.{i}.post_attention_norm.weight",
-    "layers.{i}.mlp_post_norm": "blk.{i}.post_ffw_norm.weight",
-}
+from ..config import ModelConfig
+from ..fields import activation, flag, head_dim, layer_count, number, optional, whole
+from ..ropes import ropes_by_window
+from . import SANDWICH, Family, Gguf, gguf
 
 
 def config(hf: Mapping) -> ModelConfig:
@@ -28,27 +19,18 @@ def config(hf: Mapping) -> ModelConfig:
     hf = {**hf, "head_dim": head_dim(hf, 256), "sliding_window": whole(hf, "sliding_window", 4096)}
     return ModelConfig.llama_like(
         hf,
-        act=activation(hf, "hidden_activation", "gelu_pytorch_tanh"),
         tied=True,
-        ropes=_ropes(hf),
+        ropes=ropes_by_window(hf, hf["head_dim"], 1_000_000.0, 10_000.0),
         scale=number(hf, "query_pre_attn_scalar", 256) ** -0.5,
         softcap=optional(number, hf, "attn_logit_softcapping"),
-        qk_norm=True,
-        post_norms=True,
+        attention={"qk_norm": "head"},
+        mlp={"act": activation(hf, "hidden_activation", "gelu_pytorch_tanh")},
+        layer={"post_norms": True},
         sliding=lambda layer: (layer + 1) % pattern != 0,
         embed_scale=whole(hf, "hidden_size") ** 0.5,
         norm_offset=1.0,
         logit_softcap=optional(number, hf, "final_logit_softcapping"),
     )
-
-
-def _ropes(hf: Mapping) -> dict[str, RopeConfig]:
-    """Two rotary bases: nested by kind of layer, as transformers 5 writes them, or under two keys as before."""
-    both = table(hf, "rope_parameters")
-    main = table(both, "full_attention") or {"rope_theta": hf.get("rope_theta"), **table(hf, "rope_scaling")}
-    local = table(both, "sliding_attention") or {"rope_theta": hf.get("rope_local_base_freq")}
-    bases = {"main": (main, 1_000_000.0), "local": (local, 10_000.0)}
-    return {name: rope({"rope_parameters": rule}, hf["head_dim"], base) for name, (rule, base) in bases.items()}
 
 
 def _from_gguf(metadata: Mapping, checkpoint) -> dict:
@@ -59,6 +41,6 @@ def _from_gguf(metadata: Mapping, checkpoint) -> dict:
 
 
 gemma3 = Family(
-    "gemma3", model_types=("gemma3_text",), config=config, names=NAMES,
-    gguf=Gguf("gemma3", GGUF_NAMES, _from_gguf, arrange=gguf.minus_one),
+    "gemma3", model_types=("gemma3_text",), config=config, names=SANDWICH,
+    gguf=Gguf("gemma3", gguf.SANDWICH, _from_gguf, arrange=gguf.minus_one),
 )  # fmt: skip

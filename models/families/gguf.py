@@ -11,8 +11,9 @@ import numpy as np
 from ...errors import BadFile, Unsupported
 from ...schemes import take_rows, to_float
 from ...tensors import Tensor, dense
-from ..config import ModelConfig, RopeConfig, rope
-from ..fields import head_dim
+from ..config import ModelConfig
+from ..fields import head_dim, whole
+from ..ropes import RopeConfig, rope
 from . import NameMap
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ NAMES = NameMap(
         "layers.{i}.attn.q": "blk.{i}.attn_q.weight",
         "layers.{i}.attn.k": "blk.{i}.attn_k.weight",
         "layers.{i}.attn.v": "blk.{i}.attn_v.weight",
+        "layers.{i}.attn.qkv": "blk.{i}.attn_qkv.weight",
         "layers.{i}.attn.o": "blk.{i}.attn_output.weight",
         "layers.{i}.attn.q_norm": "blk.{i}.attn_q_norm.weight",
         "layers.{i}.attn.k_norm": "blk.{i}.attn_k_norm.weight",
@@ -40,6 +42,10 @@ NAMES = NameMap(
         "layers.{i}.moe.down": "blk.{i}.ffn_down_exps.weight",
     }
 )
+SANDWICH = NAMES | {
+    "layers.{i}.attn_post_norm": "blk.{i}.post_attention_norm.weight",
+    "layers.{i}.mlp_post_norm": "blk.{i}.post_ffw_norm.weight",
+}
 
 KEYS = {  # Hugging Face's name -> (key behind the architecture's name)
     "hidden_size": "embedding_length",
@@ -50,23 +56,36 @@ KEYS = {  # Hugging Face's name -> (key behind the architecture's name)
     "head_dim": "attention.key_length",
     "max_position_embeddings": "context_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "layer_norm_eps": "attention.layer_norm_epsilon",
     "rope_theta": "rope.freq_base",
     "rope_local_base_freq": "rope.freq_base_swa",
     "sliding_window": "attention.sliding_window",
     "sliding_window_pattern": "attention.sliding_window_pattern",
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
+    "logit_scale": "logit_scale",
     "num_experts": "expert_count",
     "num_experts_per_tok": "expert_used_count",
     "moe_intermediate_size": "expert_feed_forward_length",
 }
-BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_gate.bias"}  # no metadata says so
+BIASES = {  # no metadata says so
+    "attention_bias": ("blk.0.attn_q.bias", "blk.0.attn_qkv.bias"),
+    "mlp_bias": ("blk.0.ffn_up.bias",),
+}
 
 
-def config(metadata: Mapping, checkpoint: Checkpoint, model_type: str, architecture_class: str, **more) -> dict:
-    """The metadata as a config.json of this model type; `more` is what the family adds or overrides."""
+def config(
+    metadata: Mapping,
+    checkpoint: Checkpoint,
+    model_type: str,
+    architecture_class: str,
+    keys: Mapping[str, str] | None = None,
+    **more,
+) -> dict:
+    """The metadata as a config.json of this model type. keys: the family's own, as in KEYS; more: what the family adds
+    or overrides."""
     prefix = metadata["general.architecture"]
-    found = {hf: metadata.get(f"{prefix}.{key}") for hf, key in KEYS.items()}
+    found = {hf: metadata.get(f"{prefix}.{key}") for hf, key in {**KEYS, **(keys or {})}.items()}
     hf = {key: value for key, value in found.items() if value is not None}
     if "token_embd.weight" not in checkpoint:
         raise BadFile(
@@ -74,7 +93,7 @@ def config(metadata: Mapping, checkpoint: Checkpoint, model_type: str, architect
         )
     hf["vocab_size"] = next(iter(checkpoint["token_embd.weight"].shape), None)
     hf["tie_word_embeddings"] = "output.weight" not in checkpoint
-    hf |= {key: name in checkpoint for key, name in BIASES.items()}
+    hf |= {key: any(name in checkpoint for name in names) for key, names in BIASES.items()}
     hf |= _rope_scaling(metadata, prefix, checkpoint, hf)
     for ours in ("bos", "eos"):
         token = metadata.get(f"tokenizer.ggml.{ours}_token_id")
@@ -84,16 +103,15 @@ def config(metadata: Mapping, checkpoint: Checkpoint, model_type: str, architect
 
 
 def _rope_scaling(metadata: Mapping, prefix: str, checkpoint: Checkpoint, hf: Mapping) -> dict:
-    turning, size = metadata.get(f"{prefix}.rope.dimension_count"), head_dim(hf)
-    if turning not in (None, size):
-        raise Unsupported(
-            f"{checkpoint.path} turns {turning!r:.20} of a head's {size} dimensions, which {prefix} does not here.",
-            "Take the model as a Hugging Face folder.",
-        )
+    size = head_dim(hf)
+    turning = whole({"dimension_count": metadata.get(f"{prefix}.rope.dimension_count")}, "dimension_count", size)
+    found = {} if turning == size else {"partial_rotary_factor": turning / size}
     kind = metadata.get(f"{prefix}.rope.scaling.type", "none")
     if kind != "none":
-        return {"rope_scaling": {"rope_type": kind, "factor": metadata.get(f"{prefix}.rope.scaling.factor")}}
-    return _llama3(checkpoint, rope(hf, size)) if "rope_freqs.weight" in checkpoint else {}
+        keys = {"factor": "factor", "original_max_position_embeddings": "original_context_length"}
+        values = {ours: metadata.get(f"{prefix}.rope.scaling.{key}") for ours, key in keys.items()}
+        return found | {"rope_scaling": {"rope_type": kind, **{k: v for k, v in values.items() if v is not None}}}
+    return found | (_llama3(checkpoint, rope(hf | found, size)) if "rope_freqs.weight" in checkpoint else {})
 
 
 def _llama3(checkpoint: Checkpoint, plain: RopeConfig) -> dict:

@@ -7,14 +7,14 @@ from functools import partial
 
 from ..config import ModelConfig
 from ..fields import flag, head_dim, whole
-from . import LLAMA, QK_NORM, Family, Gguf, gguf
+from . import LLAMA, Family, Gguf, gguf
 
 
 def config(hf: Mapping) -> ModelConfig:
     first = whole(hf, "max_window_layers", 28, least=0) if flag(hf, "use_sliding_window") else None
     return ModelConfig.llama_like(
         {**hf, "head_dim": head_dim(hf, 128)},
-        qk_norm=True,
+        attention={"qk_norm": "head"},
         sliding=lambda layer: first is not None and layer >= first,
     )
 
@@ -23,6 +23,6 @@ qwen3 = Family(
     "qwen3",
     model_types=("qwen3",),
     config=config,
-    names=LLAMA | QK_NORM,
+    names=LLAMA,
     gguf=Gguf("qwen3", gguf.NAMES, partial(gguf.config, model_type="qwen3", architecture_class="Qwen3ForCausalLM")),
 )

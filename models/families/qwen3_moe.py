@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from ...backends.base import RouteRule
 from ..config import MLPConfig, ModelConfig, MoEConfig
 from ..fields import activation, contradiction, flag, layer_count, several, whole
-from . import LLAMA, QK_NORM, Family, Gguf, gguf
+from . import LLAMA, Family, Gguf, gguf
 
-NAMES = LLAMA | QK_NORM | {
+NAMES = LLAMA | {
     "layers.{i}.moe.router": "model.layers.{i}.mlp.gate.weight",
 } | {
     f"layers.{{i}}.moe.{part}": (
@@ -31,7 +31,7 @@ def config(hf: Mapping) -> ModelConfig:
     every, dense = whole(hf, "decoder_sparse_step", 1), several(hf, "mlp_only_layers", int)
     windowed = flag(hf, "use_sliding_window")
     kinds = [plain if i in dense or (i + 1) % every else moe for i in range(layer_count(hf))]
-    return ModelConfig.llama_like(hf, qk_norm=True, sliding=lambda layer: windowed, feed_forward=kinds)
+    return ModelConfig.llama_like(hf, attention={"qk_norm": "head"}, sliding=lambda layer: windowed, feed_forward=kinds)
 
 
 def _from_gguf(metadata: Mapping, checkpoint) -> dict:

@@ -62,18 +62,18 @@ def logits_of(model: Any, ids: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(ids.astype(np.int64)), use_cache=False).logits.float().numpy()
 
 
-def open_decoder(path: str | Path, ops: Backend) -> Decoder:
-    """The decoder of a model folder or file. Raises OnDeviceError's children."""
+def open_decoder(path: str | Path, ops: Backend, length: int | None = None) -> Decoder:
+    """The decoder of a model folder or file; length: see Decoder. Raises OnDeviceError's children."""
     with open_checkpoint(path) as checkpoint:
         family, hf = family_of(checkpoint)
         config = family.config(hf)
-        return Decoder(config, ops, Parameters(family, config, checkpoint).prepare(ops))
+        return Decoder(config, ops, Parameters(family, config, checkpoint).prepare(ops), length)
 
 
 def check_family(path: str | Path, twin: Any, ops: Backend | None = None, tokens: int = 13, seed: int = 0) -> None:
     """Raises AssertionError unless the model at `path` says on `ops` (the reference, if None) what its twin says: a
     transformers model, or any function from ids [B, T] to logits [B, T, V]. Windows should be shorter than `tokens`."""
-    decoder = open_decoder(path, ops or create_reference())
+    decoder = open_decoder(path, ops or create_reference(), tokens)
     ids = np.random.default_rng(seed).integers(0, decoder.config.vocab, (2, tokens)).astype(np.int32)
     want = logits_of(twin, ids) if hasattr(twin, "save_pretrained") else twin(ids)
     check_decoder(decoder, ids, want)

@@ -156,7 +156,7 @@ def test_a_quantized_vector_is_refused(folder):
         ({"layer_types": ["full_attention"] * 2 + ["linear_attention"]}, Unsupported, "linear_attention"),
         ({"layer_types": ["sliding_attention"] * 3}, BadFile, "no sliding_window"),
         ({"hidden_act": "snake"}, Unsupported, "hidden_act = 'snake'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2}}, Unsupported, "rope_type = 'yarn'"),
+        ({"rope_parameters": {"rope_type": "warp", "factor": 2}}, Unsupported, "rope_type = 'warp'"),
         ({"rope_parameters": None, "rope_scaling": {"type": "su"}}, Unsupported, "type = 'su'"),
         ({"rope_parameters": {"rope_type": "linear"}}, BadFile, "no factor"),
         ({"rope_parameters": twins.LLAMA3 | {"low_freq_factor": 4.0}}, BadFile, "low_freq_factor = 4.0"),
@@ -267,16 +267,16 @@ class SpoilingWriter(gguf.GGUFWriter):
 
 
 @pytest.mark.parametrize(
-    ("key", "instead", "said"),
+    ("key", "instead", "kind", "said"),
     [
-        ("llama.rope.dimension_count", (4, VALUES.UINT32), "turns 4 of a head's 8 dimensions"),
-        ("llama.rope.scaling.type", ("yarn", VALUES.STRING), "rope_type = 'yarn'"),
+        ("llama.rope.dimension_count", (3, VALUES.UINT32), BadFile, "heads of 8, of which 3 cannot turn"),
+        ("llama.rope.scaling.type", ("warp", VALUES.STRING), Unsupported, "rope_type = 'warp'"),
     ],
 )
-def test_rotary_positions_that_are_not_computed_here(key, instead, said, tmp_path):
+def test_rotary_positions_that_are_not_computed_here(key, instead, kind, said, tmp_path):
     path = tmp_path / "odd.gguf"
     gguf_twins.write(path, twins.make("llama-linear"), writer_class=partial(SpoilingWriter, key=key, instead=instead))
-    assert said in refusal(path, Unsupported).message
+    assert said in refusal(path, kind).message
 
 
 def test_frequencies_unlike_llama_3(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from pages import Page
 
 from ondevice.models import families
-from ondevice.models.config import ModelConfig
+from ondevice.models.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig
 
 PAGE = Page("families.md", "toy_family")
 
@@ -34,13 +34,13 @@ def ran(tmp_path_factory):
 def test_the_commands_of_the_page(ran):
     """Installed, green beside its twin, and a family like ours."""
     assert "1 passed" in ran.output
-    assert ran.output.split("\n")[-2].split() == ["gemma3", "llama", "qwen3", "qwen3_moe", "toy"]
+    assert ran.output.split("\n")[-2].split() == sorted([*families.families(), "toy"])
 
 
 def test_the_twin_notices_a_wrong_family(ran, tmp_path):
     shutil.copytree(ran.environment["PYTHONPATH"], tmp_path, dirs_exist_ok=True)
     module = tmp_path / "toy_family.py"
-    module.write_text(module.read_text().replace("hf, qk_norm=True", "hf, qk_norm=True, norm_offset=0.001"))
+    module.write_text(module.read_text().replace("llama_like(hf,", "llama_like(hf, norm_offset=0.001,"))
     done = ran.run("pytest", "tests", PYTHONPATH=str(tmp_path))
     assert done.returncode == 1 and "allowed" in done.stdout
 
@@ -50,6 +50,9 @@ def test_every_keyword_of_the_page_exists():
     named = set(re.findall(r"`(\w+)=", table))
     known = set(ModelConfig.llama_like.__kwdefaults__) | set(ModelConfig.__dataclass_fields__)
     assert named and named <= known
+    parts = {"attention": AttentionConfig, "mlp": MLPConfig, "layer": LayerConfig}
+    fields = re.findall(r'`(\w+)=\{"(\w+)": ', table)
+    assert fields and all(field in parts[part].__dataclass_fields__ for part, field in fields)
 
 
 def test_every_name_of_the_page_is_a_parameter():

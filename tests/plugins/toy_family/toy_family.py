@@ -10,7 +10,7 @@ NAMES = LLAMA | {
 
 
 def config(hf):
-    return ModelConfig.llama_like(hf, qk_norm=True)
+    return ModelConfig.llama_like(hf, attention={"qk_norm": "head"})
 
 
 toy = Family("toy", model_types=("toy",), config=config, names=NAMES)

@@ -1,0 +1,37 @@
+"""Command R and R7B (Cohere, Cohere2): attention and MLP side by side behind one layer norm, interleaved positions, in
+Cohere2 only where there is a window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ...errors import Unsupported
+from ..config import ModelConfig
+from ..fields import flag, head_dim, number, whole
+from ..ropes import rope
+from . import LLAMA, Family, Gguf, gguf
+
+
+def config(hf: Mapping) -> ModelConfig:
+    if flag(hf, "use_qk_norm"):
+        raise Unsupported("This Command R norms each head of q and k by gains of its own.", "Take a smaller one.")
+    second, pattern = hf.get("model_type") == "cohere2", whole(hf, "sliding_window_pattern", 4)
+    return ModelConfig.llama_like(
+        {"sliding_window": 4096, **hf},
+        tied=True,
+        ropes={"main": rope(hf, head_dim(hf), base=10_000.0 if second else 500_000.0, interleaved=True)},
+        sliding=lambda layer: second and (layer + 1) % pattern != 0,
+        turns=lambda layer, slides: slides or not second,
+        layer={"parallel": True, "shared_norm": True},
+        norm="layer",
+        norm_eps=number(hf, "layer_norm_eps", 1e-5),
+        logit_scale=number(hf, "logit_scale", 0.0625),
+    )
+
+
+def _gguf(architecture: str, *kind: str) -> Gguf:
+    return Gguf(architecture, gguf.NAMES, lambda metadata, checkpoint: gguf.config(metadata, checkpoint, *kind))
+
+
+cohere = Family("cohere", ("cohere",), config, LLAMA, _gguf("command-r", "cohere", "CohereForCausalLM"))
+cohere2 = Family("cohere2", ("cohere2",), config, LLAMA, _gguf("cohere2", "cohere2", "Cohere2ForCausalLM"))

@@ -1,0 +1,28 @@
+"""Phi-3, Phi-3.5 and Phi-4: Llama whose q, k and v are one matrix, and gate and up another; long texts by longrope."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..config import ModelConfig
+from ..fields import head_dim, table
+from ..ropes import rope
+from . import LLAMA, Family
+
+
+def config(hf: Mapping) -> ModelConfig:
+    rule = dict(table(hf, "rope_parameters") or table(hf, "rope_scaling"))
+    if rule.get("type") in ("su", "yarn"):  # what longrope was called at first
+        rule["type"] = "longrope"
+    hf = {"original_max_position_embeddings": 4096, **hf, "rope_parameters": rule}
+    return ModelConfig.llama_like(
+        hf,
+        eps=1e-5,
+        ropes={"main": rope(hf, head_dim(hf))},
+        attention={"qkv": "fused"},
+        mlp={"gate": "fused"},
+        sliding=lambda layer: hf.get("sliding_window") is not None,
+    )
+
+
+phi3 = Family("phi3", model_types=("phi3",), config=config, names=LLAMA)
