@@ -63,9 +63,12 @@ def command(
     Writes an adapter (with --method full: a model) that chat, generate, eval and fuse take, in PEFT's format."""
     from ..runtime.session import open_session
     from ..train import Saving, load_data, train
+    from ..train.folder import admit, locked
 
     options["targets"] = options["targets"] or Settings.targets_default()
     settings, room = Settings(**options), _bytes(memory)
+    with locked(out):
+        admit(out, resume)  # said before anything is read
     opened = {"backend": backend, "exact": exact, "threads": threads}
     with open_session(model, **opened, say=console.status) as session:
         taught = open_session(teacher, **opened, say=console.status) if teacher else None
@@ -122,10 +125,7 @@ def _follow(run: Any, backend: str, out: Path) -> dict[str, Any]:
             console.status(f"Stopped behind step {tracker.step}; --resume goes on from there.")
             raise
     console.status(_ending(finished, out))
-    return {
-        "steps": finished.step, "kept": finished.kept, "loss": finished.loss,
-        "validation_loss": finished.validation_loss, "stopped_early": finished.stopped_early,
-    }  # fmt: skip
+    return finished.as_dict()
 
 
 class _Tracker:
@@ -174,6 +174,8 @@ def _time(seconds: float) -> str:
 def _plan(event: Started, backend: str) -> str:
     again = f", going on behind step {event.done}" if event.done else ""
     remat = "activations computed twice" if event.remat else "activations kept"
+    if event.done == event.steps:
+        return "This run has ended already."
     return (
         f"{event.parameters / 1e6:.2f} M parameters, {event.steps} steps on {backend}{again}; "
         f"{event.micro_batch} at once, {remat}: about {event.memory / 1e6:.0f} MB."

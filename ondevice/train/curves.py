@@ -29,7 +29,7 @@ def draw(dest: Path) -> Path | None:
     validated = [m for m in metrics if "validation_loss" in m]
     if validated:
         series["validation loss"] = [m["step"] for m in validated], [m["validation_loss"] for m in validated]
-    kept = (read_record(dest) or {}).get("kept")
+    kept = ((read_record(dest) or {}).get("ended") or {}).get("kept")
     marks = {"kept": kept} if validated and kept else None
     pictures.lines(path, f"Training of {dest.name}", series, "step", "loss", marks)
     return path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Saved:
 @dataclass(frozen=True)
 class Finished:
     """step: how many were made; kept: the step whose state was kept. stopped_early: validation no longer improved.
-    parameters: what was kept, by name, float32."""
+    parameters: what was kept, by name, float32; none for a run that had ended before."""
 
     step: int
     kept: int
@@ -66,6 +66,10 @@ class Finished:
     validation_loss: float | None
     stopped_early: bool
     parameters: Mapping[str, np.ndarray] = field(repr=False, default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All but the parameters."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "parameters"}
 
 
 Event = Started | StepDone | Validating | Saved | Finished

@@ -95,7 +95,7 @@ def admit(dest: Path, resume: bool) -> dict[str, Any] | None:
     if resume and (record or not _occupied(dest)):
         return record
     if record:
-        ended = bool(record.get("finished"))
+        ended = bool(record.get("ended"))
         hint = "Choose another name, or remove it first." if ended else "Go on with --resume, or choose another name."
         raise OnDeviceError(f"{dest} holds a run that {'is finished' if ended else 'was interrupted'}.", hint)
     if _occupied(dest):

@@ -36,7 +36,8 @@ from .settings import Settings
 from .state import State
 
 MOMENTS = 1 << 20  # batches a step may have: numbers dropout's patterns
-SMOOTHED = 5  # steps whose mean loss tells whether a run diverges
+RECENT = 5  # steps that must all be worse than the first before a run counts as diverging
+WORSE = 2.0  # by so much: nats
 
 
 @dataclass(frozen=True)
@@ -90,17 +91,17 @@ class _Run:
         else:
             self.plan = plan(session, data, settings, self.parameters, memory)
         self.state = (states.load(dest, self.ops) if then else None) or self._fresh(begin)
-        self.finished = bool(then and then.get("finished"))
+        self.ended = (then or {}).get("ended")
         imitated = Teacher(teacher.decoder, settings.temperature, settings.hard) if teacher else None
         self.learner = Learner(self.method, self.plan.remat, imitated)
         self.objective = make_objective(settings, self.learner)
         self.virtual = settings.virtual_tokens if isinstance(self.method, Prompt) else 0
         self.every = settings.validate_every or max(1, self.steps // 10)
-        self.recent: list[float] = []
-        if dest:
-            self._record(finished=self.finished)
+        self.losses: list[float] = []
+        if dest and not self.ended:
+            self._record()
             self.metrics = place.Metrics(dest, self.state.step)
-            self.recent = [m["loss"] for m in self.metrics.kept[-SMOOTHED:]]
+            self.losses = [m["loss"] for m in self.metrics.kept]
         self.saved_at = time.monotonic()
 
     def _fresh(self, begin: Mapping[str, np.ndarray]) -> State:
@@ -125,10 +126,11 @@ class _Run:
 
     def events(self, saving: Saving) -> Iterator[Event]:
         yield Started(
-            self.steps, self.state.step, self.parameters, self.plan.micro_batch, self.plan.remat, self.plan.memory
-        )
-        if self.finished:
-            yield self._finished(False)
+            self.steps, self.ended["step"] if self.ended else self.state.step, self.parameters,
+            self.plan.micro_batch, self.plan.remat, self.plan.memory,
+        )  # fmt: skip
+        if self.ended:
+            yield Finished(**self.ended)
             return
         early = False
         try:
@@ -157,21 +159,16 @@ class _Run:
         return self.settings.patience is not None and self.state.stale >= self.settings.patience
 
     def _end(self, early: bool) -> Finished:
-        finished = self._finished(early)
-        if self.dest:
-            write_artifact(self.dest, self.session, self.method, finished.parameters, self.settings)
-            self._record(
-                finished=True, step=finished.step, kept=finished.kept, validation_loss=finished.validation_loss
-            )
-            place.clear(self.dest)
-        return finished
-
-    def _finished(self, early: bool) -> Finished:
         state = self.state
         best = state.best is not None and self.settings.keep_best
         kept = {name: self.ops.numpy(a) for name, a in (state.best if best else state.params).items()}
-        loss = self.recent[-1] if self.recent else None
-        return Finished(state.step, state.best_step if best else state.step, loss, state.best_loss, early, kept)
+        loss = self.losses[-1] if self.losses else None
+        finished = Finished(state.step, state.best_step if best else state.step, loss, state.best_loss, early, kept)
+        if self.dest:
+            write_artifact(self.dest, self.session, self.method, kept, self.settings)
+            self._record(ended=finished.as_dict())
+            place.clear(self.dest)
+        return finished
 
     # ---- one step
 
@@ -216,8 +213,8 @@ class _Run:
 
     def _norm(self, grads: Mapping[str, A]) -> float:
         total = None
-        for g in grads.values():
-            square = self.ops.sum(g * g)
+        for name in sorted(grads):  # always in one order: a file gives them back in another
+            square = self.ops.sum(grads[name] * grads[name])
             total = square if total is None else total + square
         return float(np.sqrt(self.ops.numpy(total)))
 
@@ -232,13 +229,12 @@ class _Run:
                 f"Step {step} stopped: its {what} is {loss if what == 'loss' else norm}, on {some}.",
                 f"Try a lower --learning-rate (it was {rate:.2g}), or look at these examples." + self._kept(step),
             )
-        self.recent = [*self.recent, loss][-SMOOTHED:]
-        most = 1.5 * math.log(self.session.config.vocab)
-        if self.settings.objective == "next-token" and len(self.recent) == SMOOTHED and min(self.recent) > most:
+        if step > RECENT and min(*self.losses[1 - RECENT :], loss) > self.losses[0] + WORSE:
             raise _Stopped(
-                f"Step {step} stopped: training diverges, the loss is {loss:.1f}, worse than guessing.",
+                f"Step {step} stopped: training diverges, the loss went from {self.losses[0]:.2f} to {loss:.2f}.",
                 f"Give a lower --learning-rate: it was {rate:.2g}." + self._kept(step),
             )
+        self.losses.append(loss)
 
     def _kept(self, step: int) -> str:
         return f" The state behind step {step - 1} is kept." if self.dest and step > 1 else ""
