@@ -210,10 +210,11 @@ def open_session(
         family, hf_config = family_of(checkpoint)
         config = family.config(hf_config)
         capacity = _capacity(config, context)
-        memory.require(checkpoint.nbytes, str(path))
         options = {"exact": exact} | ({"threads": threads} if threads else {})
         ops = backend if isinstance(backend, Backend) else create_backend(backend, **options)
         parameters = Parameters(family, config, checkpoint)
+        planner = memory.Planner(config, memory.tensors_of(parameters), ops, kv_dtype)
+        planner.require(capacity, str(path))
         weights = parameters.prepare(ops, _reporter(checkpoint.nbytes, progress))
     except MemoryError:
         checkpoint.close()
