@@ -27,7 +27,7 @@ class NativeKernels(NumpyKernels):
     # The operations that a plan can hold.
     RECORDED = frozenset(
         {"add", "mul", "reshape", "take", "piece", "embed", "linear", "rms_norm", "layer_norm", "act", "gated"}
-        | {"softcap", "rope", "attention", "gates", "expert_linear", "combine"}
+        | {"softcap", "rope", "attention", "gates", "expert_linear", "combine", "short_convolution", "gated_delta"}
     )
 
     def __init__(self, machine: _native.Machine, exact: bool):
@@ -190,6 +190,34 @@ class NativeKernels(NumpyKernels):
             self.machine.attention, self.plain(q), self.plain(k), self.plain(v), self.vector(sinks), _mask(spec),
             _step(step), room, shape=(*q.shape[:3], v.shape[-1]),
         )  # fmt: skip
+
+    # ---- mixers with a state
+
+    def short_convolution(self, x: np.ndarray, weight: Any, bias: Any, step: Step, layer: int) -> np.ndarray:
+        taps = np.ascontiguousarray(self.values(weight).T)
+        states = self._states(step, layer)
+        return self.call(
+            self.machine.short_convolution, self.plain(x), taps, self.vector(bias), _step(step),
+            None if states is None else states.conv, shape=x.shape,
+        )  # fmt: skip
+
+    def gated_delta(
+        self, q: np.ndarray, k: np.ndarray, v: np.ndarray, a: np.ndarray, b: np.ndarray, rate: Any, shift: Any,
+        step: Step, layer: int,
+    ) -> np.ndarray:  # fmt: skip
+        inputs = [self.plain(x) for x in (q, k, v, a, b)]
+        states = self._states(step, layer)
+        return self.call(
+            self.machine.gated_delta, *inputs, self.vector(rate), self.vector(shift), _step(step),
+            None if states is None else states.memory, shape=v.shape,
+        )  # fmt: skip
+
+    def _states(self, step: Step, layer: int) -> Any:
+        if step.cache is None:
+            return None
+        if self.recording is None:
+            step.cache.check(step)
+        return step.cache.states[layer]
 
     # ---- experts
 

@@ -66,6 +66,7 @@ inline void expect(bool holds, const char* what) {
 void check_elementwise(const Kernels&, Pool&);
 void check_linear(const Kernels&, Pool&);
 void check_attention(const Kernels&, Pool&);
+void check_recurrence(const Kernels&, Pool&);
 void check_pool();
 
 }  // namespace ondevice::cpu

@@ -36,6 +36,7 @@ int main(int count, char** names) {
             check_elementwise(*kernels, pool);
             check_linear(*kernels, pool);
             check_attention(*kernels, pool);
+            check_recurrence(*kernels, pool);
             std::printf("%s, %d threads: done\n", kernels->name, threads);
         }
     }

@@ -181,6 +181,22 @@ struct Combine {
     int64_t tokens, k, width;
 };
 
+// Each channel a weighted sum of its last inputs. x, out [B, T, C]; weight [taps, C]; state [slots, taps - 1, C], or null.
+struct ShortConvolution {
+    const float *x, *weight, *bias;
+    float *out, *state;
+    const int32_t *starts, *lengths, *slots, *segments;
+    int64_t B, T, C, taps;
+};
+
+// base.gated_delta: q, k [B, T, K, dk], v, out [B, T, H, dv], a, b [B, T, H], state [slots, H, dk, dv], or null.
+struct GatedDelta {
+    const float *q, *k, *v, *a, *b, *rate, *shift;
+    float *out, *state;
+    const int32_t *starts, *lengths, *slots, *segments;
+    int64_t B, T, H, K, dk, dv;
+};
+
 // weights = e^((scores - largest) / temperature)
 struct Weigh {
     const float* scores;
@@ -206,6 +222,8 @@ struct Kernels {
     Kernel<Attention> attention;
     Kernel<ExpertLinear> expert_linear;
     Kernel<Weigh> weigh;
+    Kernel<ShortConvolution> short_convolution;
+    Kernel<GatedDelta> gated_delta;
 };
 
 // The instruction sets compiled in that this processor has, the best first; the last is always "portable".

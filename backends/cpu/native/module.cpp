@@ -248,6 +248,36 @@ void attend(Machine& machine, In q, In k, In v, Maybe sinks, const Mask& mask, c
                    room ? room->capacity : T, mask.window, mask.chunk, mask.scale, mask.softcap});
 }
 
+void convolve(Machine& machine, In x, In weight, Maybe bias, const Step& step, std::optional<Out> state, Out out) {
+    require(x.ndim() == 3 && weight.ndim() == 2 && x.size() == out.size(), "sizes");
+    const auto B = static_cast<int64_t>(x.shape(0)), T = static_cast<int64_t>(x.shape(1)), C = last(x);
+    const auto taps = static_cast<int64_t>(weight.shape(0));
+    require(last(weight) == C && (!bias || size(bias) == C), "weight");
+    require(!state || (state->ndim() == 3 && state->shape(1) == size_t(taps - 1) && state->shape(2) == size_t(C)), "state");
+    require(static_cast<int64_t>(step.starts.size()) == B && static_cast<int64_t>(step.lengths.size()) == B, "step");
+    call(machine, machine.kernels().short_convolution,
+         ShortConvolution{x.data(), weight.data(), data(bias), out.data(), state ? state->data() : nullptr,
+                          step.starts.data(), step.lengths.data(), step.slots.data(),
+                          step.segments ? step.segments->data() : nullptr, B, T, C, taps});
+}
+
+void remember(Machine& machine, In q, In k, In v, In a, In b, In rate, In shift, const Step& step,
+              std::optional<Out> state, Out out) {
+    require(q.ndim() == 4 && v.ndim() == 4 && q.size() == k.size() && v.size() == out.size(), "sizes");
+    const auto axis = [](const In& x, size_t i) { return static_cast<int64_t>(x.shape(i)); };
+    const int64_t B = axis(v, 0), T = axis(v, 1), H = axis(v, 2), K = axis(q, 2), dk = last(q), dv = last(v);
+    require(axis(q, 0) == B && axis(q, 1) == T && K > 0 && H % K == 0, "heads do not fit");
+    require(static_cast<int64_t>(a.size()) == B * T * H && a.size() == b.size(), "gates");
+    require(static_cast<int64_t>(rate.size()) == H && rate.size() == shift.size(), "rates");
+    require(!state || (state->ndim() == 4 && state->shape(1) == size_t(H) && state->shape(2) == size_t(dk) &&
+                       state->shape(3) == size_t(dv)), "state");
+    require(static_cast<int64_t>(step.starts.size()) == B && static_cast<int64_t>(step.lengths.size()) == B, "step");
+    call(machine, machine.kernels().gated_delta,
+         GatedDelta{q.data(), k.data(), v.data(), a.data(), b.data(), rate.data(), shift.data(), out.data(),
+                    state ? state->data() : nullptr, step.starts.data(), step.lengths.data(), step.slots.data(),
+                    step.segments ? step.segments->data() : nullptr, B, T, H, K, dk, dv});
+}
+
 void choose(Machine& machine, In logits, Maybe bias, int64_t groups, int64_t top_groups, bool softmax,
             Array<int32_t> ids) {
     require(logits.ndim() == 2 && ids.ndim() == 2 && logits.shape(0) == ids.shape(0), "sizes");
@@ -393,6 +423,11 @@ NB_MODULE(_native, m) {
              "out"_a.noconvert())
         .def("expert_linear", &expert_linear, "x"_a.noconvert(), "weight"_a, "bias"_a.noconvert().none(),
              "gates"_a.noconvert().none(), "ids"_a.noconvert(), "experts"_a, "exact"_a, "out"_a.noconvert())
+        .def("short_convolution", &convolve, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert().none(),
+             "step"_a, "state"_a.noconvert().none(), "out"_a.noconvert())
+        .def("gated_delta", &remember, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "a"_a.noconvert(),
+             "b"_a.noconvert(), "rate"_a.noconvert(), "shift"_a.noconvert(), "step"_a, "state"_a.noconvert().none(),
+             "out"_a.noconvert())
         .def("combine", &combine_experts, "y"_a.noconvert(), "gates"_a.noconvert().none(), "out"_a.noconvert())
         .def("draw", &draw_one, "scores"_a.noconvert(), "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "u"_a)
         .def("attention", &attend, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "sinks"_a.noconvert().none(),

@@ -7,9 +7,10 @@
 #include "linear_float.inl"
 #include "attention.inl"
 #include "experts.inl"
+#include "recurrence.inl"
 
 static constexpr Kernels kernels = {
     kName,    kTokens,    add,  multiply, add_number,  multiply_number, softcap,   gated,
     rms_norm, layer_norm, rope, quantize, linear_int8, linear_float,    attention, expert_linear,
-    weigh,
+    weigh,    short_convolution,   gated_delta,
 };
