@@ -1,50 +1,157 @@
-"""`ondevice eval MODEL --text FILE`: perplexity, and how far a model is from a reference."""
+"""`ondevice eval MODEL … --text FILE`: perplexity, bits per byte, and how far models are from a reference."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import console
-from .model_options import model_argument, runtime_options
+from .model_options import adapter_option, open_model, runtime_options
+
+if TYPE_CHECKING:
+    from ..runtime.session import Session
+    from ..tools.evaluate.text import Evaluation, Miss
 
 
 @click.command("eval")
-@model_argument
+@click.argument("models", metavar="MODEL…", nargs=-1, required=True)
 @click.option("--text", "text_file", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--against", metavar="REFERENCE", help="A model to compare with; it always runs exact.")
 @click.option("--window", "--context", "window", default=512, show_default=True, help="Tokens a window.")
 @click.option("--tokens", type=click.IntRange(2), help="Only the first N tokens of the text.")
+@click.option("--worst", type=click.IntRange(0), default=0, metavar="N", help="Show the N places that went worst.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="A picture of losses by position, or of KL: .png, .svg, …"
+)
+@adapter_option()
 @runtime_options(context=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def command(model, text_file, against, window, tokens, backend, exact, threads, as_json):
-    """How well MODEL predicts a text: perplexity; with --against also the mean KL divergence from a reference's
-    predictions and how often both find the same token likeliest."""
+def command(models, text_file, against, window, tokens, worst, plot, adapters, backend, exact, threads, as_json):
+    """How well each MODEL predicts a text: perplexity and bits per byte; with --against also the mean KL divergence
+    from a reference's predictions and how often both find the same token likeliest. Several models make a table; the
+    reference's predictions are made once for all of them."""
+    from ..pictures import require
+    from ..tools.evaluate.pictures import draw
+
+    if plot:
+        require(plot)
+    text = _read(text_file)
+    options = {"backend": backend, "threads": threads}
+    facts: list[dict[str, Any]] = []
+    results: dict[str, Evaluation] = {}
+    with ExitStack() as stack:
+        reference = stack.enter_context(open_model(against, exact=True, **options)) if against else None
+        for group in [models] if against else [[model] for model in models]:
+            with ExitStack() as opened:
+                sessions = [opened.enter_context(open_model(m, adapters, exact=exact, **options)) for m in group]
+                for model, session, result in zip(
+                    group, sessions, _evaluated(sessions, text, window, tokens, reference), strict=True
+                ):
+                    results[model] = result
+                    facts.append(_facts(model, session, result, worst))
+        common = {"against": against, "exact": exact, "context": window}
+        if reference:
+            common["reference"] = {"bytes": reference.checkpoint.nbytes, "bits_per_weight": _bits(reference)}
+    if plot:
+        draw(plot, results)
+    if as_json:
+        console.json(common | (facts[0] if len(models) == 1 else {"models": facts}))
+    elif len(models) == 1:
+        _tell_one(facts[0], against)
+    else:
+        _tell_many(facts, against, common)
+
+
+def _read(path: Path) -> str:
     from ..errors import BadFile
-    from ..runtime.session import open_session
-    from ..tools.evaluate.text import Evaluation, evaluate
 
     try:
-        text = text_file.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise BadFile(f"{text_file} is not UTF-8 text.", "Convert it first: iconv -t utf-8.") from None
-    options = {"backend": backend, "threads": threads}
-    with open_session(model, exact=exact, **options) as session:
-        reference = open_session(against, exact=True, **options) if against else None
-        with console.progress("Scoring", unit="windows") as progress:
-            for event in evaluate(session, text, window, tokens, reference):
-                if isinstance(event, Evaluation):
-                    result = event
-                else:
-                    progress.update(event.done, event.total)
-        facts = {"model": model, "against": against, "backend": session.backend.name, "exact": exact, "context": window}
-    if as_json:
-        console.json(facts | {k: v for k, v in asdict(result).items() if v is not None})
-        return
-    console.answer(f"perplexity  {result.perplexity:.4f}   ({result.scored} predictions in {result.tokens} tokens)")
+        raise BadFile(f"{path} is not UTF-8 text.", "Convert it first: iconv -t utf-8.") from None
+
+
+def _evaluated(sessions: list[Session], text: str, window: int, tokens: int | None, reference: Session | None):
+    from ..tools.evaluate.text import Progress, evaluate_together
+
+    with console.progress("Scoring", unit="windows") as progress:
+        for event in evaluate_together(sessions, text, window, tokens, reference):
+            if isinstance(event, Progress):
+                progress.update(event.done, event.total)
+    return event
+
+
+def _bits(session: Session) -> float:
+    """Stored bits a parameter."""
+    from math import prod
+
+    return session.checkpoint.nbytes * 8 / sum(map(prod, session.parameters.shapes.values()))
+
+
+def _facts(model: str, session: Session, result: Evaluation, worst: int) -> dict[str, Any]:
+    known = {"model": model, "backend": session.backend.name, "bytes": session.checkpoint.nbytes}
+    known |= {"bits_per_weight": _bits(session)} | result.facts()
+    misses = [_miss(session, miss) for miss in result.worst(worst)]
+    return known | ({"worst": misses} if misses else {})
+
+
+def _miss(session: Session, miss: Miss) -> dict[str, Any]:
+    tokenizer = session.tokenizer
+    told = {
+        "position": miss.position,
+        "before": "".join(tokenizer.piece(id) for id in miss.before),
+        "token": tokenizer.piece(miss.token),
+        "loss": miss.loss,
+        "likeliest": tokenizer.piece(miss.likeliest),
+    }
+    if miss.kl is not None:
+        told |= {"kl": miss.kl, "reference": tokenizer.piece(miss.wanted)}
+    return told
+
+
+# ------------------------------------------------------------------------------------------------ for people
+
+
+def _tell_one(facts: dict[str, Any], against: str | None) -> None:
+    places = f"({facts['scored']} predictions in {facts['tokens']} tokens)"
+    console.answer(f"perplexity  {facts['perplexity']:.4f}   {places}")
+    console.answer(f"bits/byte   {facts['bits_per_byte']:.4f}")
     if against:
-        console.answer(f"reference   {result.reference_perplexity:.4f}")
-        console.answer(f"KL          {result.kl:.6f} nats a token")
-        console.answer(f"same top-1  {result.top1:.2%}")
+        console.answer(f"reference   {facts['reference_perplexity']:.4f}")
+        console.answer(f"KL          {facts['kl']:.6f} nats a token")
+        console.answer(f"same top-1  {facts['top1']:.2%}")
+    _tell_worst(facts)
+
+
+def _tell_many(facts: list[dict[str, Any]], against: str | None, common: dict[str, Any]) -> None:
+    header = ("model", "MB", "bits/weight", "perplexity", "bits/byte", *(("KL", "same top-1") if against else ()))
+    rows = [_row(each) for each in facts]
+    if against:
+        known = common["reference"] | {
+            "model": f"{against} (reference)",
+            "perplexity": facts[0]["reference_perplexity"],
+        }
+        rows.insert(0, (*_row(known), "", ""))
+    console.table(rows, header)
+    for each in facts:
+        if "worst" in each:
+            console.answer()
+            console.answer(each["model"])
+            _tell_worst(each)
+
+
+def _row(facts: dict[str, Any]) -> tuple[str, ...]:
+    cells = [facts["model"], f"{facts['bytes'] / 1e6:.1f}", f"{facts['bits_per_weight']:.2f}"]
+    cells.append(f"{facts['perplexity']:.4f}")
+    cells.append(f"{facts['bits_per_byte']:.4f}" if "bits_per_byte" in facts else "")
+    return tuple(cells) + ((f"{facts['kl']:.6f}", f"{facts['top1']:.2%}") if "kl" in facts else ())
+
+
+def _tell_worst(facts: dict[str, Any]) -> None:
+    for miss in facts.get("worst", ()):
+        kl = f"KL {miss['kl']:7.3f}  " if "kl" in miss else ""
+        said = f"likeliest [{miss['likeliest']}]" + (f", reference's [{miss['reference']}]" if "kl" in miss else "")
+        console.answer(f"{kl}loss {miss['loss']:6.2f}  …{miss['before']}[{miss['token']}]  {said}")

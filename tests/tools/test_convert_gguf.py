@@ -18,7 +18,7 @@ from ondevice.errors import BadFile, BadOption, OnDeviceError, Unsupported
 from ondevice.registry import create_backend
 from ondevice.schemes import quantize_affine
 from ondevice.tensors import Blocks, dense
-from ondevice.testing.family import check_family
+from ondevice.testing.family import check_family, logits_of
 from ondevice.tools import convert as tool
 from ondevice.tools.convert import to_gguf
 from ondevice.tools.convert.blocks import keeps_codes, nearest, to_type
@@ -240,6 +240,20 @@ def quantized_folder(folder, tmp_path, settings):
         files = {name: path.read_bytes() for name, path in source.files.items()}
         write_folder(tmp_path / "quantized", source.config, specs, files)
     return tmp_path / "quantized"
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_llama_cpp_computes_the_same(name, tmp_path, monkeypatch):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    monkeypatch.setattr(to_gguf, "gguf_tokenizer", lambda folder, vocab: {"tokenizer.ggml.model": "none"})
+    twin = twins.make(name, **WIDE | TWINS[name])
+    twin.save_pretrained(tmp_path / "in")
+    run(tmp_path / "in", tmp_path / "out.gguf")
+    model = llama_cpp.Llama(str(tmp_path / "out.gguf"), n_ctx=64, logits_all=True, verbose=False)
+    ids = np.arange(1, 25)
+    model.eval(ids.tolist())
+    wanted = logits_of(twin, ids[None])[0]
+    assert np.abs(model.scores[:24] - wanted).max() < 3e-3 * np.abs(wanted).max()  # its cache is float16
 
 
 def test_llama_cpp_gives_the_same_greedy_text(smollm2_gguf, tmp_path):

@@ -1,15 +1,19 @@
-"""A model on a text: perplexity, and against a reference the divergence of its predictions.
+"""Models on a text: perplexity and bits per byte, and against a reference the divergence of their predictions.
 
 The text is tokenized once, as the tokenizer does by default, and cut in windows side by side; each window is scored
 from its second token on, and later windows get no BOS of their own. Against a reference, every prediction behind those
 scores is compared: `kl` is the mean of KL(reference || model) in nats, `top1` the share with the same likeliest token.
+The reference's predictions are made once, a few rows at a time, and every model is held to them.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -19,6 +23,7 @@ from ...models.decoder import Decoder
 from ...runtime.session import Session
 
 ROWS = 64  # predictions whose logits are held at once: bounds memory whatever the vocabulary
+CONTEXT = 16  # tokens shown in front of one that went wrong
 
 
 @dataclass(frozen=True)
@@ -28,15 +33,100 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """tokens: in the windows. scored: predictions that count. kl and top1 are None without a reference."""
+class Predictions:
+    """What a model said at every scored place: losses [N] float32 (nats), likeliest [N] int32 (ids), divergences [N]
+    float32 (KL from the reference, nats) or None."""
 
-    tokens: int
-    scored: int
-    perplexity: float
-    reference_perplexity: float | None = None
+    losses: np.ndarray
+    likeliest: np.ndarray
+    divergences: np.ndarray | None = None
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.losses.mean(dtype=np.float64))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on a text. windows: the ids. bytes: of UTF-8 that the scored tokens stand for. kl, top1 and
+    reference_perplexity are None without a reference."""
+
+    windows: Sequence[Sequence[int]] = field(repr=False)
+    bytes: int
+    own: Predictions = field(repr=False)
+    reference: Predictions | None = field(default=None, repr=False)
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.windows))
+
+    @property
+    def scored(self) -> int:
+        return len(self.own.losses)
+
+    @property
+    def perplexity(self) -> float:
+        return self.own.perplexity
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The model as a compressor: comparable between tokenizers."""
+        return float(self.own.losses.sum(dtype=np.float64)) / math.log(2) / max(self.bytes, 1)
+
+    @property
+    def reference_perplexity(self) -> float | None:
+        return self.reference.perplexity if self.reference else None
+
+    @property
+    def kl(self) -> float | None:
+        return float(self.own.divergences.mean(dtype=np.float64)) if self.reference else None
+
+    @property
+    def top1(self) -> float | None:
+        return float((self.own.likeliest == self.reference.likeliest).mean()) if self.reference else None
+
+    @cached_property
+    def places(self) -> list[tuple[int, int]]:
+        """(window, index in it) of every scored token."""
+        return [(w, i) for w, window in enumerate(self.windows) for i in range(1, len(window))]
+
+    def facts(self) -> dict[str, float | int]:
+        """The numbers, by name."""
+        names = ("tokens", "scored", "perplexity", "bits_per_byte", "reference_perplexity", "kl", "top1")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def worst(self, count: int) -> list[Miss]:
+        """The `count` places where the model is farthest from the reference, or from the text without one."""
+        measure = self.own.losses if self.own.divergences is None else self.own.divergences
+        order = np.argsort(-measure, kind="stable")[:count]
+        return [self._miss(int(at)) for at in order]
+
+    def _miss(self, at: int) -> Miss:
+        w, i = self.places[at]
+        window = self.windows[w]
+        return Miss(
+            position=sum(map(len, self.windows[:w])) + i,
+            before=tuple(window[max(0, i - CONTEXT) : i]),
+            token=window[i],
+            loss=float(self.own.losses[at]),
+            likeliest=int(self.own.likeliest[at]),
+            kl=None if self.own.divergences is None else float(self.own.divergences[at]),
+            wanted=None if self.reference is None else int(self.reference.likeliest[at]),
+        )
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A place where a model did badly. position: of the token, in the text's tokens. before: ids in front of it.
+    likeliest: what the model held likeliest; wanted: what the reference did."""
+
+    position: int
+    before: tuple[int, ...]
+    token: int
+    loss: float
+    likeliest: int
     kl: float | None = None
-    top1: float | None = None
+    wanted: int | None = None
 
 
 def windows(ids: Sequence[int], context: int, tokens: int | None) -> list[list[int]]:
@@ -52,43 +142,102 @@ def evaluate(
     session: Session, text: str, context: int = 512, tokens: int | None = None, against: Session | None = None
 ) -> Iterator[Progress | Evaluation]:
     """Ends with the Evaluation. `against` should have been opened with exact=True."""
-    ids = session.tokenizer.encode(text)
-    if against is not None:
-        _same_tokens(session, against, ids, text)
-    cut = windows(ids, _checked(context, session, against), tokens)
+    for event in evaluate_together([session], text, context, tokens, against):
+        yield event[0] if isinstance(event, list) else event
+
+
+def evaluate_together(
+    sessions: Sequence[Session],
+    text: str,
+    context: int = 512,
+    tokens: int | None = None,
+    against: Session | None = None,
+) -> Iterator[Progress | list[Evaluation]]:
+    """Several models that cut the text alike, on the same windows; ends with their Evaluations, in order.
+
+    Raises BadOption where they don't, for a context that one of them lacks, and for a text of fewer than two tokens.
+    """
+    tokenizer, everyone = sessions[0].tokenizer, [*sessions, *([against] if against else [])]
+    ids = tokenizer.encode(text)
+    for other in everyone[1:]:
+        _same_tokens(sessions[0], other, ids, text)
+    cut = windows(ids, _checked(context, everyone), tokens)
     if not cut:
         raise BadOption("The text has fewer than two tokens.", "Give a longer --text.")
-    loss = reference_loss = kl = top1 = 0.0
-    for done, window in enumerate(cut):
-        yield Progress(done, len(cut))
-        pairs = _predictions(session.decoder, window)
-        references = _predictions(against.decoder, window) if against else iter(())
-        for at, logprobs in pairs:
-            places = np.arange(len(logprobs)), window[at + 1 : at + 1 + len(logprobs)]
-            loss -= float(logprobs[places].sum(dtype=np.float64))
-            if against:
-                _, wanted = next(references)
-                reference_loss -= float(wanted[places].sum(dtype=np.float64))
-                kl += float((np.exp(wanted) * (wanted - logprobs)).sum(dtype=np.float64))
-                top1 += float((wanted.argmax(-1) == logprobs.argmax(-1)).sum())
-    scored = sum(len(window) - 1 for window in cut)
-    result = Evaluation(sum(map(len, cut)), scored, math.exp(loss / scored))
-    if against:
-        result = Evaluation(
-            result.tokens, scored, result.perplexity, math.exp(reference_loss / scored), kl / scored, top1 / scored
-        )
+    scored: list[list[tuple]] = [[] for _ in everyone]
+    with ThreadPoolExecutor(_workers()) as pool:
+        for done, window in enumerate(cut):
+            yield Progress(done, len(cut))
+            for found in _score(sessions, against, window, pool):
+                for parts, part in zip(scored, found, strict=True):
+                    parts.append(part)
+    made = [_joined(parts) for parts in scored]
+    reference = made.pop() if against else None
+    count = sum(len(tokenizer.bytes_of(id)) for window in cut for id in window[1:])
     yield Progress(len(cut), len(cut))
-    yield result
+    yield [Evaluation(cut, count, own, reference) for own in made]
 
 
-def _predictions(decoder: Decoder, window: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
-    """(first position, log-probabilities [rows, V] float32) for all positions but the last, a few rows at a time."""
-    ops, p = decoder.ops, decoder.scope()
-    hidden: A = decoder.hidden(ops.array(np.array([window], np.int32)), Step.whole(1, len(window)))
-    flat = hidden.reshape(-1, decoder.config.width)
+def _workers() -> int:
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+# ------------------------------------------------------------------------------------------------ one window
+
+
+def _score(
+    sessions: Sequence[Session], against: Session | None, window: Sequence[int], pool: ThreadPoolExecutor
+) -> Iterator[list[tuple]]:
+    """For a few rows at a time: (losses, likeliest, divergences) of every model, the reference's last."""
+    hidden = [_hidden(session.decoder, window) for session in sessions]
+    reference = _hidden(against.decoder, window) if against else None
     for at in range(0, len(window) - 1, ROWS):
         rows = np.arange(at, min(at + ROWS, len(window) - 1), dtype=np.int32)
-        yield at, log_softmax(ops.numpy(decoder.head(p, ops.take(flat, rows))))
+        targets = np.array(window[at + 1 : at + 1 + len(rows)])
+        blocks = [block for block in np.array_split(np.arange(len(rows)), pool._max_workers) if len(block)]
+        wanted = None
+        if against:
+            logits = _logits(against.decoder, reference, rows)
+            wanted = list(pool.map(lambda block, logits=logits: log_softmax(logits[block]), blocks))
+        found = []
+        for session, states in zip(sessions, hidden, strict=True):
+            logits = _logits(session.decoder, states, rows)
+            work = [(logits[b], targets[b], wanted[i] if wanted else None) for i, b in enumerate(blocks)]
+            found.append(_together(pool.map(lambda job: _compare(*job), work)))
+        if wanted:
+            own = (_measured(logprobs, targets[b]) for logprobs, b in zip(wanted, blocks, strict=True))
+            found.append(_together(own))
+        yield found
+
+
+def _hidden(decoder: Decoder, window: Sequence[int]) -> A:
+    states = decoder.hidden(decoder.ops.array(np.array([window], np.int32)), Step.whole(1, len(window)))
+    return states.reshape(-1, decoder.config.width)
+
+
+def _logits(decoder: Decoder, states: A, rows: np.ndarray) -> np.ndarray:
+    return decoder.ops.numpy(decoder.head(decoder.scope(), decoder.ops.take(states, rows)))
+
+
+def _compare(logits: np.ndarray, targets: np.ndarray, wanted: np.ndarray | None) -> tuple:
+    logprobs = log_softmax(logits)
+    losses, likeliest, _ = _measured(logprobs, targets)
+    if wanted is None:
+        return losses, likeliest, None
+    return losses, likeliest, (np.exp(wanted) * (wanted - logprobs)).sum(-1, dtype=np.float64).astype(np.float32)
+
+
+def _measured(logprobs: np.ndarray, targets: np.ndarray) -> tuple:
+    return -logprobs[np.arange(len(targets)), targets], logprobs.argmax(-1).astype(np.int32), None
+
+
+def _together(parts) -> tuple:
+    return tuple(None if column[0] is None else np.concatenate(column) for column in zip(*parts, strict=True))
+
+
+def _joined(parts: Sequence[tuple]) -> Predictions:
+    return Predictions(*_together(parts))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -97,16 +246,16 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
 
 
-def _checked(context: int, *sessions: Session | None) -> int:
-    most = min(s.config.context for s in sessions if s)
+def _checked(context: int, sessions: Sequence[Session]) -> int:
+    most = min(s.config.context for s in sessions)
     if context > most:
         raise BadOption(f"--context {context} is more than the model's {most} tokens.", f"Give {most} or less.")
     return context
 
 
-def _same_tokens(session: Session, against: Session, ids: Sequence[int], text: str) -> None:
-    if session.config.vocab != against.config.vocab or list(against.tokenizer.encode(text)) != list(ids):
+def _same_tokens(one: Session, other: Session, ids: Sequence[int], text: str) -> None:
+    if one.config.vocab != other.config.vocab or list(other.tokenizer.encode(text)) != list(ids):
         raise BadOption(
-            f"{session.path} and {against.path} cut the text into different tokens: nothing to compare.",
+            f"{one.path} and {other.path} cut the text into different tokens: nothing to compare.",
             "Compare models with the same tokenizer.",
         )
