@@ -51,6 +51,7 @@ def write_adapter(dest: str | Path, adapter: Adapter, modules: Modules, form: st
     if form not in FORMATS:
         raise BadOption(f"There is no adapter format {form!r}.", f"Choose from {', '.join(FORMATS)}.")
     dest = Path(dest)
+    written = FORMATS[form](adapter, modules)
     dest.mkdir(exist_ok=True)
-    for name, content in FORMATS[form](adapter, modules).items():
+    for name, content in written.items():
         write_file(dest / name, content)

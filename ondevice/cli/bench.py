@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from . import console
-from .model_options import runtime_options
+from .model_options import adapter_option, open_model, runtime_options
 
 
 @click.command("bench")
@@ -19,18 +19,23 @@ from .model_options import runtime_options
 @click.option("--random-weights", is_flag=True, help="MODEL is a config.json; weights are made up, in --bits.")
 @click.option("--bits", default="4", show_default=True, type=click.Choice(["2", "3", "4", "5", "6", "8", "16", "32"]))
 @click.option("--group-size", default="32", show_default=True, type=click.Choice(["32", "64", "128"]))
+@adapter_option()
 @runtime_options()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object (several models: a list) on stdout.")
-def command(models, random_weights, bits, group_size, as_json, backend, exact, context, threads, **numbers):
+def command(models, random_weights, bits, group_size, as_json, backend, exact, context, threads, adapters, **numbers):
     """Measure each MODEL: medians over the repeats, after a warm-up. Several models run one after the other."""
+    from ..errors import BadOption
     from ..runtime.bench import BenchOptions, Measured, bench
     from ..runtime.engine import Engine
 
+    if adapters and random_weights:
+        raise BadOption("An adapter makes no sense on random weights.", "Leave out --adapter or --random-weights.")
     options, results = BenchOptions(**numbers), []
     for model in models:
         shape = (int(bits), int(group_size)) if random_weights else None
         context = context or options.prompt_tokens + options.depth + options.generate_tokens + 2
-        decoder, capacity, load_seconds = _open(model, shape, context, backend=backend, exact=exact, threads=threads)
+        runtime = {"backend": backend, "exact": exact, "threads": threads}
+        decoder, capacity, load_seconds = _open(model, shape, context, adapters, **runtime)
         engine = Engine(decoder, capacity)
         with console.progress(f"Measuring {model}", unit="repeats") as progress:
             for done, event in enumerate(bench(engine, options), 1):
@@ -38,7 +43,8 @@ def command(models, random_weights, bits, group_size, as_json, backend, exact, c
                     measured = event
                 else:
                     progress.update(done, options.repeat)
-        results.append(_facts(model, decoder.ops, load_seconds, options, measured))
+        facts = _facts(model, decoder.ops, load_seconds, options, measured)
+        results.append(facts | {"adapters": [{"path": path, "weight": weight} for path, weight in adapters]})
     if as_json:
         console.json(results[0] if len(results) == 1 else results)
         return
@@ -56,14 +62,12 @@ def command(models, random_weights, bits, group_size, as_json, backend, exact, c
         console.answer(f"  peak memory     {r['peak_memory_bytes'] / 1e6:.0f} MB")
 
 
-def _open(model: str, random_shape: tuple[int, int] | None, context: int, **options):
+def _open(model: str, random_shape: tuple[int, int] | None, context: int, adapters, **options):
     """(decoder, capacity, seconds to load)"""
     import time
 
-    from ..runtime.session import open_session
-
     if random_shape is None:
-        session = open_session(model, context=context, **options)
+        session = open_model(model, adapters, context=context, **options)
         return session.decoder, session.capacity, session.load_seconds
     from ..checkpoint.files import read_object
     from ..models.decoder import Decoder

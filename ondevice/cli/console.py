@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json as _json
 import os
+import shutil
 import sys
 import time
 from typing import Any
 
 from ..errors import OnDeviceError
 
+NARROW = 80  # columns below which texts do not stand side by side
 _drawn = 0  # characters of a progress line that stands on the terminal now
 
 
@@ -95,6 +97,22 @@ def table(rows: list[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))] if lines else []
     for line in lines:
         answer("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def side_by_side(texts: list[tuple[str, str]]) -> None:
+    """Titles and texts on stdout: in columns on a terminal that is wide enough, one after the other elsewhere."""
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    if columns < NARROW:
+        for title, text in texts:
+            answer(f"{title}:\n{text}\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*(title for title, _ in texts), width=columns)
+    table.add_row(*(Text(text) for _, text in texts))
+    Console(file=sys.stdout, width=columns).print(table)
 
 
 class progress:

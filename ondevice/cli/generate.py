@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from contextlib import closing
+from itertools import zip_longest
 
 import click
 
@@ -28,13 +29,14 @@ MAX_TOKENS = 256
 @click.option("--chat", is_flag=True, help="The prompt is a message: the model's chat template is put around it.")
 @click.option("--system", help="With --chat: what the model is told first.")
 @click.option("--max-tokens", type=click.IntRange(1), help=f"Default: {MAX_TOKENS}; 1 with --top-logprobs.")
+@click.option("--compare", is_flag=True, help="With --adapter: the model's own answer and the adapted one's.")
 @click.option("--top-logprobs", default=0, type=click.IntRange(0), help="List the N likeliest next tokens instead.")
 @sampling_options()
 @adapter_option()
 @runtime_options(kv_dtype=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, at the end.")
 def command(
-    model, prompt, chat, system, max_tokens, top_logprobs, stop, as_json,
+    model, prompt, chat, system, max_tokens, compare, top_logprobs, stop, as_json,
     backend, exact, context, threads, kv_dtype, adapters, **sampling,
 ):  # fmt: skip
     """Continue a text with MODEL (a folder, a .gguf file, a Hub repo or a catalog name).
@@ -47,6 +49,8 @@ def command(
 
     if system is not None and not chat:
         raise BadOption("--system has no place in a plain prompt.", "Add --chat, or put it in the prompt yourself.")
+    if compare and not adapters:
+        raise BadOption("--compare has nothing to compare with.", "Add --adapter PATH.")
     text = _read_prompt(prompt)
     runtime = {"backend": backend, "exact": exact, "context": context, "threads": threads, "kv_dtype": kv_dtype}
     with open_model(model, adapters, **runtime) as session:
@@ -57,15 +61,46 @@ def command(
             ids = session.encode_messages([*messages, {"role": "user", "content": text}])
         else:
             ids = session.encode_prompt(text)
-        show = not as_json and not top_logprobs
-        tokens, finished = stream(session.generate(ids, options, stop), show)
-        facts = describe(session, ids, options, tokens, finished)
+        if compare:
+            answers = _both(session, adapters, ids, options, stop)
+        else:
+            answers = [(*stream(session.generate(ids, options, stop), not as_json and not top_logprobs), "")]
+        answers = [
+            (finished, describe(session, ids, options, tokens, finished), who) for tokens, finished, who in answers
+        ]
     if as_json:
-        console.json({"model": model, **facts})
+        console.json({"model": model, **_compared([facts for _, facts, _ in answers]), "adapters": _named(adapters)})
         return
-    for token in facts.get("top_logprobs", ()):
-        _print_top(token)
-    _print_stats(facts, finished)
+    if compare and not top_logprobs:
+        console.side_by_side([(who, finished.text) for finished, _, who in answers])
+    for finished, facts, who in answers:
+        if who and top_logprobs:
+            console.answer(f"{who}:")
+        for token in facts.get("top_logprobs", ()):
+            _print_top(token)
+        _print_stats(facts, finished, who)
+
+
+def _both(session, adapters, ids, options, stop) -> list[tuple]:
+    """(tokens, finished, who) of the model alone, then with its adapters: the same draws, so that they alone differ."""
+    answers = []
+    for who, attached in (("base", []), ("with adapter", adapters)):
+        session.adapt(attached)
+        answers.append((*stream(session.generate(ids, options, stop), False), who))
+    return answers
+
+
+def _compared(facts: list[dict]) -> dict:
+    """For programs: one answer as it is; two, and the first token in which they differ."""
+    if len(facts) == 1:
+        return facts[0]
+    base, tuned = (f["token_ids"] for f in facts)
+    differing = (i for i, (a, b) in enumerate(zip_longest(base, tuned)) if a != b)
+    return {"base": facts[0], "tuned": facts[1], "first_difference": next(differing, None)}
+
+
+def _named(adapters) -> list[dict]:
+    return [{"path": path, "weight": weight} for path, weight in adapters]
 
 
 def _read_prompt(prompt: str | None) -> str:
@@ -148,11 +183,12 @@ def _print_top(token: dict) -> None:
     console.table(rows, ("", "    prob.", "token", "id"))
 
 
-def _print_stats(facts: dict, finished) -> None:
+def _print_stats(facts: dict, finished, who: str = "") -> None:
     count, seconds = len(facts["token_ids"]), facts["time_to_first_token_seconds"]
     prefill, decode = facts["prefill_tokens_per_second"], facts["decode_tokens_per_second"]
     console.status(
-        f"prompt {finished.prompt_tokens} tokens, {prefill:.1f} a second; first token after {seconds:.2f} s; "
+        f"{who}{': ' if who else ''}prompt {finished.prompt_tokens} tokens, {prefill:.1f} a second; "
+        f"first token after {seconds:.2f} s; "
         f"{count} tokens, {decode:.1f} a second, ended by {facts['finish_reason']}; "
         f"{facts['backend']}: {facts['device']}; {facts['peak_memory_bytes'] / 1e6:.0f} MB"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,10 @@ def model(tmp_path_factory: pytest.TempPathFactory):
         made = randomise(getattr(transformers, kind)(getattr(transformers, config)(**TINY | own)))
         folder = tmp_path_factory.mktemp("models") / name
         made.save_pretrained(folder)
+        if name == "moe":  # mlx-lm knows the config as it was before transformers 5
+            hf = json.loads((folder / "config.json").read_text())
+            hf |= {"num_experts": hf["num_local_experts"], "rope_theta": hf["rope_parameters"]["rope_theta"]}
+            (folder / "config.json").write_text(json.dumps(hf))
         return made, folder
 
     return make
