@@ -60,6 +60,12 @@ class Step:
         return cls(zeros, full, np.arange(rows, dtype=np.int32), segments)
 
 
+def positions(step: Step, tokens: int) -> np.ndarray:
+    """See Backend.positions."""
+    real = np.maximum(step.lengths[:, None] - 1, 0)
+    return (step.starts[:, None] + np.minimum(np.arange(tokens, dtype=np.int32), real)).astype(np.int32)
+
+
 @dataclass(frozen=True)
 class AttentionSpec:
     """How scores are made: softmax(softcap(scale * q.k) over the visible positions) . v
@@ -330,6 +336,12 @@ class Backend(ABC):
         freqs [r / 2] float32, on the host; angle of pair i: p * freqs[i]; the first r of d dimensions turn, the others
         pass. Pairs are (i, i + r/2), or (2i, 2i + 1) when interleaved. scale multiplies sine and cosine (yarn).
         """
+
+    def positions(self, step: Step, tokens: int) -> A:
+        """[B, tokens] int32: where each token of a step stands, starts[b] + t, for tables of learned positions; padding
+        stands where its row's last real token does. Other than an array of the host's, it moves on in what `compile`
+        returned."""
+        return self.array(positions(step, tokens))
 
     @abstractmethod
     def attention(self, q: A, k: A, v: A, sinks: W | None, spec: AttentionSpec, step: Step, layer: int) -> A:

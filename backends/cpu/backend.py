@@ -94,6 +94,10 @@ class CpuBackend(TapedBackend):
 
         return footprint(tensor)
 
+    def positions(self, step: Step, tokens: int) -> A:
+        recording = self.kernels.recording
+        return super().positions(step, tokens) if recording is None else Array(self, recording.positions(step, tokens))
+
     def compile(self, fn: Callable[[A, Step], A], state: Sequence[Any] = ()) -> Callable[[A, Step], A]:
         from .recording import Replayed
 

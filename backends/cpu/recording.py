@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..base import A, Step
+from ..base import A, Step, positions
 from ..tape import Array
 from . import _native
 
@@ -26,7 +26,19 @@ class Recording:
         self.plan = _native.Plan()
         self.kept: list[Any] = []  # what the plan points to
         self.tables: dict[Any, np.ndarray] = {}  # rotary positions, by what they were made from
+        self.places: np.ndarray | None = None
         self.last: tuple[np.ndarray, _native.Activations] | None = None  # activations made int8 last
+
+    def positions(self, step: Step, tokens: int) -> np.ndarray:
+        """Where the tokens stand; `refresh` brings it up to date."""
+        if self.places is None:
+            self.places = positions(step, tokens)
+        return self.places
+
+    def refresh(self, step: Step) -> None:
+        """Before a replay: what the kernels read is worked out again."""
+        if self.places is not None:
+            np.copyto(self.places, positions(step, self.places.shape[1]))
 
     def keep(self, arguments: tuple) -> None:
         """Results in the plan's own arena need no keeping: they are reused once the recording lets go of them."""
@@ -54,6 +66,7 @@ class Replayed:
             step.cache.check(step)
         for kept, given in zip(self.inputs, (ids.data, step.starts, step.lengths, step.slots), strict=True):
             np.copyto(kept, given)
+        self.recording.refresh(step)
         self.backend.machine.replay(self.recording.plan)
         return self.result
 

@@ -131,6 +131,9 @@ class CudaBackend(TorchRecurrence, TorchExperts, TorchTraining, Backend):
         turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
         return torch.cat([turned.to(x.dtype), x[..., dims:]], dim=-1) if dims < x.shape[-1] else turned.to(x.dtype)
 
+    def positions(self, step: Step, tokens: int) -> torch.Tensor:
+        return self._places.starts[:, None] if self.recording else super().positions(step, tokens)
+
     def act(self, x: torch.Tensor, kind: str) -> torch.Tensor:
         if kind not in ACTIVATIONS:
             raise Unsupported(f"There is no activation named {kind!r}.", did_you_mean(kind, ACTIVATIONS))

@@ -11,7 +11,7 @@ from ...tensors import Affine, Tensor, dense
 from ..suite import Pair, case, freqs, int32
 from .weights import Format
 
-D, H, K, V, LAYERS = 64, 4, 2, 19, 2
+D, H, K, V, LAYERS, CAPACITY = 64, 4, 2, 19, 2, 40
 SCALE = 0.08  # of scores: gentle, for sharp attention over random weights doubles every rounding
 LESS_THAN_EXACT = 0.05  # what activations in int8 and a cache in float16 may cost in the end, on random weights
 
@@ -25,7 +25,12 @@ def model(pair: Pair, quantized: bool) -> dict[str, Tensor]:
         form = Format(Affine(4, 32, "float16"))
         return form.tensor(pair.random, rows, columns=columns)
 
-    weights = {"embed": matrix(V, D), "head": matrix(V, D), "norm": dense(1 + pair.normal(D, scale=0.1))}
+    weights = {
+        "embed": matrix(V, D),
+        "positions": pair.weight(CAPACITY, D),
+        "head": matrix(V, D),
+        "norm": dense(1 + pair.normal(D, scale=0.1)),
+    }
     for i in range(LAYERS):
         sizes = {"q": (D, D), "k": (D // 2, D), "v": (D // 2, D), "o": (D, D)}
         sizes |= {"gate": (96, D), "up": (96, D), "down": (D, 96)}
@@ -53,7 +58,7 @@ def decoder(ops: Backend, weights: dict[str, Tensor], windows: Sequence[int | No
         return x + ops.linear(gated, w[f"{i}.down"])
 
     def forward(ids, step: Step):
-        x = ops.embed(w["embed"], ids) * 8.0
+        x = ops.embed(w["embed"], ids) * 8.0 + ops.embed(w["positions"], ops.positions(step, ids.shape[1]))
         for i in range(LAYERS):
             x = block(i, x, step)
         return ops.linear(ops.rms_norm(x, w["norm"], 1e-5), w["head"])
@@ -62,7 +67,7 @@ def decoder(ops: Backend, weights: dict[str, Tensor], windows: Sequence[int | No
 
 
 def caches(ops: Backend, slots: int, windows: Sequence[int | None] = (None, 5)):
-    return ops.new_cache([LayerCache(K, D // H, D // H, window) for window in windows], slots, 40)
+    return ops.new_cache([LayerCache(K, D // H, D // H, window) for window in windows], slots, CAPACITY)
 
 
 class Walk:

@@ -48,6 +48,15 @@ def reshape_of_a_piece(pair: Pair) -> None:
     pair.same("chain", heads, x, gain)
 
 
+@case()
+def positions(pair: Pair) -> None:
+    """Padding stands where its row's last token does."""
+    step = Step(int32(0, 7, 3, 5), int32(4, 2, 1, 0), int32(0, 1, 2, 3))
+    want = np.array([[0, 1, 2, 3], [7, 8, 8, 8], [3, 3, 3, 3], [5, 5, 5, 5]], np.int32)
+    equal("positions", pair.backend.numpy(pair.backend.positions(step, 4)), want)
+    pair.same("embed", lambda ops, table: ops.embed(table, ops.positions(step, 4)), pair.weight(12, 6))
+
+
 @case(shape=[(1, 1, 32), (2, 7, 33)])
 def split(pair: Pair, shape: tuple[int, ...]) -> None:
     pair.same("split", lambda ops, x: ops.split(x, [5, 1, shape[-1] - 6]), pair.normal(*shape))

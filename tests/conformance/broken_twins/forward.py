@@ -18,6 +18,21 @@ from . import twin
 
 
 @twin("forward")
+class PositionsOfPaddingRunOn(ReferenceBackend):
+    def positions(self, step, tokens):
+        return self.array(step.starts[:, None] + np.arange(tokens, dtype=np.int32))
+
+
+@twin("compiled")
+class PositionsOfTheFirstStep(ReferenceBackend):
+    """A host's array in a recording."""
+
+    def positions(self, step, tokens):
+        self.first = getattr(self, "first", {})
+        return self.first.setdefault((tokens, len(step.starts)), super().positions(step, tokens))
+
+
+@twin("forward")
 class RopeTurnsBackwards(NumpyKernels):
     def rope(self, x, step, freqs, interleaved=False, scale=1.0):
         return rotate(x, -self.angles(step, x.shape[1], freqs), interleaved, scale)
