@@ -133,6 +133,43 @@ def test_a_quantized_folder_stays_or_is_dequantized(tmp_path, without_tokenizer)
     assert weights[0] == weights[1]
 
 
+MIXED = {"": (4, 32), "q_proj": (3, 64), "down_proj": (8, 64), "embed_tokens": (6, 32), "v_proj": (5, 32)}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_every_tensor_with_bits_of_its_own(name, tmp_path, quantize_folder):
+    """mlx-lm on the quantized folder and transformers on the one made --to hf say the same, and so do we."""
+    torch, utils = pytest.importorskip("torch"), pytest.importorskip("mlx_lm.utils")
+    transformers = pytest.importorskip("transformers")
+    import mlx.core as mx
+
+    twins.make(name, hidden_size=128, intermediate_size=64, num_attention_heads=4, head_dim=32).save_pretrained(tmp_path / "dense")
+    quantize_folder(tmp_path / "dense", tmp_path / "mixed", MIXED)
+    for to, dtype in (("mlx", None), ("hf", "float32")):
+        args = ["--to", to, *(["--dtype", dtype] if dtype else [])]
+        assert ondevice("convert", tmp_path / "mixed", tmp_path / to, *args).returncode == 0
+    assert same_numbers(tmp_path / "mixed", tmp_path / "mlx") and same_numbers(tmp_path / "mixed", tmp_path / "hf")
+    ids = np.arange(1, 12)[None]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert loaded.dtype == torch.float32
+    model, _ = utils.load_model(tmp_path / "mlx")
+    model.set_dtype(mx.float32)
+    with torch.no_grad():
+        wanted = loaded(torch.tensor(ids)).logits.numpy()
+    assert np.abs(np.array(model(mx.array(ids))) - wanted).max() < 1e-4 * np.abs(wanted).max()
+    check_family(tmp_path / "mlx", loaded, create_backend("reference", exact=True))
+
+
+def test_to_hf_leaves_nothing_quantized(tmp_path, without_tokenizer):
+    source, _ = gguf_twin(tmp_path, "llama", LEGACY, **WIDE)
+    with open_checkpoint(source) as checkpoint:
+        assert set(tool.plan_hf(checkpoint).formats) == {"bfloat16"}
+        assert set(tool.plan_hf(checkpoint, "float16").formats) == {"float16"}
+        tool.convert(tool.plan_hf(checkpoint, "float32"), tmp_path / "dense")
+    with open_checkpoint(tmp_path / "dense") as checkpoint:
+        assert set(tool.plan_hf(checkpoint).formats) == {"float32"}
+
+
 # ------------------------------------------------------------------------------------------------ K-quants
 
 
@@ -266,7 +303,8 @@ def test_interrupted_it_leaves_nothing(smollm2_gguf, tmp_path):
 
 def test_the_command_line_refuses_in_two_lines(tmp_path):
     source = k_quant_file(tmp_path)
-    for args, status in (((), 1), (("--dequantize",), 2), (("--dtype", "int3"), 2)):
+    wrong = [["--type", "q8_0"], ["--to", "gguf"], ["--to", "gguf", "--dtype", "float32"], ["--to", "onnx"]]
+    for args, status in (((), 1), (("--dequantize",), 2), (("--dtype", "int3"), 2), *((args, 2) for args in wrong)):
         done = ondevice("convert", source, tmp_path / "out", *args)
         assert done.returncode == status and done.stdout == "" and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

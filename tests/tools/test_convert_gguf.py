@@ -13,11 +13,11 @@ import twins
 from small_models import random_blocks, write_llama
 
 from ondevice import schemes
-from ondevice.checkpoint import Spec, open_checkpoint, write_folder
+from ondevice.checkpoint import open_checkpoint
 from ondevice.errors import BadFile, BadOption, OnDeviceError, Unsupported
 from ondevice.registry import create_backend
 from ondevice.schemes import quantize_affine
-from ondevice.tensors import Blocks, dense
+from ondevice.tensors import Blocks
 from ondevice.testing.family import check_family, logits_of
 from ondevice.tools import convert as tool
 from ondevice.tools.convert import to_gguf
@@ -226,20 +226,6 @@ def test_more_tokens_than_the_model_knows(tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
     with pytest.raises(BadFile, match="its model knows 106"):
         run(folder, tmp_path / "out.gguf")
-
-
-def quantized_folder(folder, tmp_path, settings):
-    """The model in `folder` with its matrices quantized as `settings` says of a name, the usual setting under ''."""
-    with open_checkpoint(folder) as source:
-        specs = []
-        for name in source.names:
-            values = schemes.to_float(source[name])
-            bits, group = settings.get(name, settings[""])
-            tensor = dense(values) if values.ndim == 1 else quantize_affine(values, bits, group, "float16")
-            specs.append(Spec(name, tensor.shape, tensor.format, lambda tensor=tensor: tensor))
-        files = {name: path.read_bytes() for name, path in source.files.items()}
-        write_folder(tmp_path / "quantized", source.config, specs, files)
-    return tmp_path / "quantized"
 
 
 @pytest.mark.parametrize("name", TWINS)
