@@ -13,6 +13,44 @@ from ondevice.train.batches import batches_of, steps_of_rows
 from ondevice.train.schedule import rate_at
 
 
+def peft_preferences(model: Path, adapter: Path, data: Data, settings: Settings) -> Iterator[tuple[float, float]]:
+    """Loss and gradient norm of each step of DPO or ORPO, written down from the papers' formulas."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    network = pytest.importorskip("peft").PeftModel.from_pretrained(network, adapter, is_trainable=True)
+    learnt = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, weight_decay=0)
+
+    def logprob(sequence):
+        ids = torch.from_numpy(sequence.ids).long()
+        logprobs = network(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+        return logprobs[torch.from_numpy(sequence.learnt[1:])]
+
+    def dpo(chosen, rejected):
+        with torch.no_grad(), network.disable_adapter():
+            before = logprob(chosen).sum() - logprob(rejected).sum()
+        return -torch.nn.functional.logsigmoid(
+            settings.beta * (logprob(chosen).sum() - logprob(rejected).sum() - before)
+        )
+
+    def orpo(chosen, rejected):
+        good, bad = logprob(chosen).mean(), logprob(rejected).mean()
+        ratio = (good - torch.log1p(-good.exp())) - (bad - torch.log1p(-bad.exp()))
+        return -good - settings.beta * torch.nn.functional.logsigmoid(ratio)
+
+    of_pair = {"dpo": dpo, "orpo": orpo}[settings.objective]
+    for step, rows in enumerate(islice(steps_of_rows(data.train, settings), settings.steps), 1):
+        pairs = [data.train[i].sequences for row in rows for i in row]
+        loss = torch.stack([of_pair(*pair) for pair in pairs]).mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(learnt, settings.clip)
+        optimizer.param_groups[0]["lr"] = rate_at(settings, step, settings.steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.item(), norm.item()
+
+
 def peft_losses(model: Path, adapter: Path | None, data: Data, settings: Settings) -> Iterator[float]:
     """The loss of each step, float32, before its update. adapter: where it begins; None: the whole model is trained."""
     torch = pytest.importorskip("torch")
