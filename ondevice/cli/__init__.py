@@ -24,6 +24,8 @@ COMMANDS = {  # name -> one line of help; the module of the same name holds `com
     "convert": "Between GGUF, Hugging Face and MLX.",
     "quantize": "A model in fewer bits.",
     "lora-train": "Teach a model from examples.",
+    "fuse": "Work an adapter into its model.",
+    "inspect": "What a model is made of, and what it needs.",
     "eval": "Perplexity of a text, and divergence from a reference.",
     "verify": "Compare the backends on one model.",
     "bench": "Measure load, prefill and decode speed.",

@@ -15,20 +15,25 @@ from ..registry import did_you_mean
 from .entries import catalog_model
 from .files import Fetching, Progress, Say
 from .local import LocalModel, home, local_models
-from .repos import repo_model
+from .repos import repo_config, repo_model
 
-__all__ = ["Fetching", "LocalModel", "Progress", "Say", "home", "local_models", "resolve"]
+__all__ = ["CATALOG", "Fetching", "LocalModel", "Progress", "Say", "home", "local_models", "resolve"]
 REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>[^@]+\.gguf))?(?:@(?P<revision>[\w./-]+))?")
 
 
 def resolve(
-    name: str, say: Say = lambda text: None, progress: Progress = lambda event: None, refresh: bool = False
+    name: str,
+    say: Say = lambda text: None,
+    progress: Progress = lambda event: None,
+    refresh: bool = False,
+    config_alone: bool = False,
 ) -> Path:
     """The local folder or .gguf file that `name` means, fetched if need be.
 
     name: a path; a catalog name; owner/name or owner/name:file.gguf, either with @revision. refresh: ask the Hub for a
-    newer one, although one is here (otherwise nothing leaves this machine then). Raises BadOption for a name
-    that means nothing, Unavailable when it cannot be fetched now, BadFile when what came is not what it should be.
+    newer one, although one is here (otherwise nothing leaves this machine then). config_alone: of a repo that is not
+    here only the config.json is fetched, and its path given. Raises BadOption for a name that means nothing,
+    Unavailable when it cannot be fetched now, BadFile when what came is not what it should be.
     """
     path = Path(name).expanduser()
     if path.exists():
@@ -37,6 +42,8 @@ def resolve(
         return catalog_model(CATALOG[name], say, progress)
     found = REPO.fullmatch(name)
     if found and not name.startswith(".") and (found["file"] or path.suffix != ".gguf"):
+        if config_alone and not found["file"]:
+            return repo_config(found["repo"], found["revision"])
         return repo_model(found["repo"], found["file"], found["revision"], say, progress, refresh)
     known = did_you_mean(name, CATALOG)
     raise BadOption(

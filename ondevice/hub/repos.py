@@ -50,6 +50,21 @@ def repo_model(repo: str, file: str | None, revision: str | None, say: Say, prog
     return folder
 
 
+def repo_config(repo: str, revision: str | None) -> Path:
+    """The folder of a repo that is here; of any other its config.json alone."""
+    from huggingface_hub import errors, hf_hub_download
+
+    with hub_errors(repo):
+        if here := _cached(repo, None, revision):
+            return here
+        try:
+            return Path(hf_hub_download(repo, "config.json", revision=revision, local_files_only=True))
+        except errors.LocalEntryNotFoundError:
+            if not reachable():
+                raise Unavailable(f"The Hub cannot be reached, and {repo} is not here.", RETRY) from None
+        return Path(hf_hub_download(repo, "config.json", revision=revision))
+
+
 def _cached(repo: str, file: str | None, revision: str | None) -> Path | None:
     """What the client's cache has of it, if that is all of it."""
     from huggingface_hub import errors, hf_hub_download, snapshot_download
