@@ -1,18 +1,22 @@
-"""One layer: attention, then feed-forward, each added to the stream it read."""
+"""One layer: attention or another mixer, then feed-forward, each added to the stream it read."""
 
 from __future__ import annotations
 
 from ..backends.base import A, Step
 from .attention import attention
-from .config import LayerConfig
+from .config import AttentionConfig, ConvolutionConfig, DeltaConfig, LayerConfig
 from .feed_forward import feed_forward
+from .mixers import convolution, delta
 from .scope import Scope
+
+MIXERS = {AttentionConfig: ("attn", attention), ConvolutionConfig: ("conv", convolution), DeltaConfig: ("delta", delta)}
 
 
 def block(p: Scope, cfg: LayerConfig, x: A, step: Step) -> A:
     """x [B, T, D] -> [B, T, D]"""
     read = p.norm("attn_norm", x) if cfg.pre_norms else x
-    h = attention(p.at("attn"), cfg.attention, read, step)
+    name, mix = MIXERS[type(cfg.mixer)]
+    h = mix(p.at(name), cfg.mixer, read, step)
     stream = _added(x, p.norm("attn_post_norm", h) if cfg.post_norms else h, cfg)
     if not cfg.shared_norm:
         read = x if cfg.parallel else stream

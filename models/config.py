@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..backends.base import AttentionSpec, LayerCache, RouteRule
+from ..backends.base import AttentionSpec, LayerCache, RouteRule, StateCache
 from .fields import activation, flag, groups, head_dim, number, sliding_layers, whole
 from .ropes import RopeConfig, rope
 
@@ -16,7 +16,8 @@ from .ropes import RopeConfig, rope
 class AttentionConfig:
     """qk_norm: a norm of q and k in front of the positions: of each "head", or of all heads' "width" at once. qkv: how
     the three are stored: "separate", "fused" (rows of q, then k, then v), or "grouped" (the same within each key
-    head)."""
+    head). gated: q holds, for each head, its query and then a gate, by whose sigmoid the head's answer is multiplied
+    ("separate" alone)."""
 
     heads: int
     kv_heads: int
@@ -25,12 +26,54 @@ class AttentionConfig:
     rope: str | None = "main"  # which of ModelConfig.ropes; None: no positions
     qk_norm: str | None = None
     qkv: str = "separate"
+    gated: bool = False
     bias: bool = False  # on q, k and v
     output_bias: bool = False
 
     @property
     def cache(self) -> LayerCache:
         return LayerCache(self.kv_heads, self.head_dim, self.head_dim, self.spec.window)
+
+
+@dataclass(frozen=True)
+class ConvolutionConfig:
+    """out(behind * convolution(before * x)), with before, behind and x from one linear map."""
+
+    width: int
+    taps: int
+    bias: bool = False  # of both maps and the convolution
+
+    @property
+    def cache(self) -> StateCache:
+        return StateCache(conv=(self.taps - 1, self.width))
+
+
+@dataclass(frozen=True)
+class DeltaConfig:
+    """Gated DeltaNet: heads with a memory [key_dim, value_dim] each; several read one key head."""
+
+    key_heads: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+    act: str = "silu"
+
+    @property
+    def keys(self) -> int:
+        return self.key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        return self.heads * self.value_dim
+
+    @property
+    def cache(self) -> StateCache:
+        mixed = 2 * self.keys + self.values
+        return StateCache(conv=(self.taps - 1, mixed), memory=(self.heads, self.key_dim, self.value_dim))
+
+
+Mixer = AttentionConfig | ConvolutionConfig | DeltaConfig
 
 
 @dataclass(frozen=True)
@@ -59,7 +102,7 @@ class MoEConfig:
 class LayerConfig:
     """parallel: the feed-forward reads what attention reads, through its own norm or (shared_norm) the same."""
 
-    attention: AttentionConfig
+    mixer: Mixer
     feed_forward: MLPConfig | MoEConfig
     pre_norms: bool = True  # in front of attention and of the feed-forward
     post_norms: bool = False  # behind attention and behind the feed-forward
@@ -89,8 +132,8 @@ class ModelConfig:
     logit_softcap: float | None = None
 
     @property
-    def caches(self) -> tuple[LayerCache, ...]:
-        return tuple(layer.attention.cache for layer in self.layers)
+    def caches(self) -> tuple[LayerCache | StateCache, ...]:
+        return tuple(layer.mixer.cache for layer in self.layers)
 
     @classmethod
     def llama_like(
@@ -105,6 +148,7 @@ class ModelConfig:
         sliding: Callable[[int], bool] = lambda layer: False,
         turns: Callable[[int, bool], bool] = lambda layer, slides: True,
         attention: Mapping[str, Any] | None = None,
+        mixers: Callable[[int], Mixer | None] = lambda layer: None,
         mlp: Mapping[str, Any] | None = None,
         layer: Mapping[str, Any] | None = None,
         feed_forward: Sequence[MLPConfig | MoEConfig] | None = None,
@@ -115,9 +159,9 @@ class ModelConfig:
         hf: config.json. Keyword arguments are the family's own facts, and the defaults that its config class has for
         what the file leaves out. ropes: "main", and "local" if layers with a window turn otherwise. sliding: which
         layers have the window, where the file has no layer_types; turns: which have positions (by index, and whether
-        there is a window). attention, mlp, layer: fields of AttentionConfig, MLPConfig and LayerConfig, the rest
-        ModelConfig's. feed_forward: one a layer, where it is not the plain MLP. Raises BadFile and Unsupported for
-        values that cannot be.
+        there is a window). mixers: what a layer has in the place of attention. attention, mlp, layer: fields of
+        AttentionConfig, MLPConfig and LayerConfig, the rest ModelConfig's. feed_forward: one a layer, where it is not
+        the plain MLP. Raises BadFile and Unsupported for values that cannot be.
         """
         heads, kv_heads = groups(hf)
         d, bias = head_dim(hf), flag(hf, "attention_bias")
@@ -138,7 +182,7 @@ class ModelConfig:
             vocab=whole(hf, "vocab_size"),
             width=whole(hf, "hidden_size"),
             layers=tuple(
-                LayerConfig(attends(i, slide), f, **(layer or {}))
+                LayerConfig(mixers(i) or attends(i, slide), f, **(layer or {}))
                 for i, (slide, f) in enumerate(zip(slides, feed_forward, strict=True))
             ),
             ropes=ropes,

@@ -9,7 +9,7 @@ from ..checkpoint import Checkpoint, release
 from ..errors import BadFile
 from ..schemes import stack
 from ..tensors import Tensor
-from .config import AttentionConfig, LayerConfig, ModelConfig, MoEConfig
+from .config import AttentionConfig, ConvolutionConfig, DeltaConfig, LayerConfig, Mixer, ModelConfig, MoEConfig
 from .families import Family
 
 Shapes = dict[str, tuple[int, ...]]
@@ -26,7 +26,7 @@ def expected(cfg: ModelConfig) -> Shapes:
         shapes["head.bias"] = (cfg.vocab,)
     shapes |= _norm(cfg, "norm")
     for i, layer in enumerate(cfg.layers):
-        of_layer = _norms(cfg, layer) | _attention(layer.attention, cfg.width) | _feed_forward(layer, cfg.width)
+        of_layer = _norms(cfg, layer) | _mixer(layer.mixer, cfg.width) | _feed_forward(layer, cfg.width)
         shapes |= {f"layers.{i}.{name}": shape for name, shape in of_layer.items()}
     return shapes
 
@@ -42,9 +42,29 @@ def _norms(cfg: ModelConfig, layer: LayerConfig) -> Shapes:
     return {key: shape for name in names for key, shape in _norm(cfg, name).items()}
 
 
+def _mixer(mixer: Mixer, width: int) -> Shapes:
+    if isinstance(mixer, ConvolutionConfig):
+        return _convolution(mixer, width)
+    return _delta(mixer, width) if isinstance(mixer, DeltaConfig) else _attention(mixer, width)
+
+
+def _convolution(c: ConvolutionConfig, width: int) -> Shapes:
+    shapes: Shapes = {"conv.in": (3 * c.width, width), "conv.taps": (c.width, c.taps), "conv.out": (width, c.width)}
+    return shapes | ({f"{name}.bias": shape[:1] for name, shape in shapes.items()} if c.bias else {})
+
+
+def _delta(d: DeltaConfig, width: int) -> Shapes:
+    mixed = 2 * d.keys + d.values
+    linear = {"qkv": mixed, "gate": d.values, "a": d.heads, "b": d.heads}
+    vectors = {"rate": d.heads, "shift": d.heads, "norm": d.value_dim}
+    shapes: Shapes = {f"delta.{name}": (rows, width) for name, rows in linear.items()}
+    shapes |= {f"delta.{name}": (size,) for name, size in vectors.items()}
+    return shapes | {"delta.taps": (mixed, d.taps), "delta.out": (width, d.values)}
+
+
 def _attention(a: AttentionConfig, width: int) -> Shapes:
     q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    rows = {"q": q, "k": kv, "v": kv} if a.qkv == "separate" else {"qkv": q + 2 * kv}
+    rows = {"q": 2 * q if a.gated else q, "k": kv, "v": kv} if a.qkv == "separate" else {"qkv": q + 2 * kv}
     shapes: Shapes = {f"attn.{name}": (n, width) for name, n in rows.items()} | {"attn.o": (width, q)}
     if a.bias:
         shapes |= {f"attn.{name}.bias": (n,) for name, n in rows.items()}
@@ -103,7 +123,7 @@ class Parameters:
 
     def _fault(self, name: str, found: str, count: int) -> str | None:
         """What is wrong with one tensor of the checkpoint, one of `count` that make up ours."""
-        tensor, shape = self.checkpoint[found], self.shapes[name]
+        tensor, shape = _kernels(name, self.checkpoint[found]), self.shapes[name]
         if count > 1 or len(tensor.shape) == 2 < len(shape):
             shape = shape[1:]  # one expert's
         if tensor.shape != shape:
@@ -117,7 +137,7 @@ class Parameters:
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor in Hugging Face's arrangement, whatever file it came from."""
-        parts = [self.checkpoint[n] for n in self._where[name]]
+        parts = [_kernels(name, self.checkpoint[n]) for n in self._where[name]]
         tensor = parts[0] if len(parts[0].shape) == len(self.shapes[name]) else stack(parts)
         arrange = self._family.gguf.arrange if self.checkpoint.kind == "gguf" else None
         return arrange(name, tensor, self._config) if arrange else tensor
@@ -136,6 +156,14 @@ class Parameters:
                 release(self.checkpoint[stored])
             progress(tensor.nbytes)
         return weights
+
+
+def _kernels(name: str, tensor: Tensor) -> Tensor:
+    """A convolution's kernels as [C, taps]; files have [C, 1, taps], MLX's [C, taps, 1]."""
+    if not name.endswith(".taps") or len(tensor.shape) != 3 or 1 not in tensor.shape[1:] or tensor.quantized:
+        return tensor
+    shape = (tensor.shape[0], max(tensor.shape[1:]))
+    return Tensor(shape, tensor.format, {"weight": tensor.parts["weight"].reshape(shape)})
 
 
 def _some(items: list[str], most: int = 12) -> str:

@@ -139,7 +139,7 @@ def unpermute(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
     kind = name.split(".")[-1] if not name.endswith(".bias") else name.split(".")[-2]
     if ".attn." not in name or kind not in ("q", "k"):
         return tensor
-    d = config.layers[0].attention.head_dim
+    d = config.layers[0].mixer.head_dim
     rows = np.arange(tensor.shape[0]).reshape(-1, d // 2, 2).swapaxes(1, 2).ravel()
     return take_rows(tensor, rows)
 

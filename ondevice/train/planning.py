@@ -62,7 +62,7 @@ def activation_bytes(session: Session, remat: bool) -> int:
 
 def _kept(layer: LayerConfig, width: int) -> int:
     """Numbers that one token leaves behind in one layer: what every operation read and wrote."""
-    a, f = layer.attention, layer.feed_forward
+    a, f = layer.mixer, layer.feed_forward
     hidden = f.hidden * f.per_token if isinstance(f, MoEConfig) else f.hidden
     return 10 * width + 3 * _projected(a) + 7 * hidden
 

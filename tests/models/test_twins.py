@@ -34,7 +34,7 @@ def test_older_configs_mean_the_same(name, twin_folder, tmp_path):
 
 def attention(**fields: Any):
     """A change of every layer's attention."""
-    return lambda c: replace(c, layers=[replace(x, attention=replace(x.attention, **fields)) for x in c.layers])
+    return lambda c: replace(c, layers=[replace(x, mixer=replace(x.mixer, **fields)) for x in c.layers])
 
 
 def spec(**fields: Any):
@@ -42,9 +42,7 @@ def spec(**fields: Any):
 
     def change(c: ModelConfig) -> ModelConfig:
         layers = [
-            replace(x, attention=replace(x.attention, spec=replace(x.attention.spec, **fields)))
-            if x.attention.spec.window
-            else x
+            replace(x, mixer=replace(x.mixer, spec=replace(x.mixer.spec, **fields))) if x.mixer.spec.window else x
             for x in c.layers
         ]
         return replace(c, layers=layers)

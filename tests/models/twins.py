@@ -47,6 +47,14 @@ GRANITE = {
     "attention_multiplier": 0.2,
     "logits_scaling": 2.5,
 }
+LFM2 = {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8}
+DELTA = {
+    "num_hidden_layers": 5,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 4,
+}
 TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix, what differs from TINY
     "llama": ("Llama", {"tie_word_embeddings": True}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
@@ -134,6 +142,19 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix
     "cohere2": ("Cohere2", PLAIN | {"num_hidden_layers": 5, "sliding_window": 4, "logit_scale": 0.25}),
     "glm4": ("Glm4", {"rope_parameters": HALF}),
     "glm4-first": ("Glm", {"attention_bias": False, "rope_parameters": HALF}),
+    "lfm2": ("Lfm2", LFM2),
+    "lfm2-biases": ("Lfm2", LFM2 | {"conv_bias": True, "conv_L_cache": 4, "tie_word_embeddings": False}),
+    "qwen3_5": ("Qwen3_5", DELTA),
+    "qwen3_5-wide": (
+        "Qwen3_5",
+        DELTA
+        | {
+            "num_hidden_layers": 2,
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 3,
+            "full_attention_interval": 2,
+        },
+    ),
     "qwen3_moe": ("Qwen3Moe", {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True}),
     "qwen3_moe-sums": ("Qwen3Moe", {"num_experts": 40, "num_experts_per_tok": 3, "norm_topk_prob": False}),
     "qwen3_moe-some": (
@@ -161,7 +182,9 @@ def make(name: str, **fields: Any) -> Any:
     transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
     kind, own = TWINS[name]
-    config_class = getattr(transformers, {"Gemma3": "Gemma3TextConfig"}.get(kind, f"{kind}Config"))
+    config_class = getattr(
+        transformers, {k: f"{k}TextConfig" for k in ("Gemma3", "Qwen3_5")}.get(kind, f"{kind}Config")
+    )
     sizes = deepcopy(TINY | {"pad_token_id": 0} | (MOE if kind == "Qwen3Moe" else {}) | own | fields)
     return randomise(getattr(transformers, f"{kind}ForCausalLM")(config_class(**sizes)))
 
@@ -185,7 +208,7 @@ def with_tensors(twin: Any, tensors: dict[str, np.ndarray]) -> Any:
 def published(hf: dict[str, Any]) -> dict[str, Any]:
     """A config.json as models published before transformers 5 have it."""
     rule = hf.pop("rope_parameters")
-    if hf["model_type"] != "ministral":  # of which transformers has known no other form
+    if hf["model_type"] not in ("ministral", "lfm2", "qwen3_5_text"):  # which have been published in no other form
         hf.pop("layer_types", None)
     full = dict(rule.get("full_attention", rule))
     hf["rope_theta"] = full.pop("rope_theta")
@@ -201,7 +224,7 @@ def published(hf: dict[str, Any]) -> dict[str, Any]:
             del hf[usual]
     if hf["model_type"] == "qwen3_moe":
         hf["num_experts"] = hf.pop("num_local_experts")
-    if hf["model_type"].startswith("qwen3") and not hf["use_sliding_window"]:
+    if hf.get("use_sliding_window") is False and hf["model_type"].startswith("qwen3"):
         hf["sliding_window"] = 4  # published configs have one, switched off
     if hf["model_type"] == "gpt_neox":
         hf["rotary_pct"], hf["rotary_emb_base"] = hf.pop("partial_rotary_factor"), hf.pop("rope_theta")

@@ -32,7 +32,7 @@ KEPT = ("general.", "tokenizer.")  # keys that another GGUF's metadata hand on
 
 def architecture_keys(family: Family, config: ModelConfig, hf: Mapping) -> dict[str, Any]:
     """The keys behind the architecture's name, with it. hf: the config.json."""
-    attention = config.layers[0].attention
+    attention = config.layers[0].mixer
     known = {key: hf.get(name) for name, key in gguf.KEYS.items() if name != "head_dim"}
     known |= {
         "context_length": config.context,

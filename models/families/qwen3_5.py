@@ -1,0 +1,43 @@
+"""Qwen3.5 (text): three of four layers keep a memory by the gated delta rule, the others attend, with a gate on each
+head's answer; gains stored minus one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..config import DeltaConfig, ModelConfig
+from ..fields import head_dim, layer_count, several, whole
+from ..ropes import rope
+from . import LLAMA, Family
+
+DELTA = {
+    "qkv": "in_proj_qkv.weight", "gate": "in_proj_z.weight", "a": "in_proj_a.weight", "b": "in_proj_b.weight",
+    "taps": "conv1d.weight", "rate": "A_log", "shift": "dt_bias", "norm": "norm.weight", "out": "out_proj.weight",
+}  # fmt: skip
+NAMES = LLAMA | {
+    f"layers.{{i}}.delta.{ours}": f"model.layers.{{i}}.linear_attn.{its}" for ours, its in DELTA.items()
+}  # fmt: skip
+
+
+def config(hf: Mapping) -> ModelConfig:
+    every, d = whole(hf, "full_attention_interval", 4), head_dim(hf, 256)
+    kinds = several(hf, "layer_types", str) or [
+        "linear_attention" if (i + 1) % every else "full_attention" for i in range(layer_count(hf))
+    ]
+    delta = DeltaConfig(
+        key_heads=whole(hf, "linear_num_key_heads", 16),
+        heads=whole(hf, "linear_num_value_heads", 32),
+        key_dim=whole(hf, "linear_key_head_dim", 128),
+        value_dim=whole(hf, "linear_value_head_dim", 128),
+        taps=whole(hf, "linear_conv_kernel_dim", 4, least=2),
+    )
+    return ModelConfig.llama_like(
+        {**hf, "layer_types": None, "head_dim": d},
+        ropes={"main": rope(hf, d, share=0.25)},
+        attention={"qk_norm": "head", "gated": True},
+        mixers=lambda i: delta if kinds[i] == "linear_attention" else None,
+        norm_offset=1.0,
+    )
+
+
+qwen3_5 = Family("qwen3_5", model_types=("qwen3_5_text",), config=config, names=NAMES)
