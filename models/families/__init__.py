@@ -58,12 +58,14 @@ class NameMap(dict):
 @dataclass(frozen=True)
 class Gguf:
     """How llama.cpp writes this family: its architecture's name, its tensor names, its metadata as a config.json, and
-    how a tensor is brought back to Hugging Face's arrangement (None: as it is)."""
+    how a tensor is brought back to Hugging Face's arrangement (None: as it is). keys: those of its metadata that no
+    other family has, as in `gguf.KEYS`, for writing."""
 
     architecture: str
     names: NameMap
     config: Callable[[Mapping, Checkpoint], dict]
     arrange: Callable[[str, Tensor, ModelConfig], Tensor] | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,12 @@ TWINS = {
 }  # fmt: skip
 
 
+MORE = {  # Mistral is one of llama.cpp's Llamas
+    "mistral-full": {}, "smollm3": {}, "granite": {}, "stablelm": {}, "cohere2": {}, "glm4": {},
+    "gemma2": {"query_pre_attn_scalar": 8},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", TWINS)
 def test_a_folder_becomes_what_llama_cpps_converter_writes(name, tmp_path, without_tokenizer):
     twin = twins.make(name, **TWINS[name])
@@ -69,6 +75,29 @@ def test_a_folder_becomes_what_llama_cpps_converter_writes(name, tmp_path, witho
         assert np.array_equal(values, other) if exact else np.allclose(values, other, rtol=1e-5), tensor
     assert _same(wanted, found)
     check_family(tmp_path / "out.gguf", twin, create_backend("reference", exact=True))
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_other_families_come_back_the_same(name, tmp_path, without_tokenizer):
+    twin = twins.make(name, **MORE[name])
+    twin.save_pretrained(tmp_path / "in")
+    run(tmp_path / "in", tmp_path / "out.gguf")
+    check_family(tmp_path / "out.gguf", twin, create_backend("reference", exact=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("qwen3_moe-sums", "a qwen3moe would differ in feed_forward.rule.renormalise = False"),
+        ("mistral", "a llama would differ in mixer.spec.window = 5"),
+        ("gemma-gelu", "a gemma would differ in output"),
+        ("qwen2-dynamic", "by the rule 'dynamic'"),
+    ],
+)
+def test_what_llama_cpp_has_no_place_for_is_refused(name, says, tmp_path, without_tokenizer):
+    twins.make(name).save_pretrained(tmp_path / "in")
+    with pytest.raises(Unsupported, match=says):
+        run(tmp_path / "in", tmp_path / "out.gguf")
 
 
 def _same(wanted, found):
@@ -176,12 +205,6 @@ def test_types_that_cannot_be_written(kind, says, tmp_path):
     assert says in caught.value.hint and not (tmp_path / "out.gguf").exists()
 
 
-def test_a_setting_without_a_key_is_refused(tmp_path, without_tokenizer):
-    twins.make("qwen3_moe", norm_topk_prob=False).save_pretrained(tmp_path / "in")
-    with pytest.raises(Unsupported, match="no place for"):
-        run(tmp_path / "in", tmp_path / "out.gguf")
-
-
 def test_numbers_that_no_type_holds(tmp_path, without_tokenizer):
     twin = twins.make("llama", **WIDE)
     twin.model.layers[1].mlp.up_proj.weight.data[0, 0] = 1e6
@@ -228,11 +251,11 @@ def test_more_tokens_than_the_model_knows(tmp_path):
         run(folder, tmp_path / "out.gguf")
 
 
-@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("name", TWINS | MORE)
 def test_llama_cpp_computes_the_same(name, tmp_path, monkeypatch):
     llama_cpp = pytest.importorskip("llama_cpp")
     monkeypatch.setattr(to_gguf, "gguf_tokenizer", lambda folder, vocab: {"tokenizer.ggml.model": "none"})
-    twin = twins.make(name, **WIDE | TWINS[name])
+    twin = twins.make(name, **(TWINS | MORE)[name])
     twin.save_pretrained(tmp_path / "in")
     run(tmp_path / "in", tmp_path / "out.gguf")
     model = llama_cpp.Llama(str(tmp_path / "out.gguf"), n_ctx=64, logits_all=True, verbose=False)

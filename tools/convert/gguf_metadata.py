@@ -6,7 +6,8 @@ there is found by reading the metadata back: a config that does not come back th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +17,16 @@ import numpy as np
 
 from ...checkpoint import Checkpoint, Spec
 from ...errors import OnDeviceError, Unsupported
-from ...models.config import MLPConfig, ModelConfig, MoEConfig
+from ...models.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
 from ...models.families import Family, gguf
+from ...models.ropes import RopeConfig
 from ...tensors import Dense, Tensor
 from .side_files import SAMPLING
 
 FLOATS = "epsilon", "freq_base", "freq_base_swa", "factor", "softcapping", "scale"  # how keys of such numbers end
+SCALINGS = ("linear", "yarn", "longrope")
 QUANTIZATION_VERSION = 2
+UNREADABLE = "all: its metadata could not be read"
 FILE_TYPES = {  # llama.cpp's general.file_type, by the type of most of the weights
     "float32": 0, "float16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12,
     "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "bfloat16": 32,
@@ -32,15 +36,16 @@ KEPT = ("general.", "tokenizer.")  # keys that another GGUF's metadata hand on
 
 def architecture_keys(family: Family, config: ModelConfig, hf: Mapping) -> dict[str, Any]:
     """The keys behind the architecture's name, with it. hf: the config.json."""
-    attention = config.layers[0].mixer
-    known = {key: hf.get(name) for name, key in gguf.KEYS.items() if name != "head_dim"}
+    attention = next(layer.mixer for layer in config.layers if isinstance(layer.mixer, AttentionConfig))
+    keys = {**gguf.KEYS, **family.gguf.keys}
+    known = {key: hf[name] for name, key in keys.items() if hf.get(name) is not None and name != "head_dim"}
     known |= {
         "context_length": config.context,
         "embedding_length": config.width,
         "block_count": len(config.layers),
         "attention.head_count": attention.heads,
         "attention.head_count_kv": attention.kv_heads,
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
+        f"attention.layer_norm_{'rms_' if config.norm == 'rms' else ''}epsilon": config.norm_eps,
         "vocab_size": config.vocab,
     }
     known |= _feed_forward_keys([layer.feed_forward for layer in config.layers])
@@ -68,20 +73,28 @@ def _typed(key: str, value: Any) -> Any:
 
 
 def _rope_keys(config: ModelConfig) -> dict[str, Any]:
-    main, local = config.ropes["main"], config.ropes.get("local")
+    main, local = config.ropes.get("main"), config.ropes.get("local")
+    if main is None:
+        return {}
     keys: dict[str, Any] = {"rope.dimension_count": main.dim, "rope.freq_base": main.base}
     if local:
         keys["rope.freq_base_swa"] = local.base
     kind = main.scaling.get("rope_type", main.scaling.get("type", "default"))
     if kind not in ("default", "llama3"):  # Llama 3's rule is a tensor, rope_freqs.weight
+        if kind not in SCALINGS:
+            raise Unsupported(
+                f"The model scales its positions by the rule {kind!r:.40}, which llama.cpp does not know.",
+                "Keep it as a folder: --to hf or --to mlx.",
+            )
         keys |= {"rope.scaling.type": kind, "rope.scaling.factor": main.scaling.get("factor")}
+        keys["rope.scaling.original_context_length"] = main.scaling.get("original_max_position_embeddings")
     return keys
 
 
 def rope_divisors(config: ModelConfig) -> np.ndarray | None:
     """Llama 3's scaling as llama.cpp stores it: by how much each frequency is divided; None for other models."""
-    main = config.ropes["main"]
-    if main.scaling.get("rope_type", main.scaling.get("type")) != "llama3":
+    main = config.ropes.get("main")
+    if main is None or main.scaling.get("rope_type", main.scaling.get("type")) != "llama3":
         return None
     plain = type(main)(main.dim, main.base)
     return plain.frequencies()[0] / main.frequencies()[0]
@@ -112,30 +125,28 @@ def sampling_keys(generation: Mapping[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ reading it back
 
 
-def check_back(
+def faults(
     family: Family, config: ModelConfig, metadata: Mapping[str, Any], specs: Sequence[Spec], path: Path
-) -> None:
-    """Raises Unsupported where this metadata, read as a GGUF's, would be another model than `config`."""
+) -> list[str]:
+    """What this metadata, read as a GGUF's, would make other than `config` is, and the tensors that the architecture
+    does not have; [] where the model comes back the same; UNREADABLE and why, where it does not come back at all."""
     preview = _Preview(path, {spec.name: spec for spec in specs})
     try:
         back = family.config(family.gguf.config(metadata, preview))
     except OnDeviceError as error:
-        raise _no_place(path, family, error.message) from None
-    wrong = [
-        f"{field.name} = {_short(getattr(config, field.name))}"
-        for field in fields(config)
-        if not _same(getattr(config, field.name), getattr(back, field.name))
-    ]
-    if wrong:
-        raise _no_place(path, family, f"{', '.join(wrong)} would not come back")
+        return [UNREADABLE, error.message.rstrip(".")]
+    found = [*differences(config, back, config.context), *_strange(family.gguf.architecture, preview.specs)]
+    return list(dict.fromkeys(re.sub(r"^layers\[\d+\]\.|^blk\.\d+\.", "", fault) for fault in found))
 
 
-def _no_place(path: Path, family: Family, why: str) -> Unsupported:
-    return Unsupported(
-        f"{path} has settings that a GGUF of the architecture {family.gguf.architecture!r} has no place for: "
-        f"{why.rstrip('.')}.",
-        "Keep it as a folder: --to hf or --to mlx.",
-    )
+def _strange(architecture: str, names: Iterable[str]) -> list[str]:
+    """Tensors that llama.cpp does not expect of an architecture."""
+    from gguf import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES
+
+    kinds = next((MODEL_TENSORS[arch] for arch, name in MODEL_ARCH_NAMES.items() if name == architecture), ())
+    known = {TENSOR_NAMES[kind].replace("{bid}", "0") for kind in kinds} | {"rope_freqs"}
+    modules = (name.removesuffix(".weight").removesuffix(".bias") for name in names)
+    return [module for module in modules if re.sub(r"\d+", "0", module, count=1) not in known]
 
 
 class _Preview(SimpleNamespace):
@@ -152,22 +163,29 @@ class _Preview(SimpleNamespace):
         return spec.load() if len(spec.shape) == 1 else Tensor(spec.shape, spec.format, {})
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Equal, but for the float32 that GGUF keeps of a number; a rope by the frequencies that it makes."""
-    if hasattr(one, "frequencies") and hasattr(other, "frequencies"):
-        (a, scale), (b, other_scale) = one.frequencies(), other.frequencies()
-        return a.shape == b.shape and np.allclose(a, b, rtol=1e-4) and scale == other_scale
-    if isinstance(one, float) and isinstance(other, float):
-        return bool(np.isclose(one, other, rtol=1e-6, atol=0))
-    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
-        return len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if is_dataclass(one) and type(one) is type(other):
-        return all(_same(getattr(one, field.name), getattr(other, field.name)) for field in fields(one))
-    return one == other
+def differences(one: Any, other: Any, length: int, where: str = "") -> Iterator[str]:
+    """The fields in which two configs differ, with the first one's value, but for the float32 that GGUF keeps of a
+    number; ropes by the frequencies that they make of `length` tokens."""
+    if isinstance(one, RopeConfig) and isinstance(other, RopeConfig):
+        if not all(_same_frequencies(one.frequencies(n), other.frequencies(n)) for n in (None, length)):
+            yield f"{where} = {dict(one.scaling)}"
+    elif is_dataclass(one) and type(one) is type(other):
+        for name in (f.name for f in fields(one)):
+            yield from differences(getattr(one, name), getattr(other, name), length, f"{where}.{name}".lstrip("."))
+    elif isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            yield from differences(a, b, length, f"{where}[{i}]")
+    elif isinstance(one, Mapping) and isinstance(other, Mapping) and one.keys() == other.keys():
+        for key in one:
+            yield from differences(one[key], other[key], length, f"{where}.{key}")
+    elif not _equal(one, other):
+        yield f"{where} = {one!r:.80}"
 
 
-def _short(value: Any) -> str:
-    text = repr(value[0] if isinstance(value, tuple) and value else value)
-    return text if len(text) < 120 else text[:117] + "…"
+def _equal(one: Any, other: Any) -> bool:
+    numbers = isinstance(one, float) and isinstance(other, int | float)
+    return bool(np.isclose(one, other, rtol=1e-6, atol=0)) if numbers else one == other
+
+
+def _same_frequencies(one: tuple[np.ndarray, float], other: tuple[np.ndarray, float]) -> bool:
+    return one[0].shape == other[0].shape and np.allclose(one[0], other[0], rtol=1e-4) and _equal(one[1], other[1])

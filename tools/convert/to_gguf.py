@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,13 @@ from ...errors import BadFile, BadOption, OnDeviceError, Unsupported
 from ...models.config import ModelConfig
 from ...models.families import Family, family_of
 from ...models.parameters import Parameters
+from ...registry import families
 from ...runtime.tokenizer import gguf_tokenizer
 from ...schemes import take_rows, to_float
 from ...tensors import Blocks, Dense, Tensor, dense
 from .blocks import BLOCK, TYPES, Loss, nearest, to_type
-from .gguf_metadata import architecture_keys, check_back, general_keys, rope_divisors, sampling_keys
-from .planning import Plan
+from .gguf_metadata import UNREADABLE, architecture_keys, faults, general_keys, rope_divisors, sampling_keys
+from .planning import Format, Plan
 
 ROPE = "rope_freqs.weight"
 FULL = ("router", "norm")  # small and delicate: llama.cpp keeps them, and every vector, in float32
@@ -49,25 +50,33 @@ def plan_gguf(checkpoint: Checkpoint, kind: str | None = None) -> GgufPlan:
     type that can't be written, Unsupported for a model that llama.cpp's format has no place for.
     """
     family, hf = family_of(checkpoint)
-    if family.gguf is None:
-        raise Unsupported(f"{checkpoint.path} is {family.name}, which has no GGUF form here.", "Use --to hf or mlx.")
     config, wanted = family.config(hf), _type(kind)
     parameters = Parameters(family, config, checkpoint)
-    losses: dict[str, Loss] = {}
-    specs: list[Spec] = []
-    sources = []
-    if (divisors := _divisors(checkpoint, config)) is not None:
-        specs.append(Spec(ROPE, divisors.shape, divisors.format, lambda: divisors))
-        sources.append(divisors.format)
-    for name in parameters:
-        source = parameters[name]
-        form = _form(name, source, wanted)
-        spelled = family.gguf.names.spell(name)
-        load = partial(_load, parameters, family, config, name, spelled, form, losses)
-        specs.append(Spec(spelled, parameters.shapes[name], form, load))
-        sources.append(source.format)
-    metadata = _metadata(checkpoint, family, config, hf, specs)
-    return GgufPlan(checkpoint, hf, tuple(specs), tuple(sources), metadata, losses)
+    tokenizer = _tokenizer(checkpoint, config)
+    refused: dict[str, list[str]] = {}
+    for architecture in _architectures(family):
+        losses: dict[str, Loss] = {}
+        found = list(_specs(parameters, architecture, config, wanted, losses))
+        specs, sources = tuple(spec for spec, _ in found), tuple(source for _, source in found)
+        metadata = _metadata(checkpoint, architecture, config, hf, specs) | tokenizer
+        wrong = faults(architecture, config, metadata, specs, checkpoint.path)
+        if not wrong:
+            return GgufPlan(checkpoint, hf, specs, sources, metadata, losses)
+        refused[architecture.gguf.architecture] = wrong
+    raise _no_place(checkpoint.path, refused)
+
+
+def _no_place(path: Path, refused: Mapping[str, list[str]]) -> Unsupported:
+    nearest, wrong = min(refused.items(), key=lambda item: (UNREADABLE in item[1], len(item[1])))
+    return Unsupported(
+        f"{path} has no like among llama.cpp's architectures; a {nearest} would differ in {', '.join(wrong[:5])}.",
+        "Keep it as a folder: --to hf or --to mlx.",
+    )
+
+
+def _architectures(family: Family) -> list[Family]:
+    """The family itself if llama.cpp has a name for it, else those that it may pass for: as a Mistral is a Llama."""
+    return [family] if family.gguf else [f for _, f in sorted(families().items()) if f.gguf]
 
 
 def convert_gguf(plan: GgufPlan, dest: str | Path, written: Callable[[Spec], None] = lambda spec: None) -> None:
@@ -105,6 +114,20 @@ def _form(name: str, tensor: Tensor, wanted: Dense | Blocks | None) -> Dense | B
 
 
 # ------------------------------------------------------------------------------------------------ tensors
+
+
+def _specs(
+    parameters: Parameters, family: Family, config: ModelConfig, wanted: Dense | Blocks | None, losses: dict[str, Loss]
+) -> Iterator[tuple[Spec, Format]]:
+    """What is written, each with the format that it has now."""
+    if (divisors := _divisors(parameters.checkpoint, config)) is not None:
+        yield Spec(ROPE, divisors.shape, divisors.format, lambda: divisors), divisors.format
+    for name in parameters:
+        source = parameters[name]
+        form = _form(name, source, wanted)
+        spelled = family.gguf.names.spell(name)
+        load = partial(_load, parameters, family, config, name, spelled, form, losses)
+        yield Spec(spelled, parameters.shapes[name], form, load), source.format
 
 
 def _load(parameters, family, config, name, spelled, form, losses) -> Tensor:
@@ -150,15 +173,13 @@ def _divisors(checkpoint: Checkpoint, config: ModelConfig) -> Tensor | None:
 # ------------------------------------------------------------------------------------------------ metadata
 
 
-def _metadata(checkpoint: Checkpoint, family: Family, config: ModelConfig, hf: Mapping, specs: list[Spec]) -> dict:
-    metadata: dict[str, Any] = {ARCHITECTURE: family.gguf.architecture}
-    metadata |= general_keys(checkpoint, specs) | {ARCHITECTURE: family.gguf.architecture}
+def _metadata(
+    checkpoint: Checkpoint, family: Family, config: ModelConfig, hf: Mapping, specs: Sequence[Spec]
+) -> dict[str, Any]:
+    metadata = general_keys(checkpoint, specs) | {ARCHITECTURE: family.gguf.architecture}
     if checkpoint.kind != "gguf":
         metadata |= sampling_keys(_generation(checkpoint))
-    metadata |= architecture_keys(family, config, hf)
-    metadata |= _tokenizer(checkpoint, config)
-    check_back(family, config, metadata, specs, checkpoint.path)
-    return metadata
+    return metadata | architecture_keys(family, config, hf)
 
 
 def _tokenizer(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Any]:
