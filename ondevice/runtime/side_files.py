@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ...checkpoint import Checkpoint
-from ...runtime.tokenizer import Tokenizer, load_tokenizer
+from ..checkpoint import Checkpoint
+from .tokenizer import Tokenizer, load_tokenizer
 
 SAMPLING = {  # GGUF's general.sampling.… -> Hugging Face's generation_config.json
     "temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty",

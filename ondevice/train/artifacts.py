@@ -1,28 +1,43 @@
-"""What a run leaves for others: an adapter in PEFT's format."""
+"""What a run leaves for others: an adapter in PEFT's format, or a model folder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from safetensors.numpy import save
 
 from ..adapters import Adapter, Modules, read_adapter, write_adapter
 from ..adapters import LowRank as Update
+from ..checkpoint import Spec, write_folder
+from ..checkpoint.write import write_file
 from ..runtime.session import Session
-from ..tensors import dense, floats
-from .methods import LowRank, Method
+from ..runtime.side_files import side_files
+from ..tensors import Dense, Tensor, dense, floats, store
+from .methods import Full, LowRank, Method, Prompt
 from .settings import Settings
 
-
-def write_artifact(
-    dest: Path, session: Session, method: Method, params: Mapping[str, np.ndarray], settings: Settings
-) -> None:
-    """The trained parameters, whole or not at all. Raises OnDeviceError."""
-    write_adapter(dest, as_adapter(session, method, params, settings), Modules(session.family, session.config))
+Params = Mapping[str, np.ndarray]
+PROMPT = "adapter_model.safetensors"
 
 
-def as_adapter(session: Session, method: LowRank, params: Mapping[str, np.ndarray], settings: Settings) -> Adapter:
+def write_artifact(dest: Path, session: Session, method: Method, params: Params, settings: Settings) -> None:
+    """The trained parameters: each file appears whole or not at all. Raises OnDeviceError."""
+    if isinstance(method, LowRank):
+        write_adapter(dest, as_adapter(session, method, params, settings), Modules(session.family, session.config))
+    elif isinstance(method, Full):
+        write_model(dest, session, params)
+    else:
+        _write_prompt(dest, session, params[Prompt.NAME])
+
+
+def as_adapter(session: Session, method: LowRank, params: Params, settings: Settings) -> Adapter:
     updates = {}
     for name, target in method.targets.items():
         down, up, magnitude = (params.get(f"{name}.{part}") for part in ("lora_down", "lora_up", "magnitude"))
@@ -40,3 +55,49 @@ def factors_of(path: str | Path, session: Session) -> dict[str, np.ndarray]:
             if tensor is not None:
                 made[f"{name}.{part}"] = floats(tensor.parts["weight"], tensor.format.dtype)
     return made
+
+
+def write_model(dest: Path, session: Session, params: Params) -> None:
+    """The whole model as a Hugging Face folder inside `dest`, which may hold other files of the run; config.json, by
+    which it is known as a model, comes last."""
+    specs = [spec for name, values in params.items() for spec in _specs(session, name, values)]
+    config = {k: v for k, v in session.hf_config.items() if k not in ("torch_dtype", "quantization_config")}
+    config = {k: v for k, v in config.items() if k != "quantization"} | {"dtype": _dtype(session, "embed")}
+    made = dest / f".model.{secrets.token_hex(4)}.partial"
+    write_folder(made, config, specs, side_files(session.checkpoint))
+    try:
+        for path in sorted(made.iterdir(), key=lambda p: p.name == "config.json"):
+            path.replace(dest / path.name)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _dtype(session: Session, name: str) -> str:
+    """As the checkpoint stores it; bfloat16 for what was quantized."""
+    stored = session.checkpoint[session.parameters.stored(name)[0]].format
+    return stored.dtype if isinstance(stored, Dense) else "bfloat16"
+
+
+def _specs(session: Session, name: str, values: np.ndarray) -> Iterator[Spec]:
+    """One tensor, or one an expert where the family's files have it so."""
+    spelled, dtype = session.family.names.spell(name), _dtype(session, name)
+    parts = {spelled: values}
+    if "{e}" in spelled:
+        parts = {spelled.replace("{e}", str(e)): one for e, one in enumerate(values)}
+    for path, one in parts.items():
+        yield Spec(path, one.shape, Dense(dtype), partial(_stored, one, dtype))
+
+
+def _stored(values: np.ndarray, dtype: str) -> Tensor:
+    return Tensor(values.shape, Dense(dtype), {"weight": store(values, dtype)})
+
+
+def _write_prompt(dest: Path, session: Session, vectors: np.ndarray) -> None:
+    """PEFT's format of prompt tuning."""
+    config: dict[str, Any] = {
+        "peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": len(vectors),
+        "token_dim": vectors.shape[1], "num_transformer_submodules": 1, "num_layers": len(session.config.layers),
+        "prompt_tuning_init": "RANDOM", "base_model_name_or_path": str(session.path), "inference_mode": True,
+    }  # fmt: skip
+    write_file(dest / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
+    write_file(dest / PROMPT, save({"prompt_embeddings": vectors}, {"format": "pt"}))
