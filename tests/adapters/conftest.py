@@ -22,7 +22,13 @@ MODELS = {  # name -> transformers' config and model, what differs from TINY
     "wide": (  # rows that MLX's groups of 32 divide
         "LlamaConfig",
         "LlamaForCausalLM",
-        {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": True},
+        {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_attention_heads": 4,
+            "head_dim": 16,
+            "tie_word_embeddings": True,
+        },
     ),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {}),
     "gemma3": (
