@@ -93,19 +93,20 @@ class Scope:
         w = self.weight(weight or name)
         base = y = self.ops.linear(x, w, self.bias(name))
         for a in self.adapters(name):
-            z = self.ops.linear(self.ops.linear(a.dropout(x) if a.dropout else x, a.down), a.up)
-            y = y + self._change(base, z, a, a.gains or self._gains(w, a))
+            h = self.ops.linear(a.dropout(x) if a.dropout else x, a.down)
+            z = self.ops.linear(_scaled(h, a), a.up)
+            y = y + self._change(base, z, a.gains or self._gains(w, a))
         return y
 
     def embed(self, name: str, ids: A) -> A:
         base = y = self.ops.embed(self.weight(name), ids)
         for a in self.adapters(name):
-            y = y + self._change(base, self.ops.linear(self.ops.embed(a.down, ids), a.up), a, a.gains)
+            z = self.ops.linear(_scaled(self.ops.embed(a.down, ids), a), a.up)
+            y = y + self._change(base, z, a.gains)
         return y
 
-    def _change(self, base: A, z: A, a: Lora, gains: Gains | None) -> A:
+    def _change(self, base: A, z: A, gains: Gains | None) -> A:
         """What an adapter adds to `base`, which is the weight's own answer; z: the low-rank answer."""
-        z = z if a.scale == 1.0 else z * a.scale
         if gains is None:
             return z
         change = base * gains.rest + z * gains.gain
@@ -123,10 +124,15 @@ class Scope:
         y = self.ops.expert_linear(x, self.weight(name), routing, self.bias(name))
         for a in self.adapters(name):
             down = self.ops.expert_linear(a.dropout(x) if a.dropout else x, a.down, routing)
-            y = y + self.ops.expert_linear(down, a.up, routing) * a.scale
+            y = y + self.ops.expert_linear(_scaled(down, a), a.up, routing)
         return y
 
     def norm(self, name: str, x: A) -> A:
         if self.layer_norms:
             return self.ops.layer_norm(x, self.weight(name), self.bias(name), self.eps)
         return self.ops.rms_norm(x, self.weight(name), self.eps, self.norm_offset)
+
+
+def _scaled(h: A, a: Lora) -> A:
+    """The scale is applied where an adapter is narrow: r numbers a token instead of all outputs."""
+    return h if a.scale == 1.0 else h * a.scale
