@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .. import adapters, hub
-from ..adapters import Adapter
+from .. import hub
 from ..backends.base import Backend, SamplingParams
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import BadFile, BadOption, OnDeviceError
@@ -22,9 +22,12 @@ from ..registry import create_backend
 from ..tensors import Tensor
 from . import memory
 from .engine import Engine, GenerateOptions
-from .template import ChatTemplate, encode_chat
 from .text import Piece, TextFinished, stream_text
 from .tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from ..adapters import Adapter
+    from .template import ChatTemplate
 
 DEFAULT_CONTEXT = 8192  # tokens, where the model could hold more: a cache's memory is set aside for the whole of it
 
@@ -83,6 +86,8 @@ class Session:
 
     @cached_property
     def template(self) -> ChatTemplate:
+        from .template import ChatTemplate  # the template language is loaded for those who use it
+
         return ChatTemplate.of(self.tokenizer)
 
     @cached_property
@@ -136,6 +141,8 @@ class Session:
 
     def encode_messages(self, messages: Sequence[Mapping], **extra) -> list[int]:
         """A conversation through the model's chat template, up to where the answer begins."""
+        from .template import encode_chat
+
         return encode_chat(self.tokenizer, self.template, messages, **extra)
 
     def generate(
@@ -152,6 +159,8 @@ class Session:
         The model stays loaded; what was computed with the old ones is forgotten. Their changes add up, each times its
         weight. Raises what `read_adapter` raises, and nothing has changed.
         """
+        from .. import adapters  # loaded for those who have some
+
         modules = adapters.Modules(self.family, self.config)
         attached = tuple(Attached(Path(path), w, adapters.read_adapter(path, modules)) for path, w in chosen)
         weighted = [(a.adapter, a.weight) for a in attached]
