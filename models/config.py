@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..backends.base import AttentionSpec, LayerCache, RouteRule, StateCache
-from .fields import activation, flag, groups, head_dim, number, sliding_layers, whole
+from .fields import activation, contradiction, flag, groups, head_dim, number, sliding_layers, whole
 from .ropes import RopeConfig, rope
 
 
@@ -89,13 +89,19 @@ class MLPConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Experts, each a small MLP of width `hidden`; a router sends every token to `per_token` of them."""
+    """Experts, each a small MLP of width `hidden`; a router sends every token to `per_token` of them. shared: an MLP
+    that every token goes through besides, weighted by a gate of its own if `shared_gate`."""
 
     experts: int
     per_token: int
     hidden: int
     act: str = "silu"
     rule: RouteRule = field(default_factory=RouteRule)
+    router_bias: bool = False
+    election: bool = False  # a bias that counts in the election of experts alone
+    bias: bool = False  # of every expert's maps
+    shared: MLPConfig | None = None
+    shared_gate: bool = False
 
 
 @dataclass(frozen=True)
@@ -194,5 +200,19 @@ class ModelConfig:
 
 def plain_mlp(hf: Mapping, **fields) -> MLPConfig:
     """The MLP of every layer as the file says, but for `fields`."""
-    found = {"act": None, "bias": flag(hf, "mlp_bias"), **fields}
-    return MLPConfig(whole(hf, "intermediate_size"), **{**found, "act": found["act"] or activation(hf)})
+    usual = {
+        "hidden": lambda: whole(hf, "intermediate_size"),
+        "act": lambda: activation(hf),
+        "bias": lambda: flag(hf, "mlp_bias"),
+    }
+    return MLPConfig(**{name: read() for name, read in usual.items() if name not in fields}, **fields)
+
+
+def routed(hf: Mapping, hidden: str, **fields) -> MoEConfig:
+    """Experts as the file says, each as wide as its key `hidden` says, but for `fields`. Raises BadFile for more
+    experts a token than there are."""
+    key = next((key for key in ("num_experts", "num_local_experts", "n_routed_experts") if key in hf), "num_experts")
+    experts, per_token = whole(hf, key), whole(hf, "num_experts_per_tok")
+    if per_token > experts:
+        raise contradiction(f"The config has {experts} experts and num_experts_per_tok = {per_token}.")
+    return MoEConfig(experts, per_token, whole(hf, hidden), **{"act": activation(hf), **fields})

@@ -41,9 +41,11 @@ class Decoder:
             layer_norms=cfg.norm == "layer",
         )
 
-    def embed(self, p: Scope, ids: A) -> A:
-        """ids [B, T] -> [B, T, D]"""
+    def embed(self, p: Scope, ids: A, step: Step | None = None) -> A:
+        """ids [B, T] -> [B, T, D]; step None: whole rows from position 0."""
         x = p.embed("embed", ids)
+        if self.config.positions:
+            x = x + p.embed("positions", self.ops.positions(step or Step.whole(*ids.shape), ids.shape[1]))
         return x if self.config.embed_scale == 1.0 else x * self.config.embed_scale
 
     def block(self, p: Scope, i: int, x: A, step: Step) -> A:
@@ -60,7 +62,7 @@ class Decoder:
     def hidden(self, ids: A, step: Step, trainable: Mapping[str, A] | None = None) -> A:
         """ids [B, T] -> what the last block says, [B, T, D]; fills the cache on the way."""
         p = self.scope(trainable)
-        x = self.embed(p, ids)
+        x = self.embed(p, ids, step)
         for i in range(len(self.config.layers)):
             x = self.block(p, i, x, step)
         return x

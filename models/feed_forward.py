@@ -27,6 +27,10 @@ def moe(p: Scope, cfg: MoEConfig, x: A) -> A:
     B, T, D = x.shape
     x = x.reshape(B * T, D)
     logits = p.tap("logits", p.linear("router", x))  # [N, E]
-    routing = p.ops.route(logits, cfg.per_token, cfg.rule)
+    routing = p.ops.route(logits, cfg.per_token, cfg.rule, p.weight("election") if cfg.election else None)
     h = p.ops.gated(p.expert_linear("gate", x, routing), p.expert_linear("up", x, routing), cfg.act)  # [N, k, F]
-    return p.ops.combine(p.expert_linear("down", h, routing), routing).reshape(B, T, D)
+    y = p.ops.combine(p.expert_linear("down", h, routing), routing)
+    if cfg.shared:
+        h = mlp(p.at("shared"), cfg.shared, x)
+        y = y + (h * p.ops.act(p.linear("shared_gate", x), "sigmoid") if cfg.shared_gate else h)
+    return y.reshape(B, T, D)

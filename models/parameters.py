@@ -9,8 +9,18 @@ from ..checkpoint import Checkpoint, release
 from ..errors import BadFile
 from ..schemes import stack
 from ..tensors import Tensor
-from .config import AttentionConfig, ConvolutionConfig, DeltaConfig, LayerConfig, Mixer, ModelConfig, MoEConfig
+from .config import (
+    AttentionConfig,
+    ConvolutionConfig,
+    DeltaConfig,
+    LayerConfig,
+    Mixer,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+)
 from .families import Family
+from .families.views import viewed, viewed_shape
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -26,7 +36,9 @@ def expected(cfg: ModelConfig) -> Shapes:
         shapes["head.bias"] = (cfg.vocab,)
     shapes |= _norm(cfg, "norm")
     for i, layer in enumerate(cfg.layers):
-        of_layer = _norms(cfg, layer) | _mixer(layer.mixer, cfg.width) | _feed_forward(layer, cfg.width)
+        f = layer.feed_forward
+        of_layer = _norms(cfg, layer) | _mixer(layer.mixer, cfg.width)
+        of_layer |= _moe(f, cfg.width) if isinstance(f, MoEConfig) else _mlp(f, cfg.width, "mlp")
         shapes |= {f"layers.{i}.{name}": shape for name, shape in of_layer.items()}
     return shapes
 
@@ -76,18 +88,25 @@ def _attention(a: AttentionConfig, width: int) -> Shapes:
     return shapes
 
 
-def _feed_forward(layer: LayerConfig, width: int) -> Shapes:
-    f = layer.feed_forward
-    if isinstance(f, MoEConfig):
-        up, down = (f.experts, f.hidden, width), (f.experts, width, f.hidden)
-        return {"moe.router": (f.experts, width), "moe.gate": up, "moe.up": up, "moe.down": down}
+def _moe(f: MoEConfig, width: int) -> Shapes:
+    up, down = (f.experts, f.hidden, width), (f.experts, width, f.hidden)
+    shapes: Shapes = {"moe.gate": up, "moe.up": up, "moe.down": down}
+    if f.bias:
+        shapes |= {f"{name}.bias": shape[:2] for name, shape in shapes.items()}
+    shapes["moe.router"] = (f.experts, width)
+    vectors = {"moe.router.bias": f.router_bias, "moe.election": f.election}
+    shapes |= {name: (f.experts,) for name, there in vectors.items() if there}
+    if f.shared_gate:
+        shapes["moe.shared_gate"] = (1, width)
+    return shapes | (_mlp(f.shared, width, "moe.shared") if f.shared else {})
+
+
+def _mlp(f: MLPConfig, width: int, name: str) -> Shapes:
     rows = {"gate_up": 2 * f.hidden} if f.gate == "fused" else {"gate": f.hidden, "up": f.hidden}
     if f.gate is None:
         del rows["gate"]
-    shapes: Shapes = {f"mlp.{name}": (n, width) for name, n in rows.items()} | {"mlp.down": (width, f.hidden)}
-    if f.bias:
-        shapes |= {f"mlp.{name}.bias": (n,) for name, n in rows.items()} | {"mlp.down.bias": (width,)}
-    return shapes
+    shapes: Shapes = {f"{name}.{part}": (n, width) for part, n in rows.items()} | {f"{name}.down": (width, f.hidden)}
+    return shapes | ({f"{part}.bias": shape[:1] for part, shape in shapes.items()} if f.bias else {})
 
 
 class Parameters:
@@ -99,14 +118,15 @@ class Parameters:
         self._family = family
         self._config = config
         self._names = family.gguf.names if checkpoint.kind == "gguf" else family.names
-        self._where = self._locate()
+        self._where, self._views = self._locate()
         self._check()
 
-    def _locate(self) -> dict[str, list[str]]:
-        """Our name -> the checkpoint's names (several: experts, one a tensor)."""
+    def _locate(self) -> tuple[dict[str, list[str]], dict[str, tuple[str, ...]]]:
+        """Our name -> the checkpoint's names (several: experts, one a tensor); and how it lies there."""
         experts = {f.feed_forward.experts for f in self._config.layers if isinstance(f.feed_forward, MoEConfig)}
         count = max(experts, default=0)
-        return {name: self._names.find(name, self.checkpoint, count) for name in self.shapes}
+        found = {name: self._names.find(name, self.checkpoint, count) for name in self.shapes}
+        return {name: names for name, (names, _) in found.items()}, {name: views for name, (_, views) in found.items()}
 
     def _check(self) -> None:
         missing = [self._names.spell(name) for name, found in self._where.items() if not found]
@@ -124,6 +144,9 @@ class Parameters:
     def _fault(self, name: str, found: str, count: int) -> str | None:
         """What is wrong with one tensor of the checkpoint, one of `count` that make up ours."""
         tensor, shape = _kernels(name, self.checkpoint[found]), self.shapes[name]
+        if views := self._views[name]:
+            seen = viewed_shape(tensor.shape, views, shape, name.endswith(".bias"))
+            return None if seen == shape else f"{found} is {list(tensor.shape)}, which does not hold {list(shape)}"
         if count > 1 or len(tensor.shape) == 2 < len(shape):
             shape = shape[1:]  # one expert's
         if tensor.shape != shape:
@@ -136,9 +159,11 @@ class Parameters:
         return iter(self.shapes)
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor in Hugging Face's arrangement, whatever file it came from."""
+        """The tensor in Hugging Face's arrangement ([out, in]), whatever file it came from."""
+        shape, views = self.shapes[name], self._views[name]
         parts = [_kernels(name, self.checkpoint[n]) for n in self._where[name]]
-        tensor = parts[0] if len(parts[0].shape) == len(self.shapes[name]) else stack(parts)
+        parts = [viewed(part, views, shape, name.endswith(".bias")) for part in parts]
+        tensor = parts[0] if len(parts[0].shape) == len(shape) else stack(parts)
         arrange = self._family.gguf.arrange if self.checkpoint.kind == "gguf" else None
         return arrange(name, tensor, self._config) if arrange else tensor
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -20,35 +20,52 @@ if TYPE_CHECKING:
 
 class NameMap(dict):
     """Our names -> a checkpoint's. `{i}` stands for the layer, `{e}` for the expert; a tuple lists alternatives, best
-    first. Biases need no entries: `x.bias` is found beside `x`'s `….weight`."""
+    first. Biases need no entries: `x.bias` is found beside `x`'s `….weight`. Behind a name, `|` and how ours lies in
+    that tensor (families/views.py)."""
 
-    IGNORED = re.compile(r"rotary_emb\.inv_freq$|masked_bias$|^lm_head\.weight$|^rope_freqs\.weight$")
+    IGNORED = re.compile(
+        r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$|^lm_head\.weight$|^rope_freqs\.weight$"
+    )
 
     def __or__(self, other: Mapping) -> NameMap:
         return NameMap({**self, **other})
 
-    def spellings(self, name: str) -> tuple[str, ...]:
-        """Every name that one of ours may have in a checkpoint, `{e}` left in."""
-        bias = name.endswith(".bias")
+    def places(self, name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Every name that one of ours may have in a checkpoint, `{e}` left in, and how it lies there."""
         layer = re.match(r"layers\.(\d+)\.", name)
-        key = re.sub(r"^layers\.\d+\.", "layers.{i}.", name.removesuffix(".bias"))
-        patterns = self.get(key, ())
-        patterns = (patterns,) if isinstance(patterns, str) else patterns
-        found = (p.replace("{i}", layer[1]) if layer else p for p in patterns)
-        return tuple(p.removesuffix("weight") + "bias" if bias else p for p in found)
+        key = re.sub(r"^layers\.\d+\.", "layers.{i}.", name)
+        beside = key not in self and key.endswith(".bias")
+        patterns = self.get(key.removesuffix(".bias") if beside else key, ())
+        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+            spelled, *views = (pattern.replace("{i}", layer[1]) if layer else pattern).split("|")
+            yield spelled.removesuffix("weight") + "bias" if beside else spelled, tuple(views)
+
+    def spellings(self, name: str) -> tuple[str, ...]:
+        """The names alone."""
+        return tuple(spelled for spelled, _ in self.places(name))
+
+    def written(self, name: str, quantized: bool) -> tuple[str, bool]:
+        """Under which name one of ours is written, and whether transposed: Hugging Face's; a quantized one as mlx-lm
+        has it, experts stacked, where its name differs."""
+        places = list(self.places(name))
+        if quantized:
+            places = [(n, views) for n, views in places if "{e}" not in n and not views] + places
+        spelled, views = next(place for place in places if set(place[1]) <= {"T"})
+        return spelled, bool(views) and not name.endswith(".bias")
 
     def spell(self, name: str) -> str:
         """The first of them, or our own name where this map has none."""
         return next(iter(self.spellings(name)), name)
 
-    def find(self, name: str, checkpoint: Checkpoint, experts: int) -> list[str]:
-        """The names under which a checkpoint holds one of our tensors: one, or one an expert; [] when it does not."""
-        for spelling in self.spellings(name):
+    def find(self, name: str, checkpoint: Checkpoint, experts: int) -> tuple[list[str], tuple[str, ...]]:
+        """The names under which a checkpoint holds one of our tensors (one, or one an expert; [] when it does not) and
+        how it lies there."""
+        for spelling, views in self.places(name):
             count = experts if "{e}" in spelling else 1
             names = [*takewhile(checkpoint.__contains__, (spelling.replace("{e}", str(e)) for e in range(count)))]
             if 0 < len(names) == count:
-                return names
-        return []
+                return names, views
+        return [], ()
 
     def ignored(self, name: str) -> bool:
         """A tensor that checkpoints carry and nobody needs."""
@@ -59,13 +76,15 @@ class NameMap(dict):
 class Gguf:
     """How llama.cpp writes this family: its architecture's name, its tensor names, its metadata as a config.json, and
     how a tensor is brought back to Hugging Face's arrangement (None: as it is). keys: those of its metadata that no
-    other family has, as in `gguf.KEYS`, for writing."""
+    other family has, as in `gguf.KEYS`, for writing. when: which files of that architecture are this family's, by
+    their metadata."""
 
     architecture: str
     names: NameMap
     config: Callable[[Mapping, Checkpoint], dict]
     arrange: Callable[[str, Tensor, ModelConfig], Tensor] | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
+    when: Callable[[Mapping], bool] = lambda metadata: True
 
 
 @dataclass(frozen=True)
@@ -104,6 +123,22 @@ SANDWICH = LLAMA | {  # a norm in front of and behind each half of a block
 }
 
 
+def experts(module: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> dict[str, tuple]:
+    """Names of experts, one a tensor below `module`, or stacked as mlx-lm has them."""
+    parts = {"gate": (gate, "gate_proj"), "up": (up, "up_proj"), "down": (down, "down_proj")}
+    return {
+        f"layers.{{i}}.moe.{ours}": (f"{module}.experts.{{e}}.{theirs}.weight", f"{module}.switch_mlp.{mlx}.weight")
+        for ours, (theirs, mlx) in parts.items()
+    }
+
+
+def shared_expert(module: str) -> dict[str, str]:
+    """Names of the expert that every token goes through, and of its gate."""
+    parts = {f"shared.{part}": f"shared_expert.{part}_proj" for part in ("gate", "up", "down")}
+    parts["shared_gate"] = "shared_expert_gate"
+    return {f"layers.{{i}}.moe.{ours}": f"{module}.{theirs}.weight" for ours, theirs in parts.items()}
+
+
 def family_of(checkpoint: Checkpoint) -> tuple[Family, dict]:
     """The family a checkpoint belongs to, and its config.json (translated, where the file is a GGUF).
 
@@ -112,7 +147,11 @@ def family_of(checkpoint: Checkpoint) -> tuple[Family, dict]:
     if checkpoint.kind != "gguf":
         return family_for(checkpoint.config, checkpoint.path), checkpoint.config
     kind = checkpoint.metadata.get("general.architecture")
-    family = _serving(kind, lambda f: (f.gguf.architecture,) if f.gguf else (), checkpoint.path)
+    family = _serving(
+        kind,
+        lambda f: (f.gguf.architecture,) if f.gguf and f.gguf.when(checkpoint.metadata) else (),
+        checkpoint.path,
+    )
     return family, family.gguf.config(checkpoint.metadata, checkpoint)
 
 

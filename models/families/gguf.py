@@ -33,6 +33,7 @@ NAMES = NameMap(
         "layers.{i}.attn.o": "blk.{i}.attn_output.weight",
         "layers.{i}.attn.q_norm": "blk.{i}.attn_q_norm.weight",
         "layers.{i}.attn.k_norm": "blk.{i}.attn_k_norm.weight",
+        "positions": "position_embd.weight",
         "layers.{i}.mlp.gate": "blk.{i}.ffn_gate.weight",
         "layers.{i}.mlp.up": "blk.{i}.ffn_up.weight",
         "layers.{i}.mlp.down": "blk.{i}.ffn_down.weight",
@@ -40,6 +41,10 @@ NAMES = NameMap(
         "layers.{i}.moe.gate": "blk.{i}.ffn_gate_exps.weight",
         "layers.{i}.moe.up": "blk.{i}.ffn_up_exps.weight",
         "layers.{i}.moe.down": "blk.{i}.ffn_down_exps.weight",
+        "layers.{i}.moe.shared_gate": "blk.{i}.ffn_gate_inp_shexp.weight",
+        "layers.{i}.moe.shared.gate": "blk.{i}.ffn_gate_shexp.weight",
+        "layers.{i}.moe.shared.up": "blk.{i}.ffn_up_shexp.weight",
+        "layers.{i}.moe.shared.down": "blk.{i}.ffn_down_shexp.weight",
     }
 )
 SANDWICH = NAMES | {
@@ -67,6 +72,7 @@ KEYS = {  # Hugging Face's name -> (key behind the architecture's name)
     "num_experts": "expert_count",
     "num_experts_per_tok": "expert_used_count",
     "moe_intermediate_size": "expert_feed_forward_length",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
 }
 BIASES = {  # no metadata says so
     "attention_bias": ("blk.0.attn_q.bias", "blk.0.attn_qkv.bias"),
@@ -149,3 +155,8 @@ def minus_one(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
     if not name.endswith("norm"):
         return tensor
     return dense(to_float(tensor) - np.float32(1))
+
+
+def has_experts(metadata: Mapping) -> bool:
+    """Whether the file is a mixture of experts: some architectures stand for both."""
+    return bool(metadata.get(f"{metadata.get('general.architecture')}.expert_count"))

@@ -1,12 +1,13 @@
-"""Granite: Llama with multipliers of the embedding, of what each half of a block adds, of scores and of logits."""
+"""Granite: Llama with multipliers of the embedding, of what each half of a block adds, of scores and of logits.
+GraniteMoE has experts, and some of its models an MLP for every token besides."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
 
-from ..config import ModelConfig
-from ..fields import number
+from ..config import ModelConfig, plain_mlp, routed
+from ..fields import layer_count, number, whole
 from . import LLAMA, Family, Gguf, gguf
 
 KEYS = {
@@ -15,21 +16,46 @@ KEYS = {
     "residual_multiplier": "residual_scale",
     "logits_scaling": "logit_scale",
 }
+MOE = "model.layers.{i}.block_sparse_moe"
+SHARED = "model.layers.{i}.shared_mlp"
+MOE_NAMES = LLAMA | {
+    "layers.{i}.moe.router": (f"{MOE}.router.layer.weight", f"{MOE}.router.weight"),
+    "layers.{i}.moe.gate": (f"{MOE}.switch_mlp.gate_proj.weight", f"{MOE}.input_linear.weight|first"),
+    "layers.{i}.moe.up": (f"{MOE}.switch_mlp.up_proj.weight", f"{MOE}.input_linear.weight|last"),
+    "layers.{i}.moe.down": (f"{MOE}.switch_mlp.down_proj.weight", f"{MOE}.output_linear.weight"),
+    "layers.{i}.moe.shared.gate": f"{SHARED}.input_linear.weight|first",
+    "layers.{i}.moe.shared.up": f"{SHARED}.input_linear.weight|last",
+    "layers.{i}.moe.shared.down": f"{SHARED}.output_linear.weight",
+}
 
 
 def config(hf: Mapping) -> ModelConfig:
+    moe = None
+    if hf.get("model_type") != "granite":
+        width = whole(hf, "shared_intermediate_size", 0, least=0) if hf["model_type"] == "granitemoeshared" else 0
+        moe = routed(hf, "intermediate_size", shared=plain_mlp(hf, hidden=width, bias=False) if width else None)
     return ModelConfig.llama_like(
         hf,
         scale=number(hf, "attention_multiplier", 1.0),
         layer={"residual_scale": number(hf, "residual_multiplier", 1.0)},
+        feed_forward=moe and [moe] * layer_count(hf),
         embed_scale=number(hf, "embedding_multiplier", 1.0),
         logit_scale=1 / number(hf, "logits_scaling", 1.0),
     )
 
 
+def _moe_from_gguf(metadata: Mapping, checkpoint) -> dict:
+    hf = gguf.config(metadata, checkpoint, "granitemoeshared", "GraniteMoeSharedForCausalLM", keys=KEYS)
+    return hf | {
+        "num_local_experts": hf.pop("num_experts", None),
+        "shared_intermediate_size": hf.get("shared_expert_intermediate_size"),
+    }
+
+
 _from_gguf = partial(gguf.config, model_type="granite", architecture_class="GraniteForCausalLM", keys=KEYS)
 
-granite = Family(
-    "granite", model_types=("granite",), config=config, names=LLAMA,
-    gguf=Gguf("granite", gguf.NAMES, _from_gguf, arrange=gguf.unpermute, keys=KEYS),
+granite = Family("granite", ("granite",), config, LLAMA, Gguf("granite", gguf.NAMES, _from_gguf, gguf.unpermute, KEYS))
+granitemoe = Family(
+    "granitemoe", ("granitemoe", "granitemoeshared"), config, MOE_NAMES,
+    Gguf("granitemoe", gguf.NAMES, _moe_from_gguf, gguf.unpermute, KEYS),
 )  # fmt: skip

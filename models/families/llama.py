@@ -17,5 +17,6 @@ llama = Family(
         gguf.NAMES,
         partial(gguf.config, model_type="llama", architecture_class="LlamaForCausalLM"),
         arrange=gguf.unpermute,
+        when=lambda metadata: not gguf.has_experts(metadata),
     ),
 )

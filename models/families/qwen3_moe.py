@@ -1,48 +1,45 @@
-"""Qwen3-MoE: Qwen3 whose feed-forward is a router and experts; some layers may stay plain."""
+"""Qwen2-MoE and Qwen3-MoE: Qwen whose feed-forward is a router and experts; some layers may stay plain. Qwen2-MoE has
+an expert that every token goes through, weighted by a gate of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from ...backends.base import RouteRule
-from ..config import MLPConfig, ModelConfig, MoEConfig
-from ..fields import activation, contradiction, flag, layer_count, several, whole
-from . import LLAMA, Family, Gguf, gguf
+from ..config import ModelConfig, plain_mlp, routed
+from ..fields import flag, layer_count, several, whole
+from . import LLAMA, Family, Gguf, experts, gguf, shared_expert
 
-NAMES = LLAMA | {
-    "layers.{i}.moe.router": "model.layers.{i}.mlp.gate.weight",
-} | {
-    f"layers.{{i}}.moe.{part}": (
-        f"model.layers.{{i}}.mlp.experts.{{e}}.{part}_proj.weight",
-        f"model.layers.{{i}}.mlp.switch_mlp.{part}_proj.weight",  # as mlx-lm stacks them
-    )
-    for part in ("gate", "up", "down")
-}  # fmt: skip
+MLP = "model.layers.{i}.mlp"
+NAMES = LLAMA | experts(MLP) | {"layers.{i}.moe.router": f"{MLP}.gate.weight"} | shared_expert(MLP)
 
 
 def config(hf: Mapping) -> ModelConfig:
-    experts = whole(hf, "num_experts" if "num_experts" in hf else "num_local_experts")  # transformers 5 renamed it
-    per_token = whole(hf, "num_experts_per_tok")
-    if per_token > experts:
-        raise contradiction(f"The config has {experts} experts and num_experts_per_tok = {per_token}.")
-    act, rule = activation(hf), RouteRule(renormalise=flag(hf, "norm_topk_prob"))
-    moe = MoEConfig(experts, per_token, whole(hf, "moe_intermediate_size"), act, rule)
-    plain = MLPConfig(whole(hf, "intermediate_size"), act)
+    second = hf.get("model_type") == "qwen2_moe"
+    shared = plain_mlp(hf, hidden=whole(hf, "shared_expert_intermediate_size", 5632), bias=False) if second else None
+    rule = RouteRule(renormalise=flag(hf, "norm_topk_prob"))
+    moe = routed(hf, "moe_intermediate_size", rule=rule, shared=shared, shared_gate=second)
     every, dense = whole(hf, "decoder_sparse_step", 1), several(hf, "mlp_only_layers", int)
-    windowed = flag(hf, "use_sliding_window")
-    kinds = [plain if i in dense or (i + 1) % every else moe for i in range(layer_count(hf))]
-    return ModelConfig.llama_like(hf, attention={"qk_norm": "head"}, sliding=lambda layer: windowed, feed_forward=kinds)
+    plain, windowed = plain_mlp(hf, bias=False), flag(hf, "use_sliding_window")
+    biases = {"bias": flag(hf, "qkv_bias", True), "output_bias": False}
+    return ModelConfig.llama_like(
+        hf,
+        attention=biases if second else {"qk_norm": "head"},
+        sliding=lambda layer: windowed,
+        feed_forward=[plain if i in dense or (i + 1) % every else moe for i in range(layer_count(hf))],
+    )
 
 
-def _from_gguf(metadata: Mapping, checkpoint) -> dict:
-    hf = gguf.config(metadata, checkpoint, "qwen3_moe", "Qwen3MoeForCausalLM", norm_topk_prob=True)
-    return {
-        "intermediate_size": whole(hf, "moe_intermediate_size"),
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-    } | hf
+def _gguf(architecture: str, *kind: str, **more) -> Gguf:
+    def read(metadata: Mapping, checkpoint) -> dict:
+        hf = gguf.config(metadata, checkpoint, *kind, decoder_sparse_step=1, mlp_only_layers=[], **more)
+        return {"intermediate_size": hf.get("moe_intermediate_size")} | hf
+
+    return Gguf(architecture, gguf.NAMES, read)
 
 
+qwen2_moe = Family("qwen2_moe", ("qwen2_moe",), config, NAMES, _gguf("qwen2moe", "qwen2_moe", "Qwen2MoeForCausalLM"))
 qwen3_moe = Family(
-    "qwen3_moe", model_types=("qwen3_moe",), config=config, names=NAMES, gguf=Gguf("qwen3moe", gguf.NAMES, _from_gguf)
-)
+    "qwen3_moe", ("qwen3_moe",), config, NAMES,
+    _gguf("qwen3moe", "qwen3_moe", "Qwen3MoeForCausalLM", norm_topk_prob=True),
+)  # fmt: skip

@@ -47,6 +47,7 @@ GRANITE = {
     "attention_multiplier": 0.2,
     "logits_scaling": 2.5,
 }
+GPT2 = {"hidden_size": 48, "max_position_embeddings": 29, "activation_function": "gelu"}
 LFM2 = {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8}
 DELTA = {
     "num_hidden_layers": 5,
@@ -55,6 +56,7 @@ DELTA = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 4,
 }
+SHARED = {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 20, "hidden_size": 48}
 TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix, what differs from TINY
     "llama": ("Llama", {"tie_word_embeddings": True}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
@@ -142,6 +144,8 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix
     "cohere2": ("Cohere2", PLAIN | {"num_hidden_layers": 5, "sliding_window": 4, "logit_scale": 0.25}),
     "glm4": ("Glm4", {"rope_parameters": HALF}),
     "glm4-first": ("Glm", {"attention_bias": False, "rope_parameters": HALF}),
+    "gpt2": ("GPT2", GPT2),
+    "gpt2-untied": ("GPT2", GPT2 | {"n_inner": 40, "tie_word_embeddings": False, "scale_attn_weights": False}),
     "lfm2": ("Lfm2", LFM2),
     "lfm2-biases": ("Lfm2", LFM2 | {"conv_bias": True, "conv_L_cache": 4, "tie_word_embeddings": False}),
     "qwen3_5": ("Qwen3_5", DELTA),
@@ -154,6 +158,27 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix
             "linear_num_value_heads": 3,
             "full_attention_interval": 2,
         },
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral-window": ("Mixtral", {"num_local_experts": 30, "num_experts_per_tok": 3, "sliding_window": 4}),
+    "qwen2_moe": ("Qwen2Moe", SHARED | {"num_experts": 5, "num_experts_per_tok": 2}),
+    "qwen2_moe-some": (
+        "Qwen2Moe",
+        SHARED
+        | {
+            "num_experts": 4,
+            "num_experts_per_tok": 4,
+            "qkv_bias": False,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "olmoe": ("Olmoe", PLAIN | {"num_experts": 7, "num_experts_per_tok": 3}),
+    "olmoe-sums": ("Olmoe", PLAIN | {"num_experts": 30, "num_experts_per_tok": 2, "norm_topk_prob": True}),
+    "granitemoe": ("GraniteMoe", GRANITE | PLAIN | {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "granitemoe-shared": (
+        "GraniteMoeShared",
+        GRANITE | PLAIN | {"num_local_experts": 5, "num_experts_per_tok": 2, "shared_intermediate_size": 20},
     ),
     "qwen3_moe": ("Qwen3Moe", {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True}),
     "qwen3_moe-sums": ("Qwen3Moe", {"num_experts": 40, "num_experts_per_tok": 3, "norm_topk_prob": False}),
@@ -168,6 +193,7 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix
         },
     ),
 }
+HEADS = {"GPT2": "LMHeadModel"}
 MOE = {"moe_intermediate_size": 12}
 BACKENDS = ("reference", "cpu", "cuda", "mlx")
 PAIRS = [  # one of a family on those that are slow on a CPU; the others when there is time
@@ -186,7 +212,7 @@ def make(name: str, **fields: Any) -> Any:
         transformers, {k: f"{k}TextConfig" for k in ("Gemma3", "Qwen3_5")}.get(kind, f"{kind}Config")
     )
     sizes = deepcopy(TINY | {"pad_token_id": 0} | (MOE if kind == "Qwen3Moe" else {}) | own | fields)
-    return randomise(getattr(transformers, f"{kind}ForCausalLM")(config_class(**sizes)))
+    return randomise(getattr(transformers, f"{kind}{HEADS.get(kind, 'ForCausalLM')}")(config_class(**sizes)))
 
 
 def saved(twin: Any) -> dict[str, np.ndarray]:
@@ -207,6 +233,8 @@ def with_tensors(twin: Any, tensors: dict[str, np.ndarray]) -> Any:
 
 def published(hf: dict[str, Any]) -> dict[str, Any]:
     """A config.json as models published before transformers 5 have it."""
+    if "rope_parameters" not in hf:
+        return hf
     rule = hf.pop("rope_parameters")
     if hf["model_type"] not in ("ministral", "lfm2", "qwen3_5_text"):  # which have been published in no other form
         hf.pop("layer_types", None)
