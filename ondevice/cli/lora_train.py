@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,7 @@ def settings_options(command: Callable) -> Callable:
 @settings_options
 @click.option("--teacher", metavar="MODEL", help="Whom to imitate, with --objective distill.")
 @click.option("--init", "initial", metavar="ADAPTER", help="Begin with this adapter's factors.")
+@click.option("--from-scratch", is_flag=True, help="Forget MODEL's weights: begin at random, train all of them.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out, exactly; start it where there is none.")
 @click.option("--save-every", type=click.IntRange(1), metavar="STEPS", help="Steps between checkpoints.")
 @click.option("--save-minutes", type=float, default=5.0, show_default=True, help="Minutes between checkpoints.")
@@ -54,8 +56,8 @@ def settings_options(command: Callable) -> Callable:
 @runtime_options(context=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, at the end.")
 def command(
-    model, data, out, teacher, initial, resume, save_every, save_minutes, memory, backend, exact, threads, as_json,
-    **options,
+    model, data, out, teacher, initial, from_scratch, resume, save_every, save_minutes, memory, backend, exact, threads,
+    as_json, **options,
 ):  # fmt: skip
     """Teach MODEL what stands in DATA: a JSONL file, or a folder with train.jsonl, valid.jsonl and test.jsonl. Lines
     are {"messages": […]}, {"prompt": …, "completion": …}, {"text": …}, or {"prompt": …, "chosen": …, "rejected": …}.
@@ -65,13 +67,15 @@ def command(
     from ..train import Saving, load_data, train
     from ..train.folder import admit, locked
 
-    options["targets"] = options["targets"] or Settings.targets_default()
-    settings, room = Settings(**options), _bytes(memory)
+    settings, room = _settings(options, from_scratch), _bytes(memory)
     with locked(out):
         admit(out, resume)  # said before anything is read
-    opened = {"backend": backend, "exact": exact, "threads": threads}
-    with open_session(model, **opened, say=console.status) as session:
-        taught = open_session(teacher, **opened, say=console.status) if teacher else None
+    opened = {"backend": backend, "exact": exact, "threads": threads, "say": console.status}
+    with ExitStack() as stack:
+        if from_scratch:
+            model = stack.enter_context(_untrained(model, settings.seed))
+        session = stack.enter_context(open_session(model, **opened))
+        taught = stack.enter_context(open_session(teacher, **opened)) if teacher else None
         with console.progress("Reading", unit="lines") as progress:
             preference = settings.objective in ("dpo", "orpo")
             found = load_data(
@@ -86,6 +90,23 @@ def command(
     _draw(out)
     if as_json:
         console.json({"adapter": out, **finished})
+
+
+def _settings(options: dict[str, Any], from_scratch: bool) -> Settings:
+    if from_scratch:
+        from ..train.scratch import RATE
+
+        options["method"] = "full"
+        options["learning_rate"] = options["learning_rate"] or RATE
+    options["targets"] = options["targets"] or Settings.targets
+    return Settings(**options)
+
+
+def _untrained(model: str, seed: int) -> AbstractContextManager[Path]:
+    from .. import hub
+    from ..train.scratch import untrained
+
+    return untrained(hub.resolve(model, console.status), seed)
 
 
 def _tell_data(data: Data) -> None:

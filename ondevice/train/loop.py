@@ -96,7 +96,7 @@ class _Run:
         self.learner = Learner(self.method, self.plan.remat, imitated)
         self.objective = make_objective(settings, self.learner)
         self.virtual = settings.virtual_tokens if isinstance(self.method, Prompt) else 0
-        self.every = settings.validate_every or max(1, self.steps // 10)
+        self.every = settings.validate_every or max(1, -(-self.steps // 10))
         self.losses: list[float] = []
         if dest and not self.ended:
             self._record()
@@ -172,6 +172,7 @@ class _Run:
 
     # ---- one step
 
+    @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # what is no number is found below, and told
     def _learn(self, step: int, rows: Sequence[list[int]]) -> StepDone:
         started = time.perf_counter()
         batches = batches_of(self.data.train, rows, self.plan.micro_batch, self.virtual)
@@ -221,12 +222,12 @@ class _Run:
     def _check_step(self, step: int, batches: Sequence[Batch], loss: float, norm: float) -> None:
         """Before the update: the state behind the step before is the last good one."""
         rate = rate_at(self.settings, max(1, step - 1), self.steps)
-        if not math.isfinite(loss) or not math.isfinite(norm):
+        what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient is {norm}"
+        if not math.isfinite(loss) or not math.isfinite(norm) or (norm == 0 < loss):
             sources = [source for batch in batches for source in batch.sources]
             some = ", ".join(sources[:4]) + (f" and {len(sources) - 4} more" if len(sources) > 4 else "")
-            what = "loss" if not math.isfinite(loss) else "gradient"
             raise _Stopped(
-                f"Step {step} stopped: its {what} is {loss if what == 'loss' else norm}, on {some}.",
+                f"Step {step} stopped: its {what}, on {some}.",
                 f"Try a lower --learning-rate (it was {rate:.2g}), or look at these examples." + self._kept(step),
             )
         if step > RECENT and min(*self.losses[1 - RECENT :], loss) > self.losses[0] + WORSE:

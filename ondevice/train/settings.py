@@ -92,10 +92,6 @@ class Settings:
         if "below" in rules and not value < rules["below"]:
             raise BadOption(f"{name} {value} makes no sense.", f"Give less than {rules['below']}.")
 
-    @staticmethod
-    def targets_default() -> tuple[str, ...]:
-        return ("all-linear",)
-
     @property
     def rate(self) -> float:
         """The highest learning rate."""
