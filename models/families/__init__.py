@@ -24,7 +24,7 @@ class NameMap(dict):
     that tensor (families/views.py)."""
 
     IGNORED = re.compile(
-        r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$|^lm_head\.weight$|^rope_freqs\.weight$"
+        r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$|^lm_head\.weight$|^rope_(freqs|factors_(long|short))\.weight$"
     )
 
     def __or__(self, other: Mapping) -> NameMap:

@@ -41,7 +41,7 @@ NAMES = NameMap(
         "layers.{i}.moe.gate": "blk.{i}.ffn_gate_exps.weight",
         "layers.{i}.moe.up": "blk.{i}.ffn_up_exps.weight",
         "layers.{i}.moe.down": "blk.{i}.ffn_down_exps.weight",
-        "layers.{i}.moe.shared_gate": "blk.{i}.ffn_gate_inp_shexp.weight",
+        "layers.{i}.moe.shared_gate": "blk.{i}.ffn_gate_inp_shexp.weight|row",
         "layers.{i}.moe.shared.gate": "blk.{i}.ffn_gate_shexp.weight",
         "layers.{i}.moe.shared.up": "blk.{i}.ffn_up_shexp.weight",
         "layers.{i}.moe.shared.down": "blk.{i}.ffn_down_shexp.weight",
@@ -111,7 +111,7 @@ def config(
 def _rope_scaling(metadata: Mapping, prefix: str, checkpoint: Checkpoint, hf: Mapping) -> dict:
     size = head_dim(hf)
     turning = whole({"dimension_count": metadata.get(f"{prefix}.rope.dimension_count")}, "dimension_count", size)
-    found = {} if turning == size else {"partial_rotary_factor": turning / size}
+    found = {"partial_rotary_factor": turning / size}
     kind = metadata.get(f"{prefix}.rope.scaling.type", "none")
     if kind != "none":
         keys = {"factor": "factor", "original_max_position_embeddings": "original_context_length"}
@@ -160,3 +160,12 @@ def minus_one(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
 def has_experts(metadata: Mapping) -> bool:
     """Whether the file is a mixture of experts: some architectures stand for both."""
     return bool(metadata.get(f"{metadata.get('general.architecture')}.expert_count"))
+
+
+def by_head(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """GPT-NeoX's q, k and v: llama.cpp puts all heads' queries first; Hugging Face's file has them head by head."""
+    if "attn.qkv" not in name:
+        return tensor
+    a = config.layers[0].mixer
+    rows = np.arange(tensor.shape[0]).reshape(3, a.heads, a.head_dim).swapaxes(0, 1).ravel()
+    return take_rows(tensor, rows)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ..config import ModelConfig
 from ..fields import activation, flag, head_dim, number
 from ..ropes import rope
-from . import Family, NameMap
+from . import Family, Gguf, NameMap, gguf
 
 NAMES = NameMap(
     {
@@ -38,4 +38,12 @@ def config(hf: Mapping) -> ModelConfig:
     )
 
 
-gpt_neox = Family("gpt_neox", model_types=("gpt_neox",), config=config, names=NAMES)
+def _from_gguf(metadata: Mapping, checkpoint) -> dict:
+    parallel = metadata.get("gptneox.use_parallel_residual", True)
+    return gguf.config(metadata, checkpoint, "gpt_neox", "GPTNeoXForCausalLM", use_parallel_residual=parallel)
+
+
+gpt_neox = Family(
+    "gpt_neox", model_types=("gpt_neox",), config=config, names=NAMES,
+    gguf=Gguf("gptneox", gguf.NAMES, _from_gguf, gguf.by_head),
+)  # fmt: skip

@@ -25,7 +25,7 @@ def config(hf: Mapping) -> ModelConfig:
 
 def _from_gguf(metadata: Mapping, checkpoint) -> dict:
     hf = gguf.config(metadata, checkpoint, "mixtral", "MixtralForCausalLM")
-    return hf | {"num_local_experts": hf.pop("num_experts")}
+    return hf | {"num_local_experts": hf.pop("num_experts", None)}
 
 
 mixtral = Family(

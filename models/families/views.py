@@ -41,6 +41,9 @@ def viewed_shape(stored: Sequence[int], views: Sequence[str], shape: Sequence[in
 
 def _view(part: np.ndarray, views: Sequence[str], shape: Sequence[int], bias: bool) -> np.ndarray:
     for view in views:
+        if view == "row":  # a matrix of one row, stored as a vector
+            part = part.reshape(1, -1)
+            continue
         if view == "T":
             part = part if bias else part.swapaxes(-1, -2)
             continue

@@ -1,10 +1,11 @@
 """A twin as llama.cpp's converter writes it: other names and metadata, q and k rearranged for Llama, gains plus one for
-Gemma, experts stacked. Written by the `gguf` package."""
+Gemma, experts stacked. Written by the `gguf` package, whose maps know the names."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,32 @@ import gguf
 import numpy as np
 import twins
 
-MODEL_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-BLOCK_NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp", "mlp.experts.gate_proj": "ffn_gate_exps", "mlp.experts.up_proj": "ffn_up_exps",
-    "mlp.experts.down_proj": "ffn_down_exps",
+ARCHITECTURES = {  # model type -> llama.cpp's name, where they differ
+    "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "qwen2_moe": "qwen2moe", "mixtral": "llama", "mistral": "llama",
+    "gpt_neox": "gptneox", "cohere": "command-r", "olmo3": "olmo2", "granitemoeshared": "granitemoe",
 }  # fmt: skip
-GEMMA_NAMES = {
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
+PERMUTED = ("llama", "smollm3", "granite", "granitemoe")  # q and k as Llama's
+GRANITE = {
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
+KEYS = {  # architecture -> its own metadata: an attribute of the config -> the key
+    "command-r": {"logit_scale": "logit_scale"},
+    "cohere2": {"logit_scale": "logit_scale", "sliding_window": "attention.sliding_window"},
+    "gemma2": {
+        "sliding_window": "attention.sliding_window",
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
+    "gemma3": {"sliding_window": "attention.sliding_window"},
+    "gptneox": {"use_parallel_residual": "use_parallel_residual"},
+    "granite": GRANITE,
+    "granitemoe": GRANITE | {"shared_intermediate_size": "expert_shared_feed_forward_length"},
+    "olmo2": {"sliding_window": "attention.sliding_window"},
+    "phi3": {"sliding_window": "attention.sliding_window"},
+    "qwen2moe": {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"},
 }
 
 
@@ -49,9 +63,9 @@ def write(
 
 def as_quantized(twin: Any, kinds: dict[str, str]) -> Any:
     """The twin with the weights that the blocks `write` makes stand for: a block never leaves its row."""
-    names, tensors = _names(_architecture(twin)), twins.saved(twin)
+    tensors = twins.saved(twin)
     for name, values in tensors.items():
-        kind = _kind(_rename(re.sub(r"experts\.\d+", "experts", name), names), values, kinds)
+        kind = _kind(_rename(re.sub(r"experts\.\d+", "experts", name), _architecture(twin)), values, kinds)
         if kind is not None:
             tensors[name] = gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind)
     return twins.with_tensors(twin, tensors)
@@ -59,11 +73,7 @@ def as_quantized(twin: Any, kinds: dict[str, str]) -> Any:
 
 def _architecture(twin: Any) -> str:
     kind = twin.config.model_type
-    return {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe"}.get(kind, kind)
-
-
-def _names(architecture: str) -> dict[str, str]:
-    return BLOCK_NAMES | (GEMMA_NAMES if architecture == "gemma3" else {})
+    return ARCHITECTURES.get(kind, kind)
 
 
 def _kind(name: str, values: np.ndarray, kinds: dict[str, str]) -> gguf.GGMLQuantizationType | None:
@@ -72,59 +82,100 @@ def _kind(name: str, values: np.ndarray, kinds: dict[str, str]) -> gguf.GGMLQuan
 
 
 def _metadata(writer: gguf.GGUFWriter, config: Any, architecture: str) -> None:
-    head_dim = config.head_dim
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
+    inner = getattr(config, "n_inner", None) or 4 * config.hidden_size
+    writer.add_feed_forward_length(inner if architecture == "gpt2" else config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
+    if architecture not in ("gpt2", "gptneox"):
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
     writer.add_context_length(config.max_position_embeddings)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if eps := getattr(config, "rms_norm_eps", None):
+        writer.add_layer_norm_rms_eps(eps)
+    for name in ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"):
+        if eps := getattr(config, name, None):
+            writer.add_layer_norm_eps(eps)
     writer.add_vocab_size(config.vocab_size)
+    if architecture != "gpt2":
+        _rope(writer, config, head_dim)
+    for name, key in KEYS.get(architecture, {}).items():
+        if (value := getattr(config, name, None)) is not None:
+            add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+            add(f"{architecture}.{key}", value)
+    if hasattr(config, "num_experts_per_tok"):
+        writer.add_expert_count(getattr(config, "num_experts", None) or config.num_local_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if hasattr(config, "moe_intermediate_size"):
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+
+
+def _rope(writer: gguf.GGUFWriter, config: Any, head_dim: int) -> None:
     rule = config.rope_parameters
     rule = rule.get("full_attention", rule)
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_dimension_count(int(head_dim * rule.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(rule["rope_theta"])
-    if rule["rope_type"] == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    if rule["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rule["rope_type"]))
         writer.add_rope_scaling_factor(rule["factor"])
-    if architecture == "gemma3":
-        writer.add_sliding_window(config.sliding_window)
-    if architecture == "qwen3moe":
-        writer.add_expert_count(config.num_experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if rule["rope_type"] in ("yarn", "longrope"):
+        writer.add_rope_scaling_orig_ctx_len(rule["original_max_position_embeddings"])
 
 
 def _tensors(twin: Any, architecture: str) -> dict[str, np.ndarray]:
     config, experts, found = twin.config, {}, {}
-    names = _names(architecture)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tied = {"lm_head.weight", "embed_out.weight"} if config.tie_word_embeddings else set()
     for name, values in twins.saved(twin).items():
         if name in tied:
             continue
-        if architecture == "llama" and re.search(r"[qk]_proj", name):
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            values = values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
-        if architecture == "gemma3" and "norm" in name:
-            values = values + 1
         expert = re.search(r"experts\.(\d+)\.", name)
         if expert:
-            experts.setdefault(_rename(name.replace(expert[0], "experts."), names), []).append(values)
+            experts.setdefault(_rename(name.replace(expert[0], "experts."), architecture), []).append(values)
+        elif "input_linear" in name:
+            gate, up = np.split(values, 2, axis=-2)
+            module = name.replace("block_sparse_moe.input_linear", "mlp.experts.{}_proj")
+            module = module.replace("shared_mlp.input_linear", "mlp.shared_expert.{}_proj")
+            found[_rename(module.format("gate"), "qwen2moe")] = gate
+            found[_rename(module.format("up"), "qwen2moe")] = up
         else:
-            found[_rename(name, names)] = values
+            found[_rename(name, architecture)] = _arranged(name, values, config, architecture)
     found |= {name: np.stack(values) for name, values in experts.items()}
-    if architecture == "llama" and config.rope_parameters["rope_type"] == "llama3":
-        found["rope_freqs.weight"] = _divisors(config.rope_parameters, config.head_dim)
-    return found
+    return found | _factors(config, architecture)
 
 
-def _rename(name: str, names: dict[str, str]) -> str:
-    module, _, part = name.rpartition(".")
-    layer = re.match(r"model\.layers\.(\d+)\.(.*)", module)
-    return f"blk.{layer[1]}.{names[layer[2]]}.{part}" if layer else f"{MODEL_NAMES[module]}.{part}"
+def _arranged(name: str, values: np.ndarray, config: Any, architecture: str) -> np.ndarray:
+    """As the converter turns tensors round."""
+    if architecture in PERMUTED and re.search(r"[qk]_proj", name):
+        heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+        return values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+    if architecture.startswith("gemma") and "norm" in name:
+        return values + 1
+    if re.search(r"\.c_(attn|proj|fc)\.weight", name) and architecture == "gpt2":
+        return np.ascontiguousarray(values.T)
+    if "query_key_value" in name:
+        return values.reshape(config.num_attention_heads, 3, -1, *values.shape[1:]).swapaxes(0, 1).reshape(values.shape)
+    return values[0] if name.endswith("shared_expert_gate.weight") else values
+
+
+def _factors(config: Any, architecture: str) -> dict[str, np.ndarray]:
+    rule = getattr(config, "rope_parameters", None) or {}
+    if architecture == "llama" and rule["rope_type"] == "llama3":
+        return {"rope_freqs.weight": _divisors(rule, config.head_dim)}
+    if rule.get("rope_type") == "longrope":
+        return {f"rope_factors_{k}.weight": np.array(rule[f"{k}_factor"], np.float32) for k in ("long", "short")}
+    return {}
+
+
+@cache
+def _map(architecture: str) -> gguf.TensorNameMap:
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    return gguf.get_tensor_name_map(kinds[architecture], 10)
+
+
+def _rename(name: str, architecture: str) -> str:
+    return _map(architecture).get_name(name, try_suffixes=(".weight", ".bias"))
 
 
 def _divisors(rule: dict[str, Any], head_dim: int) -> np.ndarray:

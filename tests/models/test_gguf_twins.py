@@ -22,10 +22,42 @@ FILES = {
         "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}),
     "qwen3_moe": ("qwen3_moe", {}),
+    "mistral": ("mistral-full", {"head_dim": 6}),
+    "qwen2": ("qwen2", {}),
+    "phi3": ("phi3", {}),
+    "phi3-long": ("phi3-long", {}),
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", {"query_pre_attn_scalar": 8}),
+    "smollm3": ("smollm3", {}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo2-third", {}),
+    "granite": ("granite-biases", {}),
+    "stablelm": ("stablelm", {}),
+    "stablelm-parallel": ("stablelm-parallel", {}),
+    "starcoder2": ("starcoder2", {"sliding_window": None}),
+    "gpt2": ("gpt2", {"activation_function": "gelu_new"}),
+    "gpt_neox": ("gpt_neox", {}),
+    "gpt_neox-serial": ("gpt_neox-serial", {"attention_bias": True}),
+    "cohere": ("cohere", {}),
+    "cohere2": ("cohere2", {}),
+    "glm4": ("glm4", {}),
+    "mixtral": ("mixtral", {}),
+    "qwen2_moe": ("qwen2_moe", {}),
+    "olmoe": ("olmoe", {}),
+    "granitemoe": ("granitemoe", {}),
+    "granitemoe-shared": ("granitemoe-shared", {}),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FILES)
+FIRST = ("llama", "gemma3", "qwen3_moe")
+PAIRS = [  # what a file is read as does not depend on the backend
+    pytest.param(b, name, marks=[] if b == "reference" or name in FIRST else [pytest.mark.slow])
+    for b in twins.BACKENDS
+    for name in FILES
+]
+
+
+@pytest.mark.parametrize(("backend", "name"), PAIRS, indirect=["backend"])
 def test_logits_of_a_gguf_are_those_of_the_twin(name, backend, tmp_path):
     base, fields = FILES[name]
     twin = twins.make(base, **fields)
