@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from .adapter import Adapter, LowRank
 from .attaching import Weighted, loras, replaced
-from .folders import read_adapter, write_adapter
+from .folders import adapter_format, base_of, read_adapter, write_adapter
 from .merging import merged
 from .modules import Modules
 
-__all__ = ["Adapter", "LowRank", "Modules", "Weighted", "loras", "merged", "read_adapter", "replaced", "write_adapter"]
+__all__ = [
+    "Adapter",
+    "LowRank",
+    "Modules",
+    "Weighted",
+    "adapter_format",
+    "base_of",
+    "loras",
+    "merged",
+    "read_adapter",
+    "replaced",
+    "write_adapter",
+]

@@ -5,14 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ..checkpoint.write import write_file
+from ..checkpoint.write import appearing, write_file
 from ..errors import BadFile, BadOption, Unavailable
 from . import mlx, peft
 from .adapter import Adapter
-from .files import CONFIG
+from .files import CONFIG, read_config
 from .modules import Modules
 
 FORMATS: Mapping[str, Callable[[Adapter, Modules], dict[str, bytes]]] = {"peft": peft.files, "mlx": mlx.files}
+
+
+def adapter_format(path: str | Path) -> str | None:
+    """ "peft" or "mlx"; None where no adapter is."""
+    folder = Path(path)
+    if (folder / "config.json").is_file() or not (folder / CONFIG).is_file():
+        return None
+    return "mlx" if (folder / mlx.WEIGHTS).is_file() else "peft"
+
+
+def base_of(path: str | Path) -> str:
+    """The model that an adapter's config names, "" where it names none."""
+    config = read_config(Path(path))
+    return str(config.get("base_model_name_or_path") or config.get("model") or "")
 
 
 def read_adapter(path: str | Path, modules: Modules) -> Adapter:
@@ -51,7 +65,15 @@ def write_adapter(dest: str | Path, adapter: Adapter, modules: Modules, form: st
     if form not in FORMATS:
         raise BadOption(f"There is no adapter format {form!r}.", f"Choose from {', '.join(FORMATS)}.")
     dest = Path(dest)
-    written = FORMATS[form](adapter, modules)
-    dest.mkdir(exist_ok=True)
-    for name, content in written.items():
-        write_file(dest / name, content)
+    files = FORMATS[form](adapter, modules)
+    if dest.is_dir():
+        _write(dest, files)
+        return
+    with appearing(dest, sum(map(len, files.values()))) as temporary:
+        temporary.mkdir()
+        _write(temporary, files)
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        write_file(folder / name, content)

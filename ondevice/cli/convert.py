@@ -1,4 +1,4 @@
-"""`ondevice convert SOURCE DEST`: GGUF or Hugging Face in; a Hugging Face folder or a GGUF out."""
+"""`ondevice convert SOURCE DEST`: GGUF or Hugging Face in; a Hugging Face folder or a GGUF out. Adapters, too."""
 
 from __future__ import annotations
 
@@ -18,22 +18,35 @@ DTYPES = ("float32", "float16", "bfloat16")
 @click.argument("source")
 @click.argument("dest", type=click.Path(path_type=Path))
 @click.option(
-    "--to", type=click.Choice(["gguf", "mlx", "hf"]),
+    "--to", type=click.Choice(["gguf", "mlx", "hf", "peft"]),
     help="gguf: one file, for llama.cpp. mlx: a folder for mlx-lm, quantized tensors as they are. hf: a folder for"
-    " transformers, nothing quantized. Default: gguf where DEST ends so, else mlx.",
+    " transformers, nothing quantized. Default: gguf where DEST ends so, else mlx. Of an adapter: mlx or peft.",
 )  # fmt: skip
 @click.option("--type", "kind", metavar="TYPE", help="GGUF's type of matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, "
     "q4_0; default: what they are, or the nearest.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(DTYPES), help="Type of dense tensors (and of K-quants, which need one).")
 @click.option("--dequantize", is_flag=True, help="Keep nothing quantized: everything goes to --dtype.")
+@click.option("--model", help="Of an adapter: the model that it is for; default: the one that it names.")
 @click.option("--plan", "only_plan", is_flag=True, help="Say bytes, disk and time, and stop there.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def command(source, dest, to, kind, dtype, dequantize, only_plan, as_json):
+def command(source, dest, to, kind, dtype, dequantize, model, only_plan, as_json):
     """Write SOURCE (a folder, a .gguf file or a model's name) as DEST, with its tokenizer, template and settings: a new
     folder, or a new file NAME.gguf. Quantized codes are kept where the new format has a place for them; what had to be
-    rounded, and how much that changed it, is said at the end."""
+    rounded, and how much that changed it, is said at the end. An adapter's folder goes from PEFT's format to mlx-lm's
+    (--to mlx), or back (--to peft)."""
+    from ..adapters import adapter_format
     from ..checkpoint import open_checkpoint
     from ..tools.convert import estimate
+
+    if found := adapter_format(source):
+        _refuse_for_adapters({"--type": kind, "--dtype": dtype, "--dequantize": dequantize, "--plan": only_plan})
+        facts = _convert_adapter(source, dest, to or ("mlx" if found == "peft" else "peft"), model)
+        console.json(facts) if as_json else _tell_adapter(facts)
+        return
+    if model or to == "peft":
+        raise BadOption(
+            f"{source} is no adapter, so {'--model' if model else '--to peft'} has no place.", "Leave it out."
+        )
 
     start = time.perf_counter()
     to = to or ("gguf" if dest.suffix == ".gguf" else "mlx")
@@ -49,6 +62,42 @@ def command(source, dest, to, kind, dtype, dequantize, only_plan, as_json):
             _run(work, run, dest)
             facts |= {"seconds": time.perf_counter() - start} | _losses(work)
     console.json(facts) if as_json else _tell(facts)
+
+
+def _refuse_for_adapters(options: dict) -> None:
+    for name, value in options.items():
+        if value:
+            raise BadOption(f"{name} is for models, not for adapters.", "Leave it out.")
+
+
+def _convert_adapter(source: str, dest: Path, to: str, model: str | None) -> dict:
+    from ..adapters import Modules, base_of, read_adapter, write_adapter
+    from ..checkpoint import open_checkpoint
+    from ..errors import OnDeviceError
+    from ..models.families import family_of
+
+    if to not in ("peft", "mlx"):
+        raise BadOption(f"An adapter cannot go to {to}.", "Give --to peft or --to mlx, or fuse it: ondevice fuse.")
+    if dest.exists():
+        raise OnDeviceError(f"{dest} exists already.", "Choose another name, or remove it first.")
+    model = model or base_of(source)
+    if not model:
+        raise BadOption(f"{source} does not name the model that it is for.", "Add --model MODEL.")
+    with open_checkpoint(fetch(model)) as checkpoint:
+        family, hf = family_of(checkpoint)
+        modules = Modules(family, family.config(hf))
+    adapter = read_adapter(source, modules)
+    write_adapter(dest, adapter, modules, to)
+    size = sum(file.stat().st_size for file in dest.iterdir())
+    counted = {"parameters": adapter.parameters, "weights": len(adapter.updates), "bytes": size}
+    return {"source": source, "path": str(dest), "to": to, "model": model, **counted}
+
+
+def _tell_adapter(facts: dict) -> None:
+    console.answer(f"{facts['source']} (an adapter of {facts['model']}) -> {facts['path']}, in {facts['to']}'s format")
+    console.answer(
+        f"{facts['parameters'] / 1e6:.2f} M parameters on {facts['weights']} weights, {facts['bytes']} bytes"
+    )
 
 
 def _check(to: str, dest: Path, kind: str | None, dense: object) -> None:
