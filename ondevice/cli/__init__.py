@@ -26,6 +26,7 @@ COMMANDS = {  # name -> one line of help; the module of the same name holds `com
     "lora-train": "Teach a model from examples.",
     "fuse": "Work an adapter into its model.",
     "inspect": "What a model is made of, and what it needs.",
+    "explain": "How a model reads a text, and what it says next.",
     "eval": "Perplexity of a text, and divergence from a reference.",
     "verify": "Compare the backends on one model.",
     "bench": "Measure load, prefill and decode speed.",

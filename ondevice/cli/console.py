@@ -115,6 +115,34 @@ def side_by_side(texts: list[tuple[str, str]]) -> None:
     Console(file=sys.stdout, width=columns).print(table)
 
 
+def heading(title: str) -> None:
+    """A line that begins a part of a long answer."""
+    answer()
+    _print([(title, "bold")])
+
+
+def shaded(parts: list[tuple[str, float]]) -> None:
+    """A text in pieces, each on a ground as dark as its share (0 to 1); just the text where there are no colours."""
+    _print(
+        [
+            (text, f"black on rgb(255,{255 - int(150 * share)},{255 - int(255 * share)})" if share > 0.02 else "")
+            for text, share in parts
+        ]
+    )
+
+
+def _print(parts: list[tuple[str, str]]) -> None:
+    """Text with styles, on stdout."""
+    from io import StringIO
+
+    from rich.console import Console
+    from rich.text import Text
+
+    drawn = Console(file=StringIO(), force_terminal=sys.stdout.isatty())
+    drawn.print(Text.assemble(*parts), soft_wrap=True)
+    answer(drawn.file.getvalue(), end="")
+
+
 class progress:
     """A line on stderr that shows how far long work is and how long it will take; silent where nobody watches.
 
