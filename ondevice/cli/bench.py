@@ -1,103 +1,216 @@
-"""`ondevice bench MODEL…`: load, prefill and decode speed."""
+"""`ondevice bench MODEL…`: load, prefill and decode speed, beside what the machine could do at most."""
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from . import console
 from .model_options import adapter_option, open_model, runtime_options
 
+if TYPE_CHECKING:
+    from ..models.decoder import Decoder
+    from ..runtime.bench import BenchOptions, Measured, Work
+    from ..runtime.limits import Limits
+
+
+class Opened(NamedTuple):
+    decoder: Decoder
+    capacity: int
+    load_seconds: float
+    work: Work
+
+
+class Numbers(click.ParamType):
+    """One whole number, or several with commas between."""
+
+    name = "N[,N…]"
+
+    def __init__(self, least: int):
+        self.least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        try:
+            found = tuple(dict.fromkeys(int(n) for n in str(value).split(",")))
+        except ValueError:
+            found = ()
+        if not found or min(found) < self.least:
+            self.fail(f"{value!r} is not whole numbers from {self.least} on, with commas between.", param, ctx)
+        return found
+
 
 @click.command("bench")
 @click.argument("models", metavar="MODEL", nargs=-1, required=True)
-@click.option("--prompt-tokens", default=512, show_default=True, type=click.IntRange(1), help="Tokens of the prefill.")
+@click.option("--prompt-tokens", default="512", show_default=True, type=Numbers(1), help="Tokens of each prefill.")
 @click.option("--generate-tokens", default=64, show_default=True, type=click.IntRange(1), help="Tokens decoded.")
-@click.option("--depth", default=0, show_default=True, type=click.IntRange(0), help="Context in front of the decode.")
+@click.option("--depth", "depths", default="0", show_default=True, type=Numbers(0), help="Context before each decode.")
 @click.option("--repeat", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--random-weights", is_flag=True, help="MODEL is a config.json; weights are made up, in --bits.")
 @click.option("--bits", default="4", show_default=True, type=click.Choice(["2", "3", "4", "5", "6", "8", "16", "32"]))
 @click.option("--group-size", default="32", show_default=True, type=click.Choice(["32", "64", "128"]))
 @adapter_option()
 @runtime_options()
-@click.option("--json", "as_json", is_flag=True, help="One JSON object (several models: a list) on stdout.")
-def command(models, random_weights, bits, group_size, as_json, backend, exact, context, threads, adapters, **numbers):
-    """Measure each MODEL: medians over the repeats, after a warm-up. Several models run one after the other."""
+@click.option("--plot", metavar="FILE", help="Draw the speeds (.png, .svg, .pdf).")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object (several models or backends: a list) on stdout.")
+def command(
+    models, random_weights, bits, group_size, as_json, plot, backend, exact, context, threads, adapters, **numbers
+):
+    """Measure each MODEL: medians over the repeats, after a warm-up. Several models, and several --backend with commas
+    between, run one after the other."""
+    from .. import pictures
     from ..errors import BadOption
-    from ..runtime.bench import BenchOptions, Measured, bench
-    from ..runtime.engine import Engine
+    from ..runtime.bench import BenchOptions
 
     if adapters and random_weights:
         raise BadOption("An adapter makes no sense on random weights.", "Leave out --adapter or --random-weights.")
-    options, results = BenchOptions(**numbers), []
+    if plot:
+        pictures.require(plot)
+    options, results, limits = BenchOptions(**numbers), [], {}
+    shape = (int(bits), int(group_size)) if random_weights else None
     for model in models:
-        shape = (int(bits), int(group_size)) if random_weights else None
-        context = context or options.prompt_tokens + options.depth + options.generate_tokens + 2
-        runtime = {"backend": backend, "exact": exact, "threads": threads}
-        decoder, capacity, load_seconds = _open(model, shape, context, adapters, **runtime)
-        engine = Engine(decoder, capacity)
-        with console.progress(f"Measuring {model}", unit="repeats") as progress:
-            for done, event in enumerate(bench(engine, options), 1):
-                if isinstance(event, Measured):
-                    measured = event
-                else:
-                    progress.update(done, options.repeat)
-        facts = _facts(model, decoder.ops, load_seconds, options, measured)
-        results.append(facts | {"adapters": [{"path": path, "weight": weight} for path, weight in adapters]})
+        for name in (backend or "").split(","):
+            runtime = {"backend": name or None, "exact": exact, "threads": threads}
+            opened = _open(model, shape, context or options.context, adapters, **runtime)
+            limit = _limits(opened.decoder.ops, limits)
+            facts = _facts(model, opened, options, _measure(model, opened, options), limit)
+            results.append(facts | {"adapters": [{"path": path, "weight": weight} for path, weight in adapters]})
+    if plot:
+        _draw(plot, results)
     if as_json:
         console.json(results[0] if len(results) == 1 else results)
         return
-    for r in results:
-        low, high = r["decode_spread"]
-        console.answer(f"{r['model']}   {r['backend']}: {r['device']}")
-        console.answer(f"  load            {r['load_seconds']:.2f} s")
-        console.answer(
-            f"  first token     {r['time_to_first_token_seconds']:.3f} s behind {options.prompt_tokens} tokens"
-        )
-        console.answer(f"  prefill {options.prompt_tokens:5}   {r['prefill_tokens_per_second']:.1f} tokens/s")
-        console.answer(
-            f"  decode at {options.depth:5} {r['decode_tokens_per_second']:.1f} tokens/s ({low:.1f} to {high:.1f})"
-        )
-        console.answer(f"  peak memory     {r['peak_memory_bytes'] / 1e6:.0f} MB")
+    for result in results:
+        _print(result)
 
 
-def _open(model: str, random_shape: tuple[int, int] | None, context: int, adapters, **options):
-    """(decoder, capacity, seconds to load)"""
-    import time
+def _measure(model: str, opened: Opened, options: BenchOptions) -> Measured:
+    from ..runtime.bench import Measured, bench
+    from ..runtime.engine import Engine
+
+    with console.progress(f"Measuring {model}", unit="repeats") as progress:
+        for done, event in enumerate(bench(Engine(opened.decoder, opened.capacity), options), 1):
+            if isinstance(event, Measured):
+                return event
+            progress.update(done, options.repeat)
+
+
+def _open(model: str, random_shape: tuple[int, int] | None, context: int, adapters, **options) -> Opened:
+    from ..runtime.bench import work
+    from ..runtime.memory import bytes_per_token, tensors_of
 
     if random_shape is None:
         session = open_model(model, adapters, context=context, **options)
-        return session.decoder, session.capacity, session.load_seconds
+        needed = work(session.config, tensors_of(session.parameters), bytes_per_token(session.config, session.backend))
+        return Opened(session.decoder, session.capacity, session.load_seconds, needed)
     from ..checkpoint.files import read_object
     from ..models.decoder import Decoder
     from ..models.families import family_for
-    from ..models.random import random_weights
+    from ..models.random import blank_weights, random_weights
     from ..registry import create_backend
 
     path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
     hf = read_object(path, 1 << 20)
     config = family_for(hf, path).config(hf)
     ops = create_backend(options["backend"], exact=options["exact"], threads=options["threads"])
+    needed = work(config, blank_weights(config, *random_shape), bytes_per_token(config, ops))
     started = time.perf_counter()
     decoder = Decoder(config, ops, random_weights(config, ops, *random_shape))
-    return decoder, min(context, config.context), time.perf_counter() - started
+    return Opened(decoder, min(context, config.context), time.perf_counter() - started, needed)
 
 
-def _facts(model, ops, load_seconds, options, measured) -> dict:
+def _limits(ops, known: dict[int, Limits]) -> Limits | None:
+    """Of the processor, measured once for each number of threads; None for a backend that computes elsewhere."""
+    from ..runtime.limits import measure
+
+    if ops.asynchronous or ops.device_memory() is not None:
+        return None
+    threads = ops.info().details.get("threads") or os.cpu_count() or 1
+    if threads not in known:
+        console.status("Measuring what this machine can do at most")
+        known[threads] = measure(threads)
+    return known[threads]
+
+
+def _facts(model: str, opened: Opened, options: BenchOptions, measured: Measured, limits: Limits | None) -> dict:
+    """What programs get. The plain keys are those of the first prompt length and the first depth."""
+    from ..runtime.bench import spread
+
+    ops, many = opened.decoder.ops, options.generate_tokens
+    prefill, decode = [], []
+    for n in options.prompt_tokens:
+        middle, low, high = spread(measured.prefill(n))
+        operations = middle * opened.work.operations_at(n / 2)
+        prefill.append(_row("tokens", n, middle, low, high) | {"operations_per_second": operations})
+    for depth in options.depths:
+        middle, low, high = spread(measured.decode(depth))
+        read = middle * opened.work.bytes_at(max(depth, 1) + many / 2)
+        decode.append(_row("depth", depth, middle, low, high) | {"bytes_per_second": read})
+    first, fast = prefill[0], decode[0]
     return {
         "model": model,
         "backend": ops.name,
         "device": ops.info().device,
-        "prompt_tokens": options.prompt_tokens,
-        "generate_tokens": options.generate_tokens,
-        "depth": options.depth,
+        "prompt_tokens": first["tokens"],
+        "generate_tokens": many,
+        "depth": fast["depth"],
         "repeat": options.repeat,
-        "load_seconds": load_seconds,
-        "time_to_first_token_seconds": measured.median("prefill_seconds"),
-        "prefill_tokens_per_second": measured.median("prefill_tokens_per_second"),
-        "decode_tokens_per_second": measured.median("decode_tokens_per_second"),
-        "prefill_spread": measured.spread("prefill_tokens_per_second"),
-        "decode_spread": measured.spread("decode_tokens_per_second"),
+        "load_seconds": opened.load_seconds,
+        "time_to_first_token_seconds": first["tokens"] / first["tokens_per_second"],
+        "prefill_tokens_per_second": first["tokens_per_second"],
+        "decode_tokens_per_second": fast["tokens_per_second"],
+        "prefill_spread": [first["least"], first["most"]],
+        "decode_spread": [fast["least"], fast["most"]],
+        "prefill": prefill,
+        "decode": decode,
+        "weight_bytes_per_token": opened.work.weight_bytes,
+        "operations_per_token": opened.work.weight_operations,
+        "limits": None if limits is None else vars(limits),
         "peak_memory_bytes": measured.peak_memory_bytes,
     }
+
+
+def _row(what: str, n: int, middle: float, low: float, high: float) -> dict:
+    return {what: n, "tokens_per_second": middle, "least": low, "most": high}
+
+
+def _print(r: dict) -> None:
+    limits, first = r["limits"], r["time_to_first_token_seconds"]
+    console.answer(f"{r['model']}   {r['backend']}: {r['device']}")
+    console.answer(f"  load            {r['load_seconds']:.2f} s")
+    console.answer(f"  first token     {first:.3f} s behind {r['prompt_tokens']} tokens")
+    for p in r["prefill"]:
+        rate, most = p["operations_per_second"] / 1e9, limits and limits["float32_per_second"] / 1e9
+        beside = f", of {most:.0f} in float32 here" if most else ""
+        console.answer(f"  prefill {p['tokens']:7} {_speed(p)}   {rate:.0f} billion operations/s{beside}")
+    for d in r["decode"]:
+        rate, most = d["bytes_per_second"] / 1e9, limits and limits["bytes_per_second"] / 1e9
+        beside = f", of {most:.1f} that memory gives" if most else ""
+        console.answer(f"  decode at {d['depth']:5} {_speed(d)}   {rate:.1f} GB/s{beside}")
+    console.answer(f"  peak memory     {r['peak_memory_bytes'] / 1e6:.0f} MB")
+
+
+def _speed(row: dict) -> str:
+    return f"{row['tokens_per_second']:.1f} tokens/s ({row['least']:.1f} to {row['most']:.1f})"
+
+
+def _draw(path: str, results: list[dict]) -> None:
+    """Decode against prefill, a point each; over several depths, a line each."""
+    from .. import pictures
+
+    names = [f"{Path(r['model']).name} {r['backend']}" for r in results]
+    if len(results[0]["decode"]) > 1:
+        series = {
+            name: ([d["depth"] for d in r["decode"]], [d["tokens_per_second"] for d in r["decode"]])
+            for name, r in zip(names, results, strict=True)
+        }
+        pictures.lines(path, "Decode", series, "tokens of context", "tokens/s")
+        return
+    places = {
+        name: [(r["prefill_tokens_per_second"], r["decode_tokens_per_second"], "")]
+        for name, r in zip(names, results, strict=True)
+    }
+    pictures.points(path, "Speed", places, "prefill, tokens/s", "decode, tokens/s")

@@ -64,7 +64,7 @@ class Planner:
         for name, tensor in self.tensors.items():
             took = self.ops.footprint(tensor)
             weights, mapped = weights + took.held, mapped + took.mapped
-            idle += int(took.mapped * _idle_share(self.config, name, tensor))
+            idle += int(took.mapped * idle_share(self.config, name, tensor))
         return Plan(
             weights,
             mapped,
@@ -121,7 +121,7 @@ def _repeated(tensor: Tensor, count: int) -> Tensor:
     return Tensor((count, *tensor.shape), tensor.format, parts)
 
 
-def _idle_share(config: ModelConfig, name: str, tensor: Tensor) -> float:
+def idle_share(config: ModelConfig, name: str, tensor: Tensor) -> float:
     """Of an expert stack: what one token does not touch."""
     if not name.startswith("layers.") or len(tensor.shape) < 3:
         return 0.0
@@ -142,6 +142,12 @@ def cache_bytes(config: ModelConfig, ops: Backend, context: int, batch: int = 1,
         return fixed + sample * -(-context // 16) * batch
     width = STORAGE[kv_dtype or ("float32" if ops.exact else ops.info().dtype)].itemsize
     return fixed + sum(kv_numbers(spec) for spec in growing) * width * context * batch
+
+
+def bytes_per_token(config: ModelConfig, ops: Backend) -> float:
+    """By which a cache grows with each token of context."""
+    one, two = (cache_bytes(config, ops, many * ROUND) for many in (1, 2))
+    return (two - one) / ROUND
 
 
 def kv_numbers(spec: LayerCache) -> int:
