@@ -86,10 +86,9 @@ def command(
             session, found, settings, out, resume=resume, saving=Saving(save_every, save_minutes), teacher=taught,
             initial=_initial(initial, session), memory=room,
         )  # fmt: skip
-        finished = _follow(run, session.backend.name, out)
+        finished = _follow(run, session.backend.name)
     _draw(out)
-    if as_json:
-        console.json({"adapter": out, **finished})
+    console.json({"adapter": out, **finished.as_dict()}) if as_json else console.answer(_ending(finished, out))
 
 
 def _settings(options: dict[str, Any], from_scratch: bool) -> Settings:
@@ -121,7 +120,7 @@ def _tell_data(data: Data) -> None:
         console.status(f"{data.dropped} of them had nothing to learn left and are not used.")
 
 
-def _follow(run: Any, backend: str, out: Path) -> dict[str, Any]:
+def _follow(run: Any, backend: str) -> Finished:
     """Shows the events; returns what the last says."""
     from ..train import Finished, Saved, Started, StepDone, Validating
 
@@ -145,8 +144,7 @@ def _follow(run: Any, backend: str, out: Path) -> dict[str, Any]:
             run.close()
             console.status(f"Stopped behind step {tracker.step}; --resume goes on from there.")
             raise
-    console.status(_ending(finished, out))
-    return finished.as_dict()
+    return finished
 
 
 class _Tracker:
