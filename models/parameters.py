@@ -19,7 +19,7 @@ from .config import (
     ModelConfig,
     MoEConfig,
 )
-from .families import Family
+from .families import Family, NameMap
 from .families.views import viewed, viewed_shape
 
 Shapes = dict[str, tuple[int, ...]]
@@ -109,6 +109,18 @@ def _mlp(f: MLPConfig, width: int, name: str) -> Shapes:
     return shapes | ({f"{part}.bias": shape[:1] for part, shape in shapes.items()} if f.bias else {})
 
 
+def fit(
+    names: NameMap, config: ModelConfig, checkpoint: Checkpoint
+) -> tuple[dict[str, list[str]], dict[str, tuple[str, ...]], list[str]]:
+    """Our name -> the checkpoint's (several: experts, one a tensor; []: it is missing); our name -> how it lies there;
+    and the checkpoint's tensors that nobody asks for."""
+    experts = max((f.experts for x in config.layers if isinstance(f := x.feed_forward, MoEConfig)), default=0)
+    found = {name: names.find(name, checkpoint, experts) for name in expected(config)}
+    used = {n for stored, _ in found.values() for n in stored}
+    unused = [n for n in checkpoint.names if n not in used and not names.ignored(n)]
+    return {n: stored for n, (stored, _) in found.items()}, {n: views for n, (_, views) in found.items()}, unused
+
+
 class Parameters:
     """A checkpoint's tensors under our names, checked against the config: every mismatch is reported at once."""
 
@@ -118,20 +130,11 @@ class Parameters:
         self._family = family
         self._config = config
         self._names = family.gguf.names if checkpoint.kind == "gguf" else family.names
-        self._where, self._views = self._locate()
-        self._check()
+        self._where, self._views, unused = fit(self._names, config, checkpoint)
+        self._check(unused)
 
-    def _locate(self) -> tuple[dict[str, list[str]], dict[str, tuple[str, ...]]]:
-        """Our name -> the checkpoint's names (several: experts, one a tensor); and how it lies there."""
-        experts = {f.feed_forward.experts for f in self._config.layers if isinstance(f.feed_forward, MoEConfig)}
-        count = max(experts, default=0)
-        found = {name: self._names.find(name, self.checkpoint, count) for name in self.shapes}
-        return {name: names for name, (names, _) in found.items()}, {name: views for name, (_, views) in found.items()}
-
-    def _check(self) -> None:
+    def _check(self, unused: list[str]) -> None:
         missing = [self._names.spell(name) for name, found in self._where.items() if not found]
-        used = {n for found in self._where.values() for n in found}
-        unused = [n for n in self.checkpoint.names if n not in used and not self._names.ignored(n)]
         wrong = [f for name, found in self._where.items() for n in found if (f := self._fault(name, n, len(found)))]
         lists = {"missing": missing, "not used": unused, "wrong": wrong}
         problems = "; ".join(f"{what}: {_some(items)}" for what, items in lists.items() if items)

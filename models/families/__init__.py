@@ -94,6 +94,7 @@ class Family:
     config: Callable[[Mapping], ModelConfig]
     names: NameMap
     gguf: Gguf | None = field(default=None)
+    models: str = ""  # what people call them, for lists
 
 
 LLAMA = NameMap(
@@ -145,28 +146,32 @@ def family_of(checkpoint: Checkpoint) -> tuple[Family, dict]:
     Raises Unsupported when no family is known for it, naming those that are.
     """
     if checkpoint.kind != "gguf":
-        return family_for(checkpoint.config, checkpoint.path), checkpoint.config
+        return family_for(checkpoint.config, checkpoint.path, checkpoint), checkpoint.config
     kind = checkpoint.metadata.get("general.architecture")
     family = _serving(
         kind,
         lambda f: (f.gguf.architecture,) if f.gguf and f.gguf.when(checkpoint.metadata) else (),
         checkpoint.path,
+        checkpoint,
     )
     return family, family.gguf.config(checkpoint.metadata, checkpoint)
 
 
-def family_for(config: Mapping, path: Path) -> Family:
-    """The family of a config.json that came from `path`."""
-    return _serving(config.get("model_type"), lambda f: f.model_types, path)
+def family_for(config: Mapping, path: Path, checkpoint: Checkpoint | None = None) -> Family:
+    """The family of a config.json that came from `path`, its tensors in `checkpoint` if they are there."""
+    return _serving(config.get("model_type"), lambda f: f.model_types, path, checkpoint)
 
 
-def _serving(kind: object, types: Callable[[Family], Sequence[str]], path: Path) -> Family:
+def _serving(
+    kind: object, types: Callable[[Family], Sequence[str]], path: Path, checkpoint: Checkpoint | None
+) -> Family:
     serving = {name: family for name, family in families().items() if kind in types(family)}
     if not serving:
         broken = "".join(f" The plug-in {name} failed: {why:.200}." for name, why in broken_families().items())
         known = {t for family in families().values() for t in types(family)}
+        like = _like(checkpoint, kind)
         raise Unsupported(
-            f"{path} is a model of type {kind!r:.60}, which is not known here.",
+            f"{path} is a model of type {kind!r:.60}, which is not known here.{like}",
             f"{did_you_mean(str(kind), known)} docs/families.md shows how to add one.{broken}",
         )
     if len(serving) > 1:
@@ -174,3 +179,10 @@ def _serving(kind: object, types: Callable[[Family], Sequence[str]], path: Path)
             f"{path} is a model of type {kind!r}, which {' and '.join(serving)} both claim.", "Uninstall one of them."
         )
     return next(iter(serving.values()))
+
+
+def _like(checkpoint: Checkpoint | None, kind: object) -> str:
+    from ..nearest import nearest  # which needs this module
+
+    found = nearest(checkpoint, str(kind)) if checkpoint else ""
+    return f" Most like it: {found}." if found else ""

@@ -33,5 +33,9 @@ def _gguf(architecture: str, *kind: str) -> Gguf:
     return Gguf(architecture, gguf.NAMES, lambda metadata, checkpoint: gguf.config(metadata, checkpoint, *kind))
 
 
-cohere = Family("cohere", ("cohere",), config, LLAMA, _gguf("command-r", "cohere", "CohereForCausalLM"))
-cohere2 = Family("cohere2", ("cohere2",), config, LLAMA, _gguf("cohere2", "cohere2", "Cohere2ForCausalLM"))
+cohere = Family(
+    "cohere", ("cohere",), config, LLAMA, _gguf("command-r", "cohere", "CohereForCausalLM"), models="Command R, Aya"
+)
+cohere2 = Family(
+    "cohere2", ("cohere2",), config, LLAMA, _gguf("cohere2", "cohere2", "Cohere2ForCausalLM"), models="Command R7B"
+)

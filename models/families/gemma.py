@@ -27,4 +27,5 @@ def _from_gguf(metadata: Mapping, checkpoint) -> dict:
 gemma = Family(
     "gemma", model_types=("gemma",), config=config, names=LLAMA,
     gguf=Gguf("gemma", gguf.NAMES, _from_gguf, arrange=gguf.minus_one),
+    models="Gemma 1",
 )  # fmt: skip

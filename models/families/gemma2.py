@@ -35,4 +35,5 @@ def _from_gguf(metadata: Mapping, checkpoint) -> dict:
 gemma2 = Family(
     "gemma2", model_types=("gemma2",), config=config, names=SANDWICH,
     gguf=Gguf("gemma2", gguf.SANDWICH, _from_gguf, arrange=gguf.minus_one),
+    models="Gemma 2",
 )  # fmt: skip

@@ -43,4 +43,5 @@ def _from_gguf(metadata: Mapping, checkpoint) -> dict:
 gemma3 = Family(
     "gemma3", model_types=("gemma3_text",), config=config, names=SANDWICH,
     gguf=Gguf("gemma3", gguf.SANDWICH, _from_gguf, arrange=gguf.minus_one),
+    models="Gemma 3 (text)",
 )  # fmt: skip

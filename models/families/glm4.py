@@ -33,5 +33,10 @@ def config(hf: Mapping) -> ModelConfig:
 _from_gguf = partial(gguf.config, model_type="glm4", architecture_class="Glm4ForCausalLM")
 
 glm4 = Family(
-    "glm4", model_types=("glm4", "glm"), config=config, names=NAMES, gguf=Gguf("glm4", GGUF_NAMES, _from_gguf)
+    "glm4",
+    model_types=("glm4", "glm"),
+    config=config,
+    names=NAMES,
+    gguf=Gguf("glm4", GGUF_NAMES, _from_gguf),
+    models="GLM-4 (9B chat, 0414)",
 )

@@ -57,4 +57,6 @@ def _from_gguf(metadata: Mapping, checkpoint) -> dict:
     return hf | {key: hf.get(llama) for key, llama in SIZES.items()} | {"layer_norm_epsilon": hf.get("layer_norm_eps")}
 
 
-gpt2 = Family("gpt2", model_types=("gpt2",), config=config, names=NAMES, gguf=Gguf("gpt2", gguf.NAMES, _from_gguf))
+gpt2 = Family(
+    "gpt2", model_types=("gpt2",), config=config, names=NAMES, gguf=Gguf("gpt2", gguf.NAMES, _from_gguf), models="GPT-2"
+)

@@ -46,4 +46,5 @@ def _from_gguf(metadata: Mapping, checkpoint) -> dict:
 gpt_neox = Family(
     "gpt_neox", model_types=("gpt_neox",), config=config, names=NAMES,
     gguf=Gguf("gptneox", gguf.NAMES, _from_gguf, gguf.by_head),
+    models="GPT-NeoX, Pythia",
 )  # fmt: skip

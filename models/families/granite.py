@@ -54,8 +54,16 @@ def _moe_from_gguf(metadata: Mapping, checkpoint) -> dict:
 
 _from_gguf = partial(gguf.config, model_type="granite", architecture_class="GraniteForCausalLM", keys=KEYS)
 
-granite = Family("granite", ("granite",), config, LLAMA, Gguf("granite", gguf.NAMES, _from_gguf, gguf.unpermute, KEYS))
+granite = Family(
+    "granite",
+    ("granite",),
+    config,
+    LLAMA,
+    Gguf("granite", gguf.NAMES, _from_gguf, gguf.unpermute, KEYS),
+    models="Granite 3 (dense)",
+)
 granitemoe = Family(
     "granitemoe", ("granitemoe", "granitemoeshared"), config, MOE_NAMES,
     Gguf("granitemoe", gguf.NAMES, _moe_from_gguf, gguf.unpermute, KEYS),
+    models="Granite MoE",
 )  # fmt: skip

@@ -1,13 +1,15 @@
-"""LFM2: most layers mix tokens by a short gated convolution, some by attention with a norm on each head of q and k."""
+"""LFM2: most layers mix tokens by a short gated convolution, some by attention with a norm on each head of q and k.
+LFM2-MoE has experts in all layers but the first ones, elected with a bias."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..config import ConvolutionConfig, ModelConfig
+from ...backends.base import RouteRule
+from ..config import ConvolutionConfig, ModelConfig, plain_mlp, routed
 from ..fields import flag, head_dim, layer_count, number, several, whole
 from ..ropes import rope
-from . import LLAMA, Family
+from . import LLAMA, Family, experts
 
 OWN = {
     "norm": "model.embedding_norm.weight",
@@ -16,10 +18,12 @@ OWN = {
     "conv.in": "conv.in_proj", "conv.taps": "conv.conv", "conv.out": "conv.out_proj",
     "mlp.gate": "feed_forward.w1", "mlp.up": "feed_forward.w3", "mlp.down": "feed_forward.w2",
 }  # fmt: skip
-NAMES = LLAMA | {
+MLP = "model.layers.{i}.feed_forward"
+MOE = {"layers.{i}.moe.router": f"{MLP}.gate.weight", "layers.{i}.moe.election": f"{MLP}.expert_bias"}
+NAMES = LLAMA | experts(MLP, "w1", "w3", "w2") | MOE | {
     ours if ours == "norm" else f"layers.{{i}}.{ours}": its if ours == "norm" else f"model.layers.{{i}}.{its}.weight"
     for ours, its in OWN.items()
-}
+}  # fmt: skip
 
 
 def config(hf: Mapping) -> ModelConfig:
@@ -28,15 +32,25 @@ def config(hf: Mapping) -> ModelConfig:
         "full_attention" if i in attends else "conv" for i in range(layer_count(hf))
     ]
     convolution = ConvolutionConfig(width, whole(hf, "conv_L_cache", 3, least=2), flag(hf, "conv_bias"))
-    attention = {**hf, "layer_types": None, "intermediate_size": _hidden(hf)}
     return ModelConfig.llama_like(
-        attention,
+        {**hf, "layer_types": None},
         tied=flag(hf, "tie_embedding", True),
         ropes={"main": rope(hf, head_dim(hf), 1_000_000.0)},
         attention={"qk_norm": "head"},
         mixers=lambda i: convolution if kinds[i] == "conv" else None,
+        feed_forward=_feed_forward(hf, len(kinds)),
         norm_eps=number(hf, "norm_eps", 1e-5),
     )
+
+
+def _feed_forward(hf: Mapping, count: int) -> list:
+    if hf.get("model_type") != "lfm2_moe":
+        return [plain_mlp(hf, hidden=_hidden(hf), bias=False)] * count
+    scale = number(hf, "routed_scaling_factor", 1.0)
+    rule = RouteRule("sigmoid", renormalise=flag(hf, "norm_topk_prob", True), scale=scale)
+    moe = routed(hf, "moe_intermediate_size", rule=rule, election=flag(hf, "use_expert_bias", True))
+    dense = min(whole(hf, "num_dense_layers", 2, least=0), count)
+    return [plain_mlp(hf, bias=False)] * dense + [moe] * (count - dense)
 
 
 def _hidden(hf: Mapping) -> int:
@@ -49,4 +63,4 @@ def _hidden(hf: Mapping) -> int:
     return multiple * -(-hidden // multiple)
 
 
-lfm2 = Family("lfm2", model_types=("lfm2",), config=config, names=NAMES)
+lfm2 = Family("lfm2", model_types=("lfm2", "lfm2_moe"), config=config, names=NAMES, models="LFM2, LFM2-MoE")

@@ -13,4 +13,6 @@ def config(hf: Mapping) -> ModelConfig:
     return ModelConfig.llama_like(hf, sliding=lambda layer: hf["sliding_window"] is not None)
 
 
-mistral = Family("mistral", model_types=("mistral", "ministral"), config=config, names=LLAMA)
+mistral = Family(
+    "mistral", model_types=("mistral", "ministral"), config=config, names=LLAMA, models="Mistral, Ministral"
+)

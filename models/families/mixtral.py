@@ -31,4 +31,5 @@ def _from_gguf(metadata: Mapping, checkpoint) -> dict:
 mixtral = Family(
     "mixtral", model_types=("mixtral",), config=config, names=NAMES,
     gguf=Gguf("llama", gguf.NAMES, _from_gguf, gguf.unpermute, when=gguf.has_experts),
+    models="Mixtral",
 )  # fmt: skip

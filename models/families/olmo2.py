@@ -36,5 +36,10 @@ def _from_gguf(metadata: Mapping, checkpoint) -> dict:
 
 
 olmo2 = Family(
-    "olmo2", model_types=("olmo2", "olmo3"), config=config, names=NAMES, gguf=Gguf("olmo2", gguf.SANDWICH, _from_gguf)
+    "olmo2",
+    model_types=("olmo2", "olmo3"),
+    config=config,
+    names=NAMES,
+    gguf=Gguf("olmo2", gguf.SANDWICH, _from_gguf),
+    models="OLMo 2, OLMo 3",
 )

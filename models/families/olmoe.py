@@ -26,4 +26,11 @@ def _from_gguf(metadata: Mapping, checkpoint) -> dict:
     return gguf.config(metadata, checkpoint, "olmoe", "OlmoeForCausalLM")
 
 
-olmoe = Family("olmoe", model_types=("olmoe",), config=config, names=NAMES, gguf=Gguf("olmoe", gguf.NAMES, _from_gguf))
+olmoe = Family(
+    "olmoe",
+    model_types=("olmoe",),
+    config=config,
+    names=NAMES,
+    gguf=Gguf("olmoe", gguf.NAMES, _from_gguf),
+    models="OLMoE",
+)

@@ -39,4 +39,11 @@ def _from_gguf(metadata: Mapping, checkpoint) -> dict:
     return hf | {"original_max_position_embeddings": old}
 
 
-phi3 = Family("phi3", model_types=("phi3",), config=config, names=LLAMA, gguf=Gguf("phi3", GGUF_NAMES, _from_gguf))
+phi3 = Family(
+    "phi3",
+    model_types=("phi3",),
+    config=config,
+    names=LLAMA,
+    gguf=Gguf("phi3", GGUF_NAMES, _from_gguf),
+    models="Phi-3, Phi-3.5, Phi-4",
+)

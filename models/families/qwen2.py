@@ -25,4 +25,5 @@ qwen2 = Family(
     config=config,
     names=LLAMA,
     gguf=Gguf("qwen2", gguf.NAMES, partial(gguf.config, model_type="qwen2", architecture_class="Qwen2ForCausalLM")),
+    models="Qwen2, Qwen2.5",
 )

@@ -25,4 +25,5 @@ qwen3 = Family(
     config=config,
     names=LLAMA,
     gguf=Gguf("qwen3", gguf.NAMES, partial(gguf.config, model_type="qwen3", architecture_class="Qwen3ForCausalLM")),
+    models="Qwen3",
 )

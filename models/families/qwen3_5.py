@@ -40,4 +40,4 @@ def config(hf: Mapping) -> ModelConfig:
     )
 
 
-qwen3_5 = Family("qwen3_5", model_types=("qwen3_5_text",), config=config, names=NAMES)
+qwen3_5 = Family("qwen3_5", model_types=("qwen3_5_text",), config=config, names=NAMES, models="Qwen3.5 (text)")

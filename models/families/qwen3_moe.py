@@ -38,8 +38,16 @@ def _gguf(architecture: str, *kind: str, **more) -> Gguf:
     return Gguf(architecture, gguf.NAMES, read)
 
 
-qwen2_moe = Family("qwen2_moe", ("qwen2_moe",), config, NAMES, _gguf("qwen2moe", "qwen2_moe", "Qwen2MoeForCausalLM"))
+qwen2_moe = Family(
+    "qwen2_moe",
+    ("qwen2_moe",),
+    config,
+    NAMES,
+    _gguf("qwen2moe", "qwen2_moe", "Qwen2MoeForCausalLM"),
+    models="Qwen1.5-MoE, Qwen2-MoE",
+)
 qwen3_moe = Family(
     "qwen3_moe", ("qwen3_moe",), config, NAMES,
     _gguf("qwen3moe", "qwen3_moe", "Qwen3MoeForCausalLM", norm_topk_prob=True),
+    models="Qwen3-MoE",
 )  # fmt: skip

@@ -33,4 +33,5 @@ def _from_gguf(metadata: Mapping, checkpoint) -> dict:
 smollm3 = Family(
     "smollm3", model_types=("smollm3",), config=config, names=LLAMA,
     gguf=Gguf("smollm3", gguf.NAMES, _from_gguf, arrange=gguf.unpermute),
+    models="SmolLM3",
 )  # fmt: skip

@@ -34,5 +34,10 @@ def _from_gguf(metadata: Mapping, checkpoint) -> dict:
 
 
 stablelm = Family(
-    "stablelm", model_types=("stablelm",), config=config, names=LLAMA, gguf=Gguf("stablelm", gguf.NAMES, _from_gguf)
+    "stablelm",
+    model_types=("stablelm",),
+    config=config,
+    names=LLAMA,
+    gguf=Gguf("stablelm", gguf.NAMES, _from_gguf),
+    models="StableLM 3B, StableLM 2 1.6B",
 )

@@ -36,4 +36,5 @@ def _from_gguf(metadata: Mapping, checkpoint) -> dict:
 starcoder2 = Family(
     "starcoder2", model_types=("starcoder2",), config=config, names=NAMES,
     gguf=Gguf("starcoder2", gguf.NAMES, _from_gguf),
+    models="StarCoder2",
 )  # fmt: skip

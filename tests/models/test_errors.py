@@ -63,6 +63,26 @@ def test_an_unknown_family_is_told_which_are_known(folder):
     assert all(known in error.hint for known in ("llama", "qwen3", "qwen3_moe", "gemma3_text", "docs/families.md"))
 
 
+def test_an_unknown_family_is_told_which_are_like_it(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {f"model.layers.{i}.mlp.scale": np.ones(7, np.float32) for i in range(3)},
+              folder / "model.safetensors")  # fmt: skip
+    change_config(folder, model_type="llamoid")
+    message = refusal(folder, Unsupported).message
+    assert "Most like it: " in message and "llama (not used: model.layers.*.mlp.scale)" in message
+    save_file({"a": np.ones(7, np.float32)}, folder / "model.safetensors")
+    assert "like" not in refusal(folder, Unsupported).message
+
+
+def test_an_unknown_architecture_is_told_which_are_like_it(tmp_path):
+    class Renamed(gguf.GGUFWriter):
+        def __init__(self, path, architecture):
+            super().__init__(path, "novel")
+
+    gguf_twins.write(tmp_path / "x.gguf", twins.make("qwen3"), writer_class=Renamed)
+    assert "qwen3 (its tensors have the same names)" in refusal(tmp_path / "x.gguf", Unsupported).message
+
+
 @pytest.mark.parametrize("model_type", [None, 3, ["llama"], {}, "x" * 10000, ...])
 def test_a_model_type_that_is_none(folder, model_type):
     change_config(folder, model_type=model_type)
