@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,37 +11,61 @@ import click
 from . import console
 from .pull import fetch
 
-METHODS = ("auto", "gptq", "awq", "search", "rtn")
+METHODS = ("auto", "gptq", "search", "rtn")
 BITS = ("2", "3", "4", "5", "6", "8")
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
 @click.command("quantize")
 @click.argument("model")
 @click.argument("dest", type=click.Path(path_type=Path))
 @click.option("--method", type=click.Choice(METHODS), help="Default: auto, which gives bits where they matter most.")
-@click.option("--bits", type=click.Choice(BITS), help="For every matrix; default: 4.")
+@click.option("--bits", type=click.Choice(BITS), help="For every matrix (auto: on average); default: 4.")
 @click.option("--group-size", type=click.Choice(["32", "64", "128"]), help="Numbers that share a scale; default: 64.")
+@click.option("--target-size", metavar="SIZE", help="Of all weights, such as 80MB (auto).")
+@click.option("--target-bpw", type=float, metavar="BITS", help="A parameter on average, scales included (auto).")
+@click.option(
+    "--calibration", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A text, or .jsonl of conversations; default: what the model itself says.",
+)  # fmt: skip
+@click.option("--tokens", type=click.IntRange(2), help="Of calibration; default: 8192.")
+@click.option("--seed", type=int, help="Of the model's own text; default: 0.")
+@click.option("--backend", default="cpu", show_default=True, metavar="NAME", help="What calibration runs on.")
 @click.option("--requantize", is_flag=True, help="Take weights that are quantized already as they come.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def command(model, dest, method, bits, group_size, requantize, as_json):
+def command(model, dest, target_size, backend, requantize, as_json, **given):
     """Write MODEL (a folder, a .gguf file or a model's name) as the new Hugging Face folder DEST with its matrices in
-    2 to 8 bits, in MLX's format: it runs here and in mlx-lm."""
+    2 to 8 bits, in MLX's format: it runs here and in mlx-lm. Interrupted, the same command goes on where it was."""
     from ..tools.quantize import Options, quantize
 
-    given = {"method": method, "bits": bits and int(bits), "group_size": group_size and int(group_size)}
+    given["target_bytes"] = _bytes(target_size) if target_size else None
+    for name in ("bits", "group_size"):
+        given[name] = given[name] and int(given[name])
     options = Options(**{name: value for name, value in given.items() if value is not None}, requantize=requantize)
     source = fetch(model)
-    with _bars() as show:
-        result = quantize(source, dest, options, show)
+    with _Bars() as show:
+        result = quantize(source, dest, options, show, backend)
     facts = asdict(result) | {"source": str(source)}
     console.json(facts) if as_json else _tell(facts)
 
 
-class _bars:
+def _bytes(text: str) -> int:
+    """80MB, 1.2 GiB, 75000000 -> bytes"""
+    from ..errors import BadOption
+
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
+    if not found or found[2].lower() not in UNITS or float(found[1]) <= 0:
+        raise BadOption(f"--target-size {text!r} is not a size.", "Write it such as 80MB, 1.2GB or 500MiB.")
+    return int(float(found[1]) * UNITS[found[2].lower()])
+
+
+class _Bars:
     """One progress line a stage."""
 
-    def __enter__(self):
+    def __init__(self):
         self.stage, self.line = "", None
+
+    def __enter__(self) -> _Bars:
         return self
 
     def __call__(self, event) -> None:

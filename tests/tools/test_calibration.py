@@ -106,8 +106,7 @@ def tied(tmp_path):
     return Parameters(family, family.config(HF), open_checkpoint(tmp_path / "tied"))
 
 
-def test_the_stream_is_the_decoder(tmp_path, monkeypatch):
-    monkeypatch.setattr("ondevice.tools.calibration.streaming.TOKENS", 20)
+def test_the_stream_is_the_decoder(tmp_path):
     from ondevice.registry import create_backend
 
     parameters, ops = tied(tmp_path), create_backend("reference")
@@ -116,7 +115,7 @@ def test_the_stream_is_the_decoder(tmp_path, monkeypatch):
     decoder, taps, seen = Decoder(config, ops, parameters.prepare(ops)), {}, {}
     decoder.listener = lambda name, x: taps.setdefault(name, []).append(ops.numpy(x))
     decoder(ops.array(ids), Step.whole(5, 9))
-    for stage in stream(config, parameters, ops, ids):
+    for stage in stream(config, parameters, ops, ids, tokens=20):
         assert [len(batch) for batch in stage.inputs] == [2, 2, 1]
         assert len(stage._weights) <= 1 + len(stage.names)  # this stage's, and the tied embedding
         stage.observe(lambda name, x: seen.setdefault(name, []).append(x))

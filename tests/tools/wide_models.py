@@ -16,7 +16,7 @@ from tests.tiny_model import CHATML, tokenizer
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 112, "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 10000.0,
 }  # fmt: skip
 MOE = LLAMA | {
     "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96,

@@ -83,10 +83,12 @@ class Stage:
         return self._decoder.block(p, int(self.prefix.rpartition(".")[2]), x, step)
 
 
-def stream(config: ModelConfig, parameters: Parameters, ops: Backend, ids: np.ndarray) -> Iterator[Stage]:
-    """The embedding, each layer and the head, in turn, over ids [N, T]. A stage's weights live until the next is asked
-    for (a tied embedding until the end)."""
-    rows = max(1, TOKENS // ids.shape[1])
+def stream(
+    config: ModelConfig, parameters: Parameters, ops: Backend, ids: np.ndarray, tokens: int = TOKENS
+) -> Iterator[Stage]:
+    """The embedding, each layer and the head, in turn, over ids [N, T], about `tokens` at once. A stage's weights live
+    until the next is asked for (a tied embedding until the end)."""
+    rows = max(1, tokens // ids.shape[1])
     flow = [np.ascontiguousarray(ids[at : at + rows], np.int32) for at in range(0, len(ids), rows)]
     weights: dict[str, W] = {}
     decoder = Decoder(config, ops, weights)

@@ -17,9 +17,11 @@ ROUTERS = ".router"  # small, and an error there sends a token to the wrong expe
 CHUNK = 1 << 21  # numbers looked at in one go
 
 
-def matrices(parameters: Parameters) -> Iterator[str]:
-    """Our names of what is quantized: every matrix and stack of experts but routers."""
+def matrices(parameters: Parameters, prefix: str = "") -> Iterator[str]:
+    """Our names of what is quantized: every matrix and stack of experts but routers. prefix: of one stage."""
     for name in parameters:
+        if prefix and name != prefix and not name.startswith(f"{prefix}."):
+            continue
         if len(parameters.shapes[name]) > 1 and not name.endswith(ROUTERS):
             yield name
 
@@ -72,3 +74,9 @@ def numbers(parameters: Parameters, name: str) -> np.ndarray:
         release(parameters.checkpoint[stored])
     require_finite(name, values, parameters)
     return values
+
+
+def require_finite_all(parameters: Parameters) -> None:
+    """Before long work: raises BadFile where some number is NaN or infinite."""
+    for name in parameters:
+        numbers(parameters, name)

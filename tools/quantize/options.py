@@ -9,7 +9,7 @@ from ...errors import BadOption
 from ...schemes import AFFINE_BITS
 
 METHODS = {  # name -> one line of help
-    "auto": "bits where they matter most, rounding that makes up for its errors (needs a target or --bits)",
+    "auto": "bits where they matter most, rounding that makes up for its errors",
     "gptq": "rounding that makes up for its errors in the columns that follow",
     "awq": "columns that meet large inputs are scaled up before they are rounded",
     "search": "scale and zero point of each group by weighted error",
@@ -20,11 +20,13 @@ GROUPS = (128, 64, 32)
 
 @dataclass(frozen=True)
 class Options:
-    """bits and group_size: for every matrix (where a group does not divide a row, the next smaller that does).
+    """bits and group_size: for every matrix (where a group does not divide a row, the next smaller that does); for
+    `auto`, what they would take is the size that it keeps to, unless target_bytes or target_bpw (of the whole model)
+    says another.
 
-    target_bytes or target_bpw: of the whole model, for `auto`, which chooses bits and groups tensor by tensor.
     calibration: a text or .jsonl; None: what the model itself says, drawn with `seed`; `tokens` of it, `length` a
-    window. requantize: take weights that are quantized already as they come.
+    window; `sensitivity_tokens` of those for the choice of bits. requantize: take weights that are quantized already
+    as they come.
     """
 
     method: str = "auto"
@@ -35,6 +37,7 @@ class Options:
     calibration: Path | None = None
     tokens: int = 8192
     length: int = 512
+    sensitivity_tokens: int = 4096
     seed: int = 0
     requantize: bool = False
 

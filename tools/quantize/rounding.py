@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
-
 import numpy as np
 
 from ...schemes import quantize_affine
 from ...tensors import Affine, Tensor
+from .parallel import side_by_side
 
 PIECE = 1 << 18  # numbers rounded in one go: what is made of them stays in the cache
-
-T, R = TypeVar("T"), TypeVar("R")
 
 
 def nearest(values: np.ndarray, form: Affine) -> Tensor:
@@ -27,14 +21,3 @@ def nearest(values: np.ndarray, form: Affine) -> Tensor:
         name: np.concatenate([m.parts[name] for m in made]).reshape(*values.shape[:-1], -1) for name in made[0].parts
     }
     return Tensor(tuple(values.shape), form, parts)
-
-
-def side_by_side(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """work of each, on all the cores that this process may use: NumPy lets go of the interpreter where it computes."""
-    with ThreadPoolExecutor(workers()) as pool:
-        return list(pool.map(work, items))
-
-
-def workers() -> int:
-    allowed = getattr(os, "sched_getaffinity", None)
-    return len(allowed(0)) if allowed else os.cpu_count() or 1

@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ...checkpoint import open_checkpoint
+import numpy as np
+
+from ...backends.base import Backend
+from ...checkpoint import Checkpoint, open_checkpoint
 from ...errors import OnDeviceError
 from ...models.families import family_of
 from ...models.parameters import Parameters
+from ...registry import create_backend
+from ...runtime.session import Session, open_session
 from ...tensors import Affine
-from .matrices import fitted_group, matrices, numbers, require_unquantized, scale_dtype
+from ..calibration import Sampling, samples
+from .allocation import allocate, choices
+from .calibrated import Rounding
+from .matrices import (
+    affine_bytes,
+    fitted_group,
+    matrices,
+    numbers,
+    require_finite_all,
+    require_unquantized,
+    scale_dtype,
+)
 from .options import Options
 from .rounding import nearest
+from .sensitivity import Measured, measure
+from .work import Work
 from .writing import Result, write
+
+VERSION = 1  # of the method: what an older one has left is not gone on with
 
 
 @dataclass(frozen=True)
@@ -28,24 +48,123 @@ class Progress:
     unit: str = ""
 
 
+Told = Callable[[Progress], None]
+
+
 def quantize(
-    source: Path, dest: Path, options: Options, progress: Callable[[Progress], None] = lambda event: None
+    source: Path, dest: Path, options: Options, progress: Told = lambda event: None, backend: str | Backend = "cpu"
 ) -> Result:
-    """A checkpoint as the new folder `dest`, which appears complete or not at all. Raises OnDeviceError's children."""
+    """A checkpoint as the new folder `dest`, which appears complete or not at all. Long work is kept in a hidden folder
+    beside it as it is done, and gone on with when the same is asked for again. Raises OnDeviceError's children."""
     started = time.perf_counter()
     if dest.exists() or dest.is_symlink():
         raise OnDeviceError(f"{dest} exists already.", "Choose another name, or remove it first.")
+    if not dest.absolute().parent.is_dir():
+        raise OnDeviceError(f"There is no folder {dest.absolute().parent} to write to.", "Create it first.")
     with open_checkpoint(source) as checkpoint:
-        family, hf_config = family_of(checkpoint)
-        parameters = Parameters(family, family.config(hf_config), checkpoint)
+        job = _Job(source, dest, options, progress, checkpoint)
+        result = job.nearest() if options.method == "rtn" else job.calibrated(backend)
+    return replace(result, seconds=time.perf_counter() - started)
+
+
+class _Job:
+    def __init__(self, source: Path, dest: Path, options: Options, progress: Told, checkpoint: Checkpoint):
+        self.source, self.dest, self.options, self.progress = source, dest, options, progress
+        self.family, self.hf_config = family_of(checkpoint)
+        self.config = self.family.config(self.hf_config)
+        self.parameters = Parameters(self.family, self.config, checkpoint)
         if not options.requantize:
-            require_unquantized(parameters)
-        plan, notes = uniform(parameters, options)
-        result = write(
-            dest, parameters, family, hf_config, plan, lambda name: nearest(numbers(parameters, name), plan[name]),
-            lambda done, total: progress(Progress("Rounding", done, total, "bytes")), notes,
-        )  # fmt: skip
-        return replace(result, seconds=time.perf_counter() - started)
+            require_unquantized(self.parameters)
+
+    def nearest(self) -> Result:
+        plan, notes = uniform(self.parameters, self.options)
+        return self._write(plan, lambda name: nearest(numbers(self.parameters, name), plan[name]), notes)
+
+    def calibrated(self, backend: str | Backend) -> Result:
+        require_finite_all(self.parameters)
+        work = Work(self.dest, self._fingerprint())
+        ops = backend if isinstance(backend, Backend) else create_backend(backend, exact=True)
+        with open_session(self.source, backend=ops) as session:
+            ids = self._samples(session, work)
+        plan, notes, hessians = self._planned(ops, ids, work)
+        method = "gptq" if self.options.method == "auto" else self.options.method
+        rounding = Rounding(self.config, self.parameters, plan, method, hessians)
+        for done, total in rounding.run(ops, ids, work):
+            self.progress(Progress("Rounding", done, total, "stages"))
+        result = self._write(plan, lambda name: self._made(work, plan, name), (*notes, *rounding.notes))
+        work.remove()
+        return result
+
+    def _made(self, work: Work, plan: Mapping[str, Affine], name: str):
+        stage = ".".join(name.split(".")[:2]) if name.startswith("layers.") else name
+        for prefix in (stage, "head"):  # a tied embedding may have been rounded last
+            found = work.tensors(prefix, self.parameters.shapes, plan)
+            if name in found:
+                return found[name]
+        raise KeyError(name)
+
+    def _write(self, plan: Mapping[str, Affine], make, notes: tuple[str, ...]) -> Result:
+        def written(done: int, total: int) -> None:
+            self.progress(Progress("Writing", done, total, "bytes"))
+
+        return write(self.dest, self.parameters, self.family, self.hf_config, plan, make, written, notes)
+
+    def _fingerprint(self) -> dict:
+        file = self.parameters.checkpoint.path
+        files = sorted(file.glob("*.safetensors")) if file.is_dir() else [file]
+        held = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        text = self.options.calibration
+        told = (text.stat().st_size, text.stat().st_mtime_ns) if text else None
+        return {"version": VERSION, "files": held, "text": told, **asdict(self.options)}
+
+    def _samples(self, session: Session, work: Work) -> np.ndarray:
+        kept = work.arrays("samples")
+        if kept is not None:
+            return kept["ids"]
+        options = self.options
+        for event in samples(session, options.calibration, options.tokens, options.length, options.seed):
+            if isinstance(event, Sampling):
+                self.progress(Progress("Sampling", event.done, event.total, "tokens"))
+        work.keep("samples", {"ids": event})
+        return event
+
+    # -------------------------------------------------------------------------------------------- what each becomes
+
+    def _planned(self, ops: Backend, ids: np.ndarray, work: Work):
+        """Plan, notes, Hessians of embedding and head."""
+        plan, notes = uniform(self.parameters, self.options)
+        if self.options.method != "auto":
+            return plan, notes, {}
+        kept, hessians = work.record("plan"), work.arrays("hessians")
+        if kept is None or hessians is None:
+            measured = self._measured(ops, ids)
+            plan = self._allocated(measured, plan)
+            hessians = measured.hessians
+            work.keep("hessians", hessians)
+            kept = {name: asdict(form) for name, form in plan.items()}
+            work.keep_record("plan", kept)
+        return {name: Affine(**form) for name, form in kept.items()}, notes, hessians
+
+    def _measured(self, ops: Backend, ids: np.ndarray) -> Measured:
+        windows = max(1, self.options.sensitivity_tokens // ids.shape[1])
+        for event in measure(self.config, self.parameters, ops, ids[:windows], self.options.seed):
+            if isinstance(event, tuple):
+                self.progress(Progress("Measuring", *event, "steps"))
+        return event
+
+    def _allocated(self, measured: Measured, plan: Mapping[str, Affine]) -> dict[str, Affine]:
+        """Of the size that was asked for; without a target, of what the same bits for all would take."""
+        parameters, table = self.parameters, {}
+        for done, name in enumerate(plan, 1):
+            table[name] = choices(parameters, name, measured.costs[name])
+            self.progress(Progress("Trying formats", done, len(plan), "tensors"))
+        fixed = sum(parameters[name].nbytes for name in parameters if name not in plan)
+        target = self.options.target_bytes
+        if self.options.target_bpw is not None:
+            target = int(self.options.target_bpw * sum(parameters[name].size for name in parameters) / 8)
+        if target is None:
+            target = fixed + sum(affine_bytes(parameters.shapes[name], form) for name, form in plan.items())
+        return {name: choice.form for name, choice in allocate(table, target, fixed).items()}
 
 
 def uniform(parameters: Parameters, options: Options) -> tuple[dict[str, Affine], tuple[str, ...]]:

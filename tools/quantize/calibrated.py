@@ -1,0 +1,83 @@
+"""Rounding with an eye on what flows through: stage by stage, each fed by what was made of those before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from ...backends.base import Backend
+from ...models.config import ModelConfig
+from ...models.parameters import Parameters
+from ...schemes import stack
+from ...tensors import Affine, Tensor
+from ..calibration import Stage, stream
+from .gptq import gptq, search
+from .matrices import numbers
+from .statistics import Inputs
+from .work import Work
+
+
+class Rounding:
+    """plan: our name -> format. method: search or gptq. hessians: of embedding and head, where they were measured.
+    notes: grows by what could not be done as asked."""
+
+    def __init__(
+        self, config: ModelConfig, parameters: Parameters, plan: Mapping[str, Affine], method: str,
+        hessians: Mapping[str, np.ndarray],
+    ):  # fmt: skip
+        self.config, self.parameters, self.plan, self.method = config, parameters, plan, method
+        self.hessians, self.notes = hessians, []
+
+    def run(self, ops: Backend, ids: np.ndarray, work: Work) -> Iterator[tuple[int, int]]:
+        """Fills `work` with the tensors of every stage; yields (done, total) stages."""
+        total = len(self.config.layers) + 2
+        for done, stage in enumerate(stream(self.config, self.parameters, ops, ids), 1):
+            made = work.tensors(stage.prefix, self.parameters.shapes, self.plan)
+            if made is None:
+                made = self.stage(stage)
+                work.keep_tensors(stage.prefix, made)
+            if stage.prefix != "head":
+                for name, tensor in made.items():
+                    stage.replace(name, tensor)
+            yield done, total
+
+    def stage(self, stage: Stage) -> dict[str, Tensor]:
+        """The quantized tensors of one stage. A tied embedding is rounded first where its Hessian is known, else last,
+        when all that flows into the head has been seen."""
+        names = [name for name in stage.names if name in self.plan]
+        if stage.prefix == "embed":
+            early = not self.config.tied or "embed" in self.hessians
+            return {name: self.matrix(name, self.hessians.get(name)) for name in names if early}
+        if stage.prefix == "head" and "embed" in names and "embed" in self.hessians:
+            return {}
+        inputs = Inputs()
+        stage.observe(inputs)
+        return {name: self._rounded(name, inputs) for name in names}
+
+    def _rounded(self, name: str, inputs: Inputs) -> Tensor:
+        if len(self.parameters.shapes[name]) > 2:
+            return self._experts(name, inputs)
+        return self.matrix(name, inputs.gram("head" if name == "embed" else name))
+
+    def matrix(self, name: str, hessian: np.ndarray | None) -> Tensor:
+        """hessian None: every input counts alike, as for the rows of an embedding."""
+        return self._round(numbers(self.parameters, name), hessian, self.plan[name])
+
+    def _experts(self, name: str, inputs: Inputs) -> Tensor:
+        """Each by what it was given; one that was given nothing as if every input counted alike, and that is said."""
+        values, made, idle = numbers(self.parameters, name), [], 0
+        for matrix, (count, gram) in zip(values, inputs.expert_grams(name, len(values)), strict=True):
+            idle += not count
+            made.append(self._round(matrix, gram if count else None, self.plan[name]))
+        if idle:
+            stored = self.parameters.stored(name)[0]
+            self.notes.append(f"{stored}: {idle} of {len(values)} experts met no calibration token, rounded without.")
+        return stack(made)
+
+    def _round(self, values: np.ndarray, hessian: np.ndarray | None, form: Affine) -> Tensor:
+        if hessian is None:
+            return search(values, np.ones(values.shape[-1], np.float32), form)
+        if self.method == "search":
+            return search(values, np.diag(hessian), form)
+        return gptq(values, hessian, form)

@@ -1,0 +1,62 @@
+"""What flows into each linear map, summed up as E[x x^T] while it flows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+
+class Inputs:
+    """A listener for one stage of a stream. Maps that read the same array share their sums; of stacks of experts the
+    inputs themselves are kept, for as many sums as there are experts would not fit."""
+
+    def __init__(self):
+        self._sums: dict[str, np.ndarray] = {}
+        self._counts: dict[str, int] = {}
+        self._same_as: dict[str, str] = {}
+        self._routed: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        self._experts: np.ndarray | None = None  # ids [N, k], told before the input that they are for
+        self._last: tuple[str, np.ndarray] | None = None
+
+    def __call__(self, name: str, x: np.ndarray) -> None:
+        name, _, kind = name.rpartition(".")
+        if kind == "experts":
+            self._experts = np.array(x)
+        elif kind == "input" and self._experts is not None:
+            self._routed.setdefault(name, []).append((np.array(x), self._experts))
+            self._experts = None
+        elif kind == "input":
+            self._add(name, x.reshape(-1, x.shape[-1]))
+
+    def _add(self, name: str, x: np.ndarray) -> None:
+        last = self._last
+        if last and last[1].shape == x.shape and np.array_equal(last[1], x):
+            self._same_as[name] = last[0]
+            return
+        self._last = name, x
+        self._sums[name] = self._sums.get(name, 0) + (x.T @ x).astype(np.float64)
+        self._counts[name] = self._counts.get(name, 0) + len(x)
+
+    def source(self, name: str) -> str:
+        """The map whose sums `name` shares: its own, or the first that read the same array."""
+        return self._same_as.get(name, name)
+
+    def gram(self, name: str) -> np.ndarray:
+        """E[x x^T], float64 [I, I]."""
+        name = self.source(name)
+        return self._sums[name] / self._counts[name]
+
+    def expert_grams(self, name: str, experts: int) -> Iterator[tuple[int, np.ndarray]]:
+        """For each expert: how many tokens it was given, and E[x x^T] of those (zeros where there was none)."""
+        for expert in range(experts):
+            rows = [_given(x, ids, expert) for x, ids in self._routed[name]]
+            count = sum(map(len, rows))
+            total = sum((part.T @ part).astype(np.float64) for part in rows)
+            yield count, total / max(count, 1)
+
+
+def _given(x: np.ndarray, ids: np.ndarray, expert: int) -> np.ndarray:
+    """Rows that went to an expert: of x [N, I], or of x [N, k, I] in the expert's own place; ids [N, k]."""
+    chosen = ids == expert
+    return x[chosen] if x.ndim == 3 else x[chosen.any(-1)]

@@ -1,0 +1,85 @@
+"""What is finished of a long work, in a hidden folder beside its destination: after a kill it goes on from there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...checkpoint.write import write_file
+from ...errors import OnDeviceError
+from ...tensors import Affine, Tensor
+
+
+class Work:
+    """Named arrays and records on disk. What another work has left there (other weights or settings) is thrown away.
+
+    fingerprint: of all that the results depend on. `resumed`: something of this same work was there.
+    """
+
+    def __init__(self, dest: Path, fingerprint: Mapping[str, Any]):
+        self.path = dest.parent / f".{dest.name}.quantize"
+        said = json.dumps(fingerprint, sort_keys=True, default=str)
+        self.resumed = self._read("fingerprint") == said
+        if self.resumed:
+            return
+        self.remove()
+        try:
+            self.path.mkdir()
+        except OSError as error:
+            raise OnDeviceError(
+                f"{self.path} could not be made: {error.strerror or error}.", "Choose another place for the result."
+            ) from error
+        write_file(self.path / "fingerprint.json", json.dumps(said).encode())
+
+    def record(self, name: str) -> Any:
+        """What `keep_record` kept; None where there is nothing."""
+        return self._read(name)
+
+    def keep_record(self, name: str, value: Any) -> None:
+        write_file(self.path / f"{name}.json", json.dumps(value).encode())
+
+    def arrays(self, name: str) -> dict[str, np.ndarray] | None:
+        """What `keep` kept; None where there is nothing."""
+        try:
+            with np.load(self.path / f"{name}.npz", allow_pickle=False) as stored:
+                return dict(stored)
+        except (OSError, ValueError, EOFError):
+            return None
+
+    def keep(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Whole or not at all."""
+        temporary = self.path / f"{name}.partial.npz"
+        try:
+            np.savez(temporary, **arrays)
+            temporary.replace(self.path / f"{name}.npz")
+        except OSError as error:
+            raise OnDeviceError(
+                f"{self.path} could not be written: {error.strerror or error}.",
+                "Free some space, then repeat the command: it goes on from what is finished.",
+            ) from error
+
+    def keep_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self.keep(name, {f"{key}/{part}": a for key, t in tensors.items() for part, a in t.parts.items()})
+
+    def tensors(self, name: str, shapes: Mapping[str, tuple[int, ...]], forms: Mapping[str, Affine]):
+        """What `keep_tensors` kept of these formats, by our names; None where there is nothing."""
+        stored = self.arrays(name)
+        if stored is None:
+            return None
+        names = dict.fromkeys(key.rpartition("/")[0] for key in stored)
+        parts = ("weight", "scales", "biases")
+        return {n: Tensor(shapes[n], forms[n], {part: stored[f"{n}/{part}"] for part in parts}) for n in names}
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _read(self, name: str) -> Any:
+        try:
+            return json.loads((self.path / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
