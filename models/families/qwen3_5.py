@@ -1,20 +1,23 @@
 """Qwen3.5 (text): three of four layers keep a memory by the gated delta rule, the others attend, with a gate on each
-head's answer; gains stored minus one."""
+head's answer; gains stored minus one. Its MoE has experts in every layer, and one that every token goes through."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..config import DeltaConfig, ModelConfig
+from ...backends.base import RouteRule
+from ..config import DeltaConfig, ModelConfig, MoEConfig, plain_mlp, routed
 from ..fields import head_dim, layer_count, several, whole
 from ..ropes import rope
-from . import LLAMA, Family
+from . import LLAMA, Family, experts, shared_expert
 
 DELTA = {
     "qkv": "in_proj_qkv.weight", "gate": "in_proj_z.weight", "a": "in_proj_a.weight", "b": "in_proj_b.weight",
     "taps": "conv1d.weight", "rate": "A_log", "shift": "dt_bias", "norm": "norm.weight", "out": "out_proj.weight",
 }  # fmt: skip
-NAMES = LLAMA | {
+MLP = "model.layers.{i}.mlp"
+MOE = experts(MLP) | shared_expert(MLP) | {"layers.{i}.moe.router": f"{MLP}.gate.weight"}
+NAMES = LLAMA | MOE | {
     f"layers.{{i}}.delta.{ours}": f"model.layers.{{i}}.linear_attn.{its}" for ours, its in DELTA.items()
 }  # fmt: skip
 
@@ -31,13 +34,26 @@ def config(hf: Mapping) -> ModelConfig:
         value_dim=whole(hf, "linear_value_head_dim", 128),
         taps=whole(hf, "linear_conv_kernel_dim", 4, least=2),
     )
+    every_layer = _experts(hf) if hf.get("model_type") == "qwen3_5_moe_text" else plain_mlp(hf, bias=False)
     return ModelConfig.llama_like(
         {**hf, "layer_types": None, "head_dim": d},
         ropes={"main": rope(hf, d, share=0.25)},
         attention={"qk_norm": "head", "gated": True},
         mixers=lambda i: delta if kinds[i] == "linear_attention" else None,
+        feed_forward=[every_layer] * len(kinds),
         norm_offset=1.0,
     )
 
 
-qwen3_5 = Family("qwen3_5", model_types=("qwen3_5_text",), config=config, names=NAMES, models="Qwen3.5 (text)")
+def _experts(hf: Mapping) -> MoEConfig:
+    shared = plain_mlp(hf, hidden=whole(hf, "shared_expert_intermediate_size"), bias=False)
+    return routed(hf, "moe_intermediate_size", rule=RouteRule(), shared=shared, shared_gate=True)
+
+
+qwen3_5 = Family(
+    "qwen3_5",
+    model_types=("qwen3_5_text", "qwen3_5_moe_text"),
+    config=config,
+    names=NAMES,
+    models="Qwen3.5 and Qwen3.5-MoE (text)",
+)

@@ -48,6 +48,7 @@ GRANITE = {
     "logits_scaling": 2.5,
 }
 GPT2 = {"hidden_size": 48, "max_position_embeddings": 29, "activation_function": "gelu"}
+MOE = {"moe_intermediate_size": 12}
 LFM2 = {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8}
 DELTA = {
     "num_hidden_layers": 5,
@@ -159,6 +160,14 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix
             "full_attention_interval": 2,
         },
     ),
+    "lfm2-moe": (
+        "Lfm2Moe",
+        LFM2 | MOE | {"num_dense_layers": 1, "num_experts": 5, "num_experts_per_tok": 2, "routed_scaling_factor": 1.5},
+    ),
+    "qwen3_5-moe": (
+        "Qwen3_5Moe",
+        DELTA | MOE | {"num_experts": 5, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 20},
+    ),
     "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "mixtral-window": ("Mixtral", {"num_local_experts": 30, "num_experts_per_tok": 3, "sliding_window": 4}),
     "qwen2_moe": ("Qwen2Moe", SHARED | {"num_experts": 5, "num_experts_per_tok": 2}),
@@ -194,7 +203,6 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix
     ),
 }
 HEADS = {"GPT2": "LMHeadModel"}
-MOE = {"moe_intermediate_size": 12}
 BACKENDS = ("reference", "cpu", "cuda", "mlx")
 PAIRS = [  # one of a family on those that are slow on a CPU; the others when there is time
     pytest.param(b, name, marks=[pytest.mark.slow] if "-" in name and b in ("cuda", "mlx") else [])
@@ -209,7 +217,7 @@ def make(name: str, **fields: Any) -> Any:
     transformers.utils.logging.disable_progress_bar()
     kind, own = TWINS[name]
     config_class = getattr(
-        transformers, {k: f"{k}TextConfig" for k in ("Gemma3", "Qwen3_5")}.get(kind, f"{kind}Config")
+        transformers, {k: f"{k}TextConfig" for k in ("Gemma3", "Qwen3_5", "Qwen3_5Moe")}.get(kind, f"{kind}Config")
     )
     sizes = deepcopy(TINY | {"pad_token_id": 0} | (MOE if kind == "Qwen3Moe" else {}) | own | fields)
     return randomise(getattr(transformers, f"{kind}{HEADS.get(kind, 'ForCausalLM')}")(config_class(**sizes)))
@@ -236,7 +244,7 @@ def published(hf: dict[str, Any]) -> dict[str, Any]:
     if "rope_parameters" not in hf:
         return hf
     rule = hf.pop("rope_parameters")
-    if hf["model_type"] not in ("ministral", "lfm2", "qwen3_5_text"):  # which have been published in no other form
+    if hf["model_type"] not in ("ministral", "lfm2", "lfm2_moe", "qwen3_5_text", "qwen3_5_moe_text"):  # which have been published in no other form
         hf.pop("layer_types", None)
     full = dict(rule.get("full_attention", rule))
     hf["rope_theta"] = full.pop("rope_theta")
