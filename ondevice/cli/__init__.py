@@ -23,6 +23,7 @@ COMMANDS = {  # name -> one line of help; the module of the same name holds `com
     "models": "List the models that are here.",
     "convert": "Between GGUF, Hugging Face and MLX.",
     "quantize": "A model in fewer bits.",
+    "prune": "A model with less in it: tokens, layers, channels, heads, experts, weights.",
     "lora-train": "Teach a model from examples.",
     "fuse": "Work an adapter into its model.",
     "inspect": "What a model is made of, and what it needs.",

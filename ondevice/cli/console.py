@@ -179,6 +179,26 @@ class progress:
         _draw("")
 
 
+class stages:
+    """Progress lines one after the other, one a stage of long work.
+
+    with stages() as show: show(event), whose stage, done, total and unit say where the work is
+    """
+
+    def __enter__(self) -> stages:
+        self.stage, self.line = "", None
+        return self
+
+    def __call__(self, event: Any) -> None:
+        if event.stage != self.stage:
+            self.__exit__()
+            self.stage, self.line = event.stage, progress(event.stage, event.unit)
+        self.line.update(event.done, event.total)
+
+    def __exit__(self, *_: object) -> None:
+        _draw("")
+
+
 class dashboard:
     """A live view of long work on a terminal: a bar, a few facts, how a number ran; where nobody watches, one line now
     and then.

@@ -1,0 +1,60 @@
+"""What pruning says while it works, and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage has come; unit: of done and total, for people."""
+
+    stage: str
+    done: float
+    total: float
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What speaks for a part of the model, and how much of it stays."""
+
+    name: str
+    value: float
+    stays: int
+    of: int = 1
+
+
+@dataclass(frozen=True)
+class Scores:
+    """kind: of part (tokens, layers, …). meaning: of a score, for people. rows: as many as help; shown: of `total`."""
+
+    kind: str
+    meaning: str
+    rows: tuple[Score, ...]
+
+
+@dataclass(frozen=True)
+class Size:
+    """parameters: numbers in all tensors; nbytes: of them as stored; nonzero: that are not zero, where that was
+    counted."""
+
+    parameters: int
+    nbytes: int
+    nonzero: int | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """path: what was written, None for a rehearsal. scores: by what was chosen. sizes: kind of part -> how many there
+    were, how many are left. notes: what could not be done as asked, for people. seconds: it took."""
+
+    path: Path | None
+    before: Size
+    after: Size
+    scores: tuple[Scores, ...]
+    sizes: Mapping[str, tuple[int, int]]
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0

@@ -1,0 +1,115 @@
+"""What a pruning is asked for. Defaults live here; the command line takes them from here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import BadOption
+
+SPARSE = {  # method -> one line of help
+    "sparsegpt": "by what a weight's loss costs once the others have made up for it (slower, better)",
+    "wanda": "by weight times the size of what it meets",
+    "magnitude": "by weight alone; needs no calibration",
+}
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much: a count, or a share of what there is."""
+
+    count: int | None = None
+    share: float | None = None
+
+    @classmethod
+    def parse(cls, text: str, option: str) -> Amount:
+        """'3' or '10%'. Raises BadOption."""
+        try:
+            if text.endswith("%"):
+                share = float(text[:-1]) / 100
+                if math.isfinite(share) and 0 < share < 1:
+                    return cls(share=share)
+            elif int(text) > 0:
+                return cls(count=int(text))
+        except ValueError:
+            pass
+        raise BadOption(f"{option} {text} makes no sense.", f"Give a count or a share, such as {option} 3 or 10%.")
+
+    def of(self, total: int) -> int:
+        """At least one."""
+        return self.count if self.share is None else max(1, round(self.share * total))
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """A share of weights to be zero, or n of every m neighbours (as GPUs have it: 2:4)."""
+
+    share: float
+    n: int = 0
+    m: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Sparsity:
+        """'50%' or '2:4'. Raises BadOption."""
+        n, colon, m = text.partition(":")
+        if colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m) <= 64:
+            return cls(int(n) / int(m), int(n), int(m))
+        amount = Amount.parse(text, "--sparsity")
+        if amount.share is None:
+            raise BadOption(f"--sparsity {text} makes no sense.", "Give a share or N:M, such as 50% or 2:4.")
+        return cls(amount.share)
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}" if self.m else f"{self.share:.0%}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is to go. vocabulary: tokens that stay; keep_vocabulary: a text whose tokens stay. layers: whole layers to
+    go, chosen here, or drop_layers: these. channels, heads, experts: of each layer. sparsity: of the matrices that
+    are left in place. target: of all parameters, by tokens and channels together (COMPACT).
+
+    method: of sparsity. calibration: a text or .jsonl; None: what the model itself says, drawn with `seed`; `tokens`
+    of it are run, `length` a window. repair: what stays is changed to make up for what goes. dequantize: take weights
+    that are quantized as what they stand for.
+    """
+
+    vocabulary: Amount | None = None
+    keep_vocabulary: Path | None = None
+    layers: Amount | None = None
+    drop_layers: tuple[int, ...] = ()
+    channels: Amount | None = None
+    heads: Amount | None = None
+    experts: Amount | None = None
+    sparsity: Sparsity | None = None
+    target: Amount | None = None
+    method: str = "sparsegpt"
+    calibration: Path | None = None
+    tokens: int = 4096
+    length: int = 512
+    seed: int = 0
+    repair: bool = True
+    dequantize: bool = False
+
+    def __post_init__(self):
+        if self.method not in SPARSE:
+            raise BadOption(f"There is no method {self.method!r}.", f"Choose from {', '.join(SPARSE)}.")
+        if self.vocabulary and self.keep_vocabulary:
+            raise BadOption("--vocabulary and --keep-vocabulary say two things.", "Give one of them.")
+        if self.layers and self.drop_layers:
+            raise BadOption("--layers and --drop-layers say two things.", "Give one of them.")
+        if self.target and self.structured:
+            raise BadOption("--target chooses what goes by itself.", "Give it alone, or say what goes without it.")
+        if self.sparsity and (self.structured or self.target):
+            raise BadOption("--sparsity goes alone.", "Prune in two steps: first the structure, then --sparsity.")
+        if not (self.structured or self.sparsity or self.target):
+            raise BadOption(
+                "Nothing is asked for.",
+                "Give --vocabulary, --layers, --channels, --heads, --experts, --sparsity or --target.",
+            )
+
+    @property
+    def structured(self) -> bool:
+        named = (self.vocabulary, self.keep_vocabulary, self.layers, self.drop_layers)
+        return any((*named, self.channels, self.heads, self.experts))

@@ -1,0 +1,82 @@
+"""The model that is pruned: its file, and, once something wants to run it, the model opened."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ...checkpoint import open_checkpoint, release
+from ...errors import BadFile
+from ...models.families import family_of
+from ...models.parameters import Parameters
+from ...registry import create_backend
+from ...runtime.session import Session, open_session
+from ...runtime.tokenizer import Tokenizer, load_tokenizer
+from ...schemes import to_float
+from ..calibration import Sampling, samples
+from ..convert.side_files import side_files
+from .events import Progress
+from .options import Options
+
+
+class Subject(ExitStack):
+    """A context that opens what it is asked for and closes it at the end."""
+
+    def __init__(self, path: Path, options: Options):
+        super().__init__()
+        self.path, self.options = path, options
+        self.checkpoint = self.enter_context(open_checkpoint(path))
+        try:
+            self.family, self.hf_config = family_of(self.checkpoint)
+            self.config = self.family.config(self.hf_config)
+            self.parameters = Parameters(self.family, self.config, self.checkpoint)
+        except BaseException:
+            self.close()
+            raise
+        self._windows: np.ndarray | None = None
+
+    @cached_property
+    def session(self) -> Session:
+        """On the CPU: pruning looks at activations on the host anyway."""
+        return self.enter_context(open_session(self.path, backend=self.ops))
+
+    @cached_property
+    def ops(self):
+        return create_backend("cpu")
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        gguf = self.checkpoint.kind == "gguf"
+        return load_tokenizer(self.checkpoint.metadata if gguf else self.checkpoint.path)
+
+    @cached_property
+    def files(self) -> dict[str, bytes]:
+        """Everything beside config.json and the weights."""
+        return side_files(self.checkpoint)
+
+    def windows(self) -> Generator[Progress, None, np.ndarray]:
+        """What to calibrate on, int32 [N, length]; made once."""
+        if self._windows is None:
+            o = self.options
+            for event in samples(self.session, o.calibration, o.tokens, o.length, o.seed):
+                if isinstance(event, Sampling):
+                    yield Progress("The model writes its own calibration text", event.done, event.total, "tokens")
+                else:
+                    self._windows = event
+        return self._windows
+
+    def numbers(self, name: str) -> np.ndarray:
+        """A parameter as float32, checked; its pages are given back."""
+        values = np.array(to_float(self.parameters[name]))
+        for stored in self.parameters.stored(name):
+            release(self.checkpoint[stored])
+        if not np.isfinite(values).all():
+            raise BadFile(
+                f"{self.path}: {self.parameters.stored(name)[0]} holds numbers that are NaN or infinite.",
+                "Get the model again; training that diverged leaves such weights.",
+            )
+        return values
