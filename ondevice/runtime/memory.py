@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..backends.base import Backend, LayerCache, StateCache
+from ..backends.base import Backend, Footprint, LayerCache, StateCache
 from ..errors import OnDeviceError
 from ..models.config import ModelConfig, MoEConfig
 from ..models.parameters import Parameters
-from ..tensors import STORAGE, Affine, Tensor, blank
+from ..schemes import row_bytes
+from ..tensors import STORAGE, Affine, Blocks, Dense, Tensor, blank
 
 CHUNK = 512  # tokens that go through the model at once, at most: engine.PREFILL_CHUNK
 TOKENIZER = 12_000_000, 600  # bytes: libraries that it loads, and for each token of the vocabulary
@@ -53,16 +54,28 @@ class Plan:
 
 
 class Planner:
-    """What one model takes on one backend. tensors: every parameter, as `tensors_of` gives them; blank ones will do."""
+    """What one model takes on one backend. tensors: every parameter, blank ones will do. copied: those which are put
+    together or turned around when they are read, and so leave their file whatever the backend would do."""
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor], ops: Backend, kv_dtype: str | None = None):
-        self.config, self.tensors, self.ops, self.kv_dtype = config, tensors, ops, kv_dtype
+    def __init__(
+        self, config: ModelConfig, tensors: Mapping[str, Tensor], ops: Backend, kv_dtype: str | None = None,
+        copied: Collection[str] = (),
+    ):  # fmt: skip
+        self.config, self.tensors, self.ops, self.kv_dtype, self.copied = config, tensors, ops, kv_dtype, copied
+
+    @classmethod
+    def of(cls, config: ModelConfig, parameters: Parameters, ops: Backend, kv_dtype: str | None = None) -> Planner:
+        """From a checkpoint, of which nothing but headers is read."""
+        return cls(
+            config, tensors_of(parameters), ops, kv_dtype, [n for n in parameters if not _as_stored(parameters, n)]
+        )
 
     def plan(self, context: int, batch: int = 1) -> Plan:
         """context: tokens of each of `batch` texts."""
         weights = mapped = idle = 0
         for name, tensor in self.tensors.items():
             took = self.ops.footprint(tensor)
+            took = Footprint(sum(took)) if name in self.copied else took
             weights, mapped = weights + took.held, mapped + took.mapped
             idle += int(took.mapped * idle_share(self.config, name, tensor))
         return Plan(
@@ -77,12 +90,14 @@ class Planner:
             self.ops.device_memory(),
         )
 
-    def require(self, context: int, what: str) -> None:
+    def require(self, context: int, what: str, say: Callable[[str], None] = lambda text: None) -> None:
         """Refuses, before anything is read, what could only swap the machine to a standstill, and says what would fit.
-        Raises OnDeviceError."""
+        `say` hears of what other programs have to make room for. Raises OnDeviceError."""
         wanted = self.plan(context)
-        most = wanted.device or memory_bytes()
+        most, free = wanted.device or memory_bytes(), None if wanted.device else free_bytes()
         if most is None or wanted.needed <= most:
+            if free is not None and wanted.needed - wanted.base > free:
+                say(f"{what} needs {_told(wanted.needed)}; {_told(free)} are free: close other programs if it is slow.")
             return
         fits = "; or ".join(f"{how} ({_told(plan.needed)})" for how, plan in self.fitting(most, context))
         where = "the device" if wanted.device else "this machine"
@@ -101,24 +116,33 @@ class Planner:
         if low:
             yield f"--context {low * ROUND}", self.plan(low * ROUND, batch)
         for bits in FEWER_BITS:
-            fewer = Planner(self.config, quantized(self.tensors, bits), self.ops, self.kv_dtype).plan(context, batch)
+            tensors = quantized(self.tensors, bits)
+            fewer = Planner(self.config, tensors, self.ops, self.kv_dtype, self.copied).plan(context, batch)
             if fewer.needed <= most:
                 yield f"the model in {bits} bits", fewer
                 return
 
 
 def tensors_of(parameters: Parameters) -> dict[str, Tensor]:
-    """Every parameter without reading it: experts that stand apart in the file as one tensor of their size."""
+    """Every parameter without reading it: as it is stored, or one that takes no memory in its place."""
     found = {}
-    for name in parameters:
-        parts = [parameters.checkpoint[stored] for stored in parameters.stored(name)]
-        found[name] = parts[0] if len(parts) == 1 else _repeated(parts[0], len(parts))
+    for name, shape in parameters.shapes.items():
+        stored = parameters.checkpoint[parameters.stored(name)[0]]
+        found[name] = stored if _as_stored(parameters, name) else _standing_for(shape, stored.format)
     return found
 
 
-def _repeated(tensor: Tensor, count: int) -> Tensor:
-    parts = {name: np.broadcast_to(part, (count, *part.shape)) for name, part in tensor.parts.items()}
-    return Tensor((count, *tensor.shape), tensor.format, parts)
+def _as_stored(parameters: Parameters, name: str) -> bool:
+    """Whether a parameter is one tensor of the file: not experts apart, not part of another, not transposed."""
+    found = parameters.stored(name)
+    return len(found) == 1 and parameters.checkpoint[found[0]].shape == parameters.shapes[name]
+
+
+def _standing_for(shape: tuple[int, ...], form: Dense | Affine | Blocks) -> Tensor:
+    if isinstance(form, Blocks):
+        octets = np.broadcast_to(np.uint8(0), (*shape[:-1], row_bytes(form.kind, shape[-1])))
+        return Tensor(shape, form, {"weight": octets})
+    return blank(shape, form)
 
 
 def idle_share(config: ModelConfig, name: str, tensor: Tensor) -> float:
@@ -217,6 +241,15 @@ def peak_memory_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_bytes() -> int | None:
+    """What could be had now without swapping anybody out; None: the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        return None
 
 
 def memory_bytes() -> int | None:

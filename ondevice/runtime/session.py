@@ -222,8 +222,7 @@ def open_session(
         options = {"exact": exact} | ({"threads": threads} if threads else {})
         ops = backend if isinstance(backend, Backend) else create_backend(backend, **options)
         parameters = Parameters(family, config, checkpoint)
-        planner = memory.Planner(config, memory.tensors_of(parameters), ops, kv_dtype)
-        planner.require(capacity, str(path))
+        memory.Planner.of(config, parameters, ops, kv_dtype).require(capacity, str(path), say)
         weights = parameters.prepare(ops, _reporter(checkpoint.nbytes, progress))
     except MemoryError:
         checkpoint.close()

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ondevice.checkpoint import open_checkpoint
 from ondevice.errors import OnDeviceError
 from ondevice.models.config import ModelConfig
+from ondevice.models.families import family_of
 from ondevice.models.parameters import Parameters, expected
 from ondevice.registry import create_backend, families, probe_backends
 from ondevice.runtime import memory
@@ -80,6 +82,20 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):
     assert refused.value.hint == "Take a smaller model."
 
 
+def test_other_programs_are_asked_to_make_room(monkeypatch):
+    made, said = planner(), []
+    plan = made.plan(8192)
+    monkeypatch.setattr(memory, "free_bytes", lambda: plan.needed - plan.base)
+    made.require(8192, "model", said.append)
+    assert not said
+    monkeypatch.setattr(memory, "free_bytes", lambda: plan.needed - plan.base - 100_000)
+    made.require(8192, "model", said.append)
+    assert len(said) == 1 and "close other programs" in said[0]
+    monkeypatch.setattr(memory, "free_bytes", lambda: None)
+    made.require(8192, "model", said.append)
+    assert len(said) == 1
+
+
 def test_fewer_bits_only_where_they_save(monkeypatch):
     monkeypatch.setattr(memory, "used_bytes", lambda: 0)
     made = planner()
@@ -93,8 +109,28 @@ def test_experts_in_the_file_may_stay_there():
     config = families()["qwen3_moe"].config(moe | {"model_type": "qwen3_moe"})
     tensors = {name: blank(shape, Dense("bfloat16")) for name, shape in expected(config).items()}
     plan = memory.Planner(config, tensors, create_backend("cpu")).plan(256)
-    experts = sum(t.nbytes for name, t in tensors.items() if len(t.shape) == 3)
-    assert experts > 0 and plan.idle == experts * 6 // 8 and plan.needed == plan.total - plan.idle
+    experts = {name: tensor.nbytes for name, tensor in tensors.items() if len(tensor.shape) == 3}
+    assert len(experts) == 9 and plan.idle == sum(experts.values()) * 6 // 8
+    assert plan.needed == plan.total - plan.idle
+    stacked = memory.Planner(config, tensors, create_backend("cpu"), copied=experts).plan(256)
+    assert stacked.idle == 0 and stacked.weights == plan.weights + sum(experts.values())
+    assert stacked.weights + stacked.mapped == plan.weights + plan.mapped
+
+
+def test_what_stands_apart_in_the_file_is_planned_as_a_copy(tmp_path):
+    """Experts one a tensor are stacked when they are read: they leave the file's pages."""
+    with open_checkpoint(write_tiny_model(tmp_path / "tiny")) as checkpoint:
+        family, hf = family_of(checkpoint)
+        config = family.config(hf)
+        parameters, ops = Parameters(family, config, checkpoint), create_backend("cpu")
+        plan = memory.Planner.of(config, parameters, ops).plan(100)
+        assert plan.mapped == sum(parameters[name].nbytes for name in parameters if len(parameters.shapes[name]) > 1)
+        name = "layers.1.mlp.up"
+        (stored,) = parameters.stored(name)
+        parameters._where[name] = [stored] * 3
+        parameters.shapes[name] = (3, *parameters.shapes[name])
+        copied, one = memory.Planner.of(config, parameters, ops).plan(100), checkpoint[stored].nbytes
+        assert copied.weights == plan.weights + 3 * one and copied.mapped == plan.mapped - one
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_read(tmp_path, monkeypatch):

@@ -81,6 +81,9 @@ def test_gpt_2_and_3(shape, count):
         ("layers.3.attn.q_norm", "norms"), ("layers.3.attn_post_norm", "norms"), ("layers.0.mlp.up", "feed-forward"),
         ("layers.0.moe.router", "router"), ("layers.0.moe.down", "experts"), ("layers.0.moe.down.bias", "experts"),
         ("layers.0.moe.shared.up", "shared experts"), ("layers.11.attn.qkv", "attention qkv"),
+        ("layers.0.moe.shared_gate", "shared experts"), ("layers.0.moe.election", "router"),
+        ("layers.0.moe.router.bias", "router"), ("layers.2.conv.taps", "convolution"),
+        ("layers.2.delta.norm", "norms"), ("layers.2.delta.rate", "gated delta"),
     ],
 )  # fmt: skip
 def test_components(name, wanted):

@@ -16,7 +16,13 @@ from ...schemes import AFFINE_BITS, label
 from ...tensors import Affine, Dense, blank
 
 EMBEDDINGS, HEAD, NORMS, ROUTER, EXPERTS = "embeddings", "head", "norms", "router", "experts"
-MIXERS = {"attn": "attention", "mlp": "feed-forward"}  # the parts of a layer that go by another name
+MIXERS = {
+    "attn": "attention",
+    "mlp": "feed-forward",
+    "conv": "convolution",
+    "delta": "gated delta",
+}  # the parts of a layer that go by another name
+BUFFERS = (".moe.election",)  # moved by a rule of its own while a model is trained: nobody counts it as a parameter
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,8 @@ def anatomy(family: Family, config: ModelConfig, hf: Mapping[str, Any], checkpoi
     else:
         blanks = {name: blank(shape, promised(name, shape, hf)) for name, shape in shapes.items()}
         stored = {name: (tensor.nbytes, tensor.format) for name, tensor in blanks.items()}
-    return Anatomy(tuple(_part(name, shape, config, *stored[name]) for name, shape in shapes.items()))
+    counted = {name: shape for name, shape in shapes.items() if not name.endswith(BUFFERS)}
+    return Anatomy(tuple(_part(name, shape, config, *stored[name]) for name, shape in counted.items()))
 
 
 def _part(name: str, shape: tuple[int, ...], config: ModelConfig, nbytes: int, form: Any) -> Part:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ...backends.base import AttentionSpec, Backend
+from ...backends.base import Backend
 from ...errors import BadOption, OnDeviceError
-from ...models.config import LayerConfig, MoEConfig
+from ...models.config import ConvolutionConfig, DeltaConfig, LayerConfig, MoEConfig
 from ...models.parameters import Parameters, expected
-from ...runtime.memory import ROUND, Plan, Planner, memory_bytes, tensors_of
+from ...runtime.memory import ROUND, Plan, Planner, memory_bytes
 from ...runtime.session import DEFAULT_CONTEXT
-from ...tensors import Tensor, blank
+from ...tensors import blank
 from .anatomy import Anatomy, anatomy, promised
 from .sources import Source
 from .text import Check, Tokens, check_template, tokens
@@ -45,7 +45,7 @@ def report(source: Source, ops: Backend, context: int | None, batch: int, rank: 
     if not 1 <= (context or 1) <= source.config.context:
         raise BadOption(f"The model was made for {source.config.context} tokens, not {context}.", "Give fewer.")
     parts = anatomy(source.family, source.config, source.hf, source.checkpoint)
-    planner = Planner(source.config, _tensors(source), ops, kv_dtype)
+    planner = _planner(source, ops, kv_dtype)
     one, two = (planner.plan(many * ROUND).cache for many in (1, 2))
     plan = planner.plan(context or min(source.config.context, DEFAULT_CONTEXT), batch)
     most = plan.device or memory_bytes()
@@ -69,11 +69,14 @@ def report(source: Source, ops: Backend, context: int | None, batch: int, rank: 
     )
 
 
-def _tensors(source: Source) -> Mapping[str, Tensor]:
+def _planner(source: Source, ops: Backend, kv_dtype: str | None) -> Planner:
+    """From a config alone, experts are taken to stand apart in the files, as they are published."""
     if source.checkpoint is not None:
-        return tensors_of(Parameters(source.family, source.config, source.checkpoint))
+        parameters = Parameters(source.family, source.config, source.checkpoint)
+        return Planner.of(source.config, parameters, ops, kv_dtype)
     shapes = expected(source.config)
-    return {name: blank(shape, promised(name, shape, source.hf)) for name, shape in shapes.items()}
+    tensors = {name: blank(shape, promised(name, shape, source.hf)) for name, shape in shapes.items()}
+    return Planner(source.config, tensors, ops, kv_dtype, [name for name, shape in shapes.items() if len(shape) > 2])
 
 
 def _text(source: Source) -> tuple[Tokens | None, tuple[Check, ...] | None, str]:
@@ -92,17 +95,18 @@ def described(layer: LayerConfig) -> str:
 
 
 def _mixer(layer: LayerConfig) -> str:
-    a = layer.mixer
-    if not isinstance(getattr(a, "spec", None), AttentionSpec):
-        return type(a).__name__.removesuffix("Config").lower()
-    kv = f" ({a.kv_heads} kv)" if getattr(a, "kv_heads", a.heads) != a.heads else ""
-    size = f" of {a.head_dim}" if hasattr(a, "head_dim") else ""
-    window = f", window {a.spec.window}" if a.spec.window else ""
-    return f"{a.heads} heads{size}{kv}{window}"
+    m = layer.mixer
+    if isinstance(m, ConvolutionConfig):
+        return f"convolution of {m.taps}"
+    if isinstance(m, DeltaConfig):
+        return f"gated delta, {m.heads} heads of {m.value_dim}"
+    kv = f" ({m.kv_heads} kv)" if m.kv_heads != m.heads else ""
+    return f"{m.heads} heads of {m.head_dim}{kv}" + (f", window {m.spec.window}" if m.spec.window else "")
 
 
 def _feed_forward(layer: LayerConfig) -> str:
     f = layer.feed_forward
     if isinstance(f, MoEConfig):
-        return f"{f.per_token} of {f.experts} experts of {f.hidden}"
+        shared = f" and one of {f.shared.hidden}" if f.shared else ""
+        return f"{f.per_token} of {f.experts} experts of {f.hidden}{shared}"
     return f"MLP of {f.hidden}"
