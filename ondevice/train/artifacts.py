@@ -80,7 +80,8 @@ def _dtype(session: Session, name: str) -> str:
 
 def _specs(session: Session, name: str, values: np.ndarray) -> Iterator[Spec]:
     """One tensor, or one an expert where the family's files have it so."""
-    spelled, dtype = session.family.names.spell(name), _dtype(session, name)
+    (spelled, transposed), dtype = session.family.names.written(name, quantized=False), _dtype(session, name)
+    values = np.ascontiguousarray(values.swapaxes(-1, -2)) if transposed else values
     parts = {spelled: values}
     if "{e}" in spelled:
         parts = {spelled.replace("{e}", str(e)): one for e, one in enumerate(values)}

@@ -280,6 +280,11 @@ def _check(session: Session, settings: Settings, teacher: Session | None) -> Non
     """Raises Unsupported for what cannot go together."""
     if "training" not in session.backend.features:
         raise Unsupported(f"The backend {session.backend.name} cannot train.", "Use another: see ondevice doctor.")
+    if session.config.positions and (settings.pack or settings.method == "prompt"):
+        raise Unsupported(
+            "This model has a table of positions: sequences cannot be packed, nor virtual tokens put in front.",
+            "Leave out --pack, or take another --method.",
+        )
     if settings.method == "prompt" and settings.objective != "next-token":
         raise Unsupported("Prompt tuning learns the next token only.", "Give --objective next-token, or --method lora.")
     if (settings.objective == "distill") != (teacher is not None):

@@ -42,7 +42,7 @@ class Method(ABC):
 
     def embed(self, params: Params, batch: Batch, moment: int | None) -> A:
         """What the first layer gets, [B, T, D]."""
-        return self.decoder.embed(self.scope(params, moment), self.decoder.ops.array(batch.ids))
+        return self.decoder.embed(self.scope(params, moment), self.decoder.ops.array(batch.ids), batch.step)
 
 
 class LowRank(Method):

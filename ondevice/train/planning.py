@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..models.config import AttentionConfig, LayerConfig, MoEConfig
-from ..runtime.memory import memory_bytes, peak_memory_bytes
+from ..errors import OnDeviceError
+from ..models.config import MoEConfig
+from ..models.parameters import expected
+from ..runtime.memory import memory_bytes, used_bytes
 from ..runtime.session import Session
 from .data import Data
 from .learner import LOGITS_BYTES
 from .settings import Settings
 
 SHARE = 0.8  # of the memory there is, to be used: other programs live here too
+COPIES = 6  # of each parameter, in float32: itself, its gradient, two moments, the best, and one being replaced
+LOGITS = 3  # their values, their softmax and their gradient
+OUTPUTS = 8  # numbers kept for each output of a linear map: of the map, of LoRA's, of their sum, and gradients
+WIDTHS = 12  # and for each of the stream's: norms and sums
 
 
 @dataclass(frozen=True)
@@ -28,21 +35,30 @@ class Plan:
 
 
 def plan(session: Session, data: Data, settings: Settings, parameters: int, memory: int | None = None) -> Plan:
-    """The fastest way that fits in `memory` bytes (None: most of this machine's): whole batches and kept activations
-    before rematerialisation, that before smaller batches, as gradients are summed all the same."""
-    most = memory if memory is not None else int(SHARE * (memory_bytes() or 1 << 62))
-    tokens = max(e.length for e in [*data.train, *data.valid])
-    tokens = settings.max_length if settings.pack else tokens
+    """The fastest way that fits in `memory` bytes (None: most of what the weights' place has): whole batches and kept
+    activations before rematerialisation, that before smaller batches, as gradients are summed all the same. Raises
+    OnDeviceError where not even the leanest fits."""
+    device = session.backend.device_memory()
+    most = memory if memory is not None else int(SHARE * (device or memory_bytes() or 1 << 62))
+    held = session.checkpoint.nbytes if device else used_bytes()
+    for found in _ways(session, data, settings, held + 4 * COPIES * parameters + LOGITS * LOGITS_BYTES):
+        if found.memory <= most:
+            return found
+    raise OnDeviceError(
+        f"Training needs about {found.memory / 1e6:.0f} MB, with {found.micro_batch} at once"
+        f"{' and activations computed twice' if found.remat else ''}; there are {most / 1e6:.0f} MB to plan for.",
+        "Give a smaller --max-length or --rank, adapt fewer --layers, or take a smaller model.",
+    )
+
+
+def _ways(session: Session, data: Data, settings: Settings, fixed: int) -> Iterator[Plan]:
+    """From the fastest to the leanest."""
+    tokens = settings.max_length if settings.pack else max(e.length for e in [*data.train, *data.valid])
+    tokens += settings.virtual_tokens if settings.method == "prompt" else 0
     sequences = 2 if settings.objective in ("dpo", "orpo") else 1
-    fixed = peak_memory_bytes() + 16 * parameters + 3 * LOGITS_BYTES
-    sizes = [settings.micro_batch] if settings.micro_batch else _halves(settings.batch_size)
-    ways = [False, True] if settings.remat is None else [settings.remat]
-    for rows in sizes:
-        for remat in ways:
-            need = fixed + rows * sequences * tokens * activation_bytes(session, remat)
-            if need <= most:
-                return Plan(rows, remat, need)
-    return Plan(sizes[-1], ways[-1], need)
+    for rows in [settings.micro_batch] if settings.micro_batch else _halves(settings.batch_size):
+        for remat in (False, True) if settings.remat is None else (settings.remat,):
+            yield Plan(rows, remat, fixed + rows * sequences * tokens * activation_bytes(session, remat))
 
 
 def _halves(count: int) -> list[int]:
@@ -54,19 +70,18 @@ def _halves(count: int) -> list[int]:
 
 def activation_bytes(session: Session, remat: bool) -> int:
     """What one token keeps in memory until the backward pass has come by, with LoRA on every linear map."""
-    config, size = session.config, 4 if session.backend.info().dtype == "float32" else 2
-    layers = [_kept(layer, config.width) for layer in config.layers]
-    numbers = len(layers) * config.width + 2 * max(layers) if remat else sum(layers) + max(layers)
-    return size * numbers
+    width, layers = session.config.width, _kept(session)
+    numbers = len(layers) * width + 2 * max(layers) if remat else sum(layers) + max(layers)
+    return (4 if session.backend.info().dtype == "float32" else 2) * numbers
 
 
-def _kept(layer: LayerConfig, width: int) -> int:
-    """Numbers that one token leaves behind in one layer: what every operation read and wrote."""
-    a, f = layer.mixer, layer.feed_forward
-    hidden = f.hidden * f.per_token if isinstance(f, MoEConfig) else f.hidden
-    return 10 * width + 3 * _projected(a) + 7 * hidden
-
-
-def _projected(a: AttentionConfig) -> int:
-    """q, k and v, and what attention makes of them."""
-    return (2 * a.heads + 2 * a.kv_heads) * a.head_dim
+def _kept(session: Session) -> list[int]:
+    """Numbers that one token leaves behind in each layer."""
+    layers = [WIDTHS * session.config.width] * len(session.config.layers)
+    for name, shape in expected(session.config).items():
+        if name.startswith("layers.") and len(shape) > 1:
+            i = int(name.split(".")[1])
+            f = session.config.layers[i].feed_forward
+            used = f.per_token if len(shape) == 3 and isinstance(f, MoEConfig) else 1
+            layers[i] += OUTPUTS * shape[-2] * used
+    return layers

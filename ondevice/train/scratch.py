@@ -27,14 +27,15 @@ RATE = 1e-3  # the learning rate, where none is given: random weights bear more 
 @contextmanager
 def untrained(source: Path, seed: int) -> Iterator[Path]:
     """A temporary model folder with the config, tokenizer and template of `source` (a model, or a folder of these files
-    alone) and weights drawn by the seed. Raises Unsupported for models with experts."""
+    alone) and weights drawn by the seed. Raises Unsupported for models with experts or recurrent states."""
     family, hf, files = _described(source)
     config = family.config(hf)
     specs = []
     for name, shape in expected(config).items():
-        spelled = family.names.spell(name)
-        if "{e}" in spelled:
-            raise Unsupported("Models with experts are not trained from scratch here.", "Take a dense config.")
+        spelled, transposed = family.names.written(name, quantized=False)
+        if "{e}" in spelled or ".delta." in name:
+            raise Unsupported("Models with experts or states are not trained from scratch.", "Take another config.")
+        shape = shape[::-1] if transposed else shape
         specs.append(Spec(spelled, shape, Dense("float32"), partial(_drawn, name, shape, seed, config.norm_offset)))
     with tempfile.TemporaryDirectory(prefix="ondevice-scratch-") as temporary:
         dest = Path(temporary) / "model"

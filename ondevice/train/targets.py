@@ -47,8 +47,10 @@ def find_targets(family: Family, config: ModelConfig, settings: Settings) -> lis
 
 
 def adaptable(config: ModelConfig) -> Shapes:
-    """Name -> shape of the weights that a LoRA can adapt: matrices, one by one or stacked by expert."""
+    """Name -> shape of the weights that a LoRA can adapt: matrices, one by one or stacked by expert; a convolution's
+    taps and a table of positions are none."""
     shapes = {name: shape for name, shape in expected(config).items() if len(shape) > 1}
+    shapes = {name: shape for name, shape in shapes.items() if not name.endswith(("taps", "positions", ".bias"))}
     return shapes | ({"head": shapes["embed"]} if config.tied else {})
 
 
