@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import BadOption
 from . import console
 from .model_options import adapter_option, open_model, runtime_options
 
@@ -18,38 +19,64 @@ if TYPE_CHECKING:
 
 @click.command("eval")
 @click.argument("models", metavar="MODEL…", nargs=-1, required=True)
-@click.option("--text", "text_file", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--text", "text_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="UTF-8 text.")
 @click.option("--against", metavar="REFERENCE", help="A model to compare with; it always runs exact.")
-@click.option("--window", "--context", "window", default=512, show_default=True, help="Tokens a window.")
+@click.option("--window", "--context", "window", type=click.IntRange(2), help="Tokens a window; default: 512.")
 @click.option("--tokens", type=click.IntRange(2), help="Only the first N tokens of the text.")
 @click.option("--worst", type=click.IntRange(0), default=0, metavar="N", help="Show the N places that went worst.")
 @click.option(
     "--plot", type=click.Path(path_type=Path), help="A picture of losses by position, or of KL: .png, .svg, …"
 )
+@click.option("--tasks", metavar="TASK,…", help="Tasks of lm-evaluation-harness, by name or as FILE.yaml.")
+@click.option("--limit", type=click.IntRange(1), help="Of each task: only N documents.")
+@click.option("--fewshot", type=click.IntRange(0), help="Of each task: examples in front; default: as it says.")
+@click.option("--chat-template", is_flag=True, help="Ask tasks through the model's chat template.")
+@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Of tasks: answers side by side.")
 @adapter_option()
 @runtime_options(context=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def command(models, text_file, against, window, tokens, worst, plot, adapters, backend, exact, threads, as_json):
-    """How well each MODEL predicts a text: perplexity and bits per byte; with --against also the mean KL divergence
-    from a reference's predictions and how often both find the same token likeliest. Several models make a table; the
-    reference's predictions are made once for all of them."""
+def command(models, text_file, tasks, adapters, backend, exact, threads, as_json, **given):
+    """How well each MODEL predicts a text (--text): perplexity and bits per byte; with --against also the mean KL
+    divergence from a reference's predictions and how often both find the same token likeliest. Several models make a
+    table; the reference's predictions are made once for all of them. Or how well it does tasks (--tasks)."""
+    _check(text_file, tasks, given)
+    opening = {"backend": backend, "threads": threads}
+    if tasks:
+        _tasks(models, tasks.split(","), given, adapters, opening | {"exact": exact}, as_json)
+    else:
+        _text(models, text_file, given, adapters, exact, opening, as_json)
+
+
+def _check(text_file: Path | None, tasks: str | None, given: dict[str, Any]) -> None:
+    """Options that belong to the other kind of measure are refused rather than ignored."""
+    if bool(text_file) == bool(tasks):
+        raise BadOption("What to measure must be said, once.", "Give --text FILE or --tasks TASK.")
+    of_text = {"--against": given["against"], "--tokens": given["tokens"], "--worst": given["worst"]}
+    of_text |= {"--plot": given["plot"]}
+    of_tasks = {"--limit": given["limit"], "--fewshot": given["fewshot"], "--chat-template": given["chat_template"]}
+    for name, value in (of_text if tasks else of_tasks).items():
+        if value or (value == 0 and name == "--fewshot"):
+            raise BadOption(f"{name} is for {'--text' if tasks else '--tasks'}.", "Leave it out.")
+
+
+def _text(models, text_file, given, adapters, exact, opening, as_json) -> None:
     from ..pictures import require
     from ..tools.evaluate.pictures import draw
 
+    against, plot, worst = given["against"], given["plot"], given["worst"]
+    window, tokens = given["window"] or 512, given["tokens"]
     if plot:
         require(plot)
     text = _read(text_file)
-    options = {"backend": backend, "threads": threads}
     facts: list[dict[str, Any]] = []
     results: dict[str, Evaluation] = {}
     with ExitStack() as stack:
-        reference = stack.enter_context(open_model(against, exact=True, **options)) if against else None
+        reference = stack.enter_context(open_model(against, exact=True, **opening)) if against else None
         for group in [models] if against else [[model] for model in models]:
             with ExitStack() as opened:
-                sessions = [opened.enter_context(open_model(m, adapters, exact=exact, **options)) for m in group]
-                for model, session, result in zip(
-                    group, sessions, _evaluated(sessions, text, window, tokens, reference), strict=True
-                ):
+                sessions = [opened.enter_context(open_model(m, adapters, exact=exact, **opening)) for m in group]
+                found = _evaluated(sessions, text, window, tokens, reference)
+                for model, session, result in zip(group, sessions, found, strict=True):
                     results[model] = result
                     facts.append(_facts(model, session, result, worst))
         common = {"against": against, "exact": exact, "context": window}
@@ -63,6 +90,30 @@ def command(models, text_file, against, window, tokens, worst, plot, adapters, b
         _tell_one(facts[0], against)
     else:
         _tell_many(facts, against, common)
+
+
+def _tasks(models, tasks, given, adapters, opening, as_json) -> None:
+    from dataclasses import asdict
+
+    from ..tools.evaluate.tasks import TaskOptions, run_tasks
+
+    options = TaskOptions(given["limit"], given["fewshot"], given["chat_template"], given["batch"], given["window"])
+    found: list[dict[str, Any]] = []
+    for model in models:
+        with open_model(model, adapters, **opening) as session, console.progress("Tasks", "requests") as progress:
+            measures = run_tasks(session, tasks, options, lambda what, done, total: progress.update(done, total))
+        found += [{"model": model} | asdict(measure) for measure in measures]
+    if as_json:
+        console.json({"exact": opening["exact"], "measures": found})
+        return
+    header = ("model", "task", "metric", "value", "± error", "documents", "few-shot")
+    console.table([_task_row(each) for each in found], header)
+
+
+def _task_row(facts: dict[str, Any]) -> tuple[str, ...]:
+    error = "" if facts["error"] is None else f"{facts['error']:.4f}"
+    counts = (str(facts["documents"]), str(facts["fewshot"]))
+    return (facts["model"], facts["task"], facts["metric"], f"{facts['value']:.4f}", error, *counts)
 
 
 def _read(path: Path) -> str:
