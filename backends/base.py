@@ -355,7 +355,8 @@ class Backend(ABC):
 
     @abstractmethod
     def act(self, x: A, kind: str) -> A:
-        """kind: silu, gelu (erf), gelu_tanh, relu, relu2 (squared), sigmoid, tanh; others raise Unsupported."""
+        """kind: silu, gelu (erf), gelu_tanh, relu, relu2 (squared), sigmoid, tanh, clamp (to -7 … 7), clamped_swish
+        (x sigmoid(1.702 x) of x up to 7, beyond which it is flat); others raise Unsupported."""
 
     def gated(self, gate: A, up: A, kind: str) -> A:
         """act(gate) * up"""

@@ -40,6 +40,16 @@ def _gelu_tanh_slope(x: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * sqrt(2 / pi) * (1 + 3 * 0.044715 * x * x)
 
 
+def _clamped_swish(x: np.ndarray) -> np.ndarray:
+    x = np.minimum(x, 7)
+    return x * sigmoid(1.702 * x)
+
+
+def _clamped_swish_slope(x: np.ndarray) -> np.ndarray:
+    s = sigmoid(1.702 * x)
+    return np.where(x < 7, s * (1 + 1.702 * x * (1 - s)), 0).astype(x.dtype, copy=False)
+
+
 Function = Callable[[np.ndarray], np.ndarray]
 ACTIVATIONS: dict[str, tuple[Function, Function]] = {  # each with its derivative
     "silu": (lambda x: x * sigmoid(x), _silu_slope),
@@ -49,6 +59,8 @@ ACTIVATIONS: dict[str, tuple[Function, Function]] = {  # each with its derivativ
     "relu2": (lambda x: np.square(np.maximum(x, 0)), lambda x: 2 * np.maximum(x, 0)),
     "sigmoid": (sigmoid, lambda x: sigmoid(x) * sigmoid(-x)),
     "tanh": (np.tanh, lambda x: 1 - np.square(np.tanh(x))),
+    "clamp": (lambda x: np.clip(x, -7, 7), lambda x: (np.abs(x) < 7).astype(x.dtype)),
+    "clamped_swish": (_clamped_swish, _clamped_swish_slope),
 }
 
 

@@ -17,7 +17,8 @@ from . import _native
 from .recording import NotRecordable, Recording
 from .weights import NativeWeight, native_array, numbers
 
-ACTIVATIONS = {kind: i for i, kind in enumerate(("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh"))}
+KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "clamp", "clamped_swish")  # as in kernels.h
+ACTIVATIONS = {kind: i for i, kind in enumerate(KINDS)}
 
 
 class NativeKernels(NumpyKernels):

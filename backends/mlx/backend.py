@@ -50,6 +50,8 @@ ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "relu2": lambda x: mx.square(mx.maximum(x, 0)),
     "sigmoid": mx.sigmoid,
     "tanh": mx.tanh,
+    "clamp": lambda x: mx.clip(x, -7, 7),
+    "clamped_swish": lambda x: mx.minimum(x, 7) * mx.sigmoid(1.702 * mx.minimum(x, 7)),
 }
 
 

@@ -193,7 +193,7 @@ def layer_norm(ops, p, frozen):
 @trainable(x=(3, 4), y=(3, 4))
 def functions(ops, p, frozen):
     total = ops.softcap(p["x"], 1.5)
-    for kind in ("silu", "gelu", "gelu_tanh", "relu2", "sigmoid", "tanh"):
+    for kind in ("silu", "gelu", "gelu_tanh", "relu2", "sigmoid", "tanh", "clamp", "clamped_swish"):
         total = total + ops.act(p["x"], kind) * ops.gated(p["y"], p["x"], kind)
     return total
 

@@ -14,6 +14,8 @@ double oracle(Activation kind, double x) {
         case Activation::relu2: return x > 0 ? x * x : 0;
         case Activation::sigmoid: return 1 / (1 + std::exp(-x));
         case Activation::tanh: return std::tanh(x);
+        case Activation::clamp: return std::min(7.0, std::max(-7.0, x));
+        case Activation::clamped_swish: return std::min(7.0, x) / (1 + std::exp(-1.702 * std::min(7.0, x)));
     }
     return 0;
 }
@@ -46,7 +48,7 @@ void arithmetic(const Kernels& k, Pool& pool, int64_t size, int64_t period, int6
 void activations(const Kernels& k, Pool& pool, int64_t size, int64_t shift) {
     auto gate = normal(size, 4.0f), up = normal(size);
     Shifted<float> g(gate, shift), u(up, shift), out(gate, shift);
-    for (int kind = 0; kind <= static_cast<int>(Activation::tanh); kind++) {
+    for (int kind = 0; kind <= static_cast<int>(Activation::clamped_swish); kind++) {
         std::vector<double> alone, times;
         for (int64_t i = 0; i < size; i++) {
             alone.push_back(oracle(Activation(kind), gate[i]));

@@ -12,7 +12,7 @@
 
 namespace ondevice::cpu {
 
-enum class Activation : int { silu, gelu, gelu_tanh, relu, relu2, sigmoid, tanh };
+enum class Activation : int { silu, gelu, gelu_tanh, relu, relu2, sigmoid, tanh, clamp, clamped_swish };
 
 // out[i] = a[i] op b[i % period]
 struct Pairwise {

@@ -94,7 +94,7 @@ def layer_norm(pair: Pair, shape: tuple[int, ...], biased: bool) -> None:
     pair.same("layer_norm", fn, pair.rounded(x), gain, bias)
 
 
-KINDS = ["silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh"]
+KINDS = ["silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "clamp", "clamped_swish"]
 
 
 @case(kind=KINDS)

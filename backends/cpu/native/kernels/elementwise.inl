@@ -82,6 +82,8 @@ static void gated(const Gated& p, Pool& pool) {
         case Activation::relu2: return gated_as<Activation::relu2>(p, pool);
         case Activation::sigmoid: return gated_as<Activation::sigmoid>(p, pool);
         case Activation::tanh: return gated_as<Activation::tanh>(p, pool);
+        case Activation::clamp: return gated_as<Activation::clamp>(p, pool);
+        case Activation::clamped_swish: return gated_as<Activation::clamped_swish>(p, pool);
     }
 }
 

@@ -69,4 +69,9 @@ static ONDEVICE_INLINE F activation(F x) {
     if constexpr (kind == Activation::relu2) return max(set(0.0f), x) * max(set(0.0f), x);
     if constexpr (kind == Activation::sigmoid) return sigmoid(x);
     if constexpr (kind == Activation::tanh) return tanh(x);
+    if constexpr (kind == Activation::clamp) return max(set(-7.0f), min(set(7.0f), x));
+    if constexpr (kind == Activation::clamped_swish) {
+        const F low = min(set(7.0f), x);
+        return low * sigmoid(low * set(1.702f));
+    }
 }
