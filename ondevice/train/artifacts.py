@@ -82,6 +82,7 @@ def _specs(session: Session, name: str, values: np.ndarray) -> Iterator[Spec]:
     """One tensor, or one an expert where the family's files have it so."""
     (spelled, transposed), dtype = session.family.names.written(name, quantized=False), _dtype(session, name)
     values = np.ascontiguousarray(values.swapaxes(-1, -2)) if transposed else values
+    values = values[:, None] if name.endswith(".taps") else values  # as Hugging Face has a convolution: [C, 1, taps]
     parts = {spelled: values}
     if "{e}" in spelled:
         parts = {spelled.replace("{e}", str(e)): one for e, one in enumerate(values)}

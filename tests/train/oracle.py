@@ -58,7 +58,7 @@ def peft_losses(model: Path, adapter: Path | None, data: Data, settings: Setting
     network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     if adapter is not None:
         network = pytest.importorskip("peft").PeftModel.from_pretrained(network, adapter, is_trainable=True)
-    network.train()
+    network.eval()  # no dropout of its own; gradients flow all the same
     learnt = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learnt, weight_decay=settings.weight_decay)
     for step, rows in enumerate(islice(steps_of_rows(data.train, settings), settings.steps), 1):
