@@ -15,7 +15,7 @@ def attention(p: Scope, cfg: AttentionConfig, x: A, step: Step) -> A:
         freqs, scale, interleaved = p.ropes[cfg.rope]
         q, k = (p.ops.rope(t, step, freqs, interleaved, scale) for t in (q, k))
     p.tap("q", q), p.tap("k", k)
-    y = p.ops.attention(q, k, v, None, cfg.spec, step, p.layer)
+    y = p.ops.attention(q, k, v, p.weight("sinks") if cfg.sinks else None, cfg.spec, step, p.layer)
     y = y.reshape(B, T, cfg.heads * cfg.head_dim)
     return p.linear("o", y if gate is None else p.ops.gated(gate, y, "sigmoid"))
 

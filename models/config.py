@@ -29,6 +29,7 @@ class AttentionConfig:
     gated: bool = False
     bias: bool = False  # on q, k and v
     output_bias: bool = False
+    sinks: bool = False  # a learned score for each head that takes from its attention and gives nothing
 
     @property
     def cache(self) -> LayerCache:
@@ -100,6 +101,8 @@ class MoEConfig:
     router_bias: bool = False
     election: bool = False  # a bias that counts in the election of experts alone
     bias: bool = False  # of every expert's maps
+    up_act: str | None = None  # down(act(gate(x)) * (up_act(up(x)) + up_offset))
+    up_offset: float = 0.0
     shared: MLPConfig | None = None
     shared_gate: bool = False
 

@@ -28,7 +28,10 @@ def moe(p: Scope, cfg: MoEConfig, x: A) -> A:
     x = x.reshape(B * T, D)
     logits = p.tap("logits", p.linear("router", x))  # [N, E]
     routing = p.ops.route(logits, cfg.per_token, cfg.rule, p.weight("election") if cfg.election else None)
-    h = p.ops.gated(p.expert_linear("gate", x, routing), p.expert_linear("up", x, routing), cfg.act)  # [N, k, F]
+    gate, up = p.expert_linear("gate", x, routing), p.expert_linear("up", x, routing)  # [N, k, F]
+    if cfg.up_act:
+        up = p.ops.act(up, cfg.up_act) + cfg.up_offset
+    h = p.ops.gated(gate, up, cfg.act)
     y = p.ops.combine(p.expert_linear("down", h, routing), routing)
     if cfg.shared:
         h = mlp(p.at("shared"), cfg.shared, x)

@@ -82,6 +82,8 @@ def _attention(a: AttentionConfig, width: int) -> Shapes:
         shapes |= {f"attn.{name}.bias": (n,) for name, n in rows.items()}
     if a.output_bias:
         shapes["attn.o.bias"] = (width,)
+    if a.sinks:
+        shapes["attn.sinks"] = (a.heads,)
     if a.qk_norm:
         q, kv = (q, kv) if a.qk_norm == "width" else (a.head_dim, a.head_dim)
         shapes |= {"attn.q_norm": (q,), "attn.k_norm": (kv,)}

@@ -189,6 +189,9 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix
         "GraniteMoeShared",
         GRANITE | PLAIN | {"num_local_experts": 5, "num_experts_per_tok": 2, "shared_intermediate_size": 20},
     ),
+    "gpt_oss": ("GptOss", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 4}),
+    "gpt_oss-yarn": ("GptOss", {"num_local_experts": 30, "num_experts_per_tok": 4, "sliding_window": 4,
+                                "rope_parameters": YARN | {"truncate": False}}),
     "qwen3_moe": ("Qwen3Moe", {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True}),
     "qwen3_moe-sums": ("Qwen3Moe", {"num_experts": 40, "num_experts_per_tok": 3, "norm_topk_prob": False}),
     "qwen3_moe-some": (
