@@ -16,7 +16,7 @@ from ..errors import BadFile, Unavailable
 from ..schemes import label
 from ..tensors import Tensor
 from . import folder, gguf
-from .files import Entry, Mapped, release
+from .files import Entry, release
 from .write import Spec, write_folder
 
 __all__ = ["Checkpoint", "Spec", "Summary", "open_checkpoint", "release", "verify", "write_folder"]
@@ -89,7 +89,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _open_folder(path: Path) -> Checkpoint:
-    ggufs = sorted(path.glob("*.gguf"))
+    ggufs = gguf.first_parts(sorted(path.glob("*.gguf")))
     if ggufs and not (path / "config.json").is_file():
         if len(ggufs) > 1:
             raise BadFile(f"{path} holds {len(ggufs)} .gguf files.", f"Give one of them, such as {ggufs[0]}.")
@@ -99,7 +99,7 @@ def _open_folder(path: Path) -> Checkpoint:
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    metadata, entries = gguf.read(Mapped(path))
+    metadata, entries = gguf.read_model(path)
     return Checkpoint(path, "gguf", entries, metadata=metadata)
 
 

@@ -7,8 +7,9 @@ walked over when the file is opened (a vocabulary has hundreds of thousands of s
 from __future__ import annotations
 
 import math
+import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..tensors import STORAGE, Blocks, Dense
 from .files import Entry, Mapped, check_overlaps, damaged
 
 MAGIC = b"GGUF"
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf$")  # how llama.cpp calls the parts of a split model
 STRING, ARRAY = 8, 9
 SCALARS = {
     0: "<u1",
@@ -133,6 +135,50 @@ class _Reader:
         return np.frombuffer(self.map, dtype, 1, start)[0].item()
 
 
+def read_model(path: Path) -> tuple[Metadata, dict[str, Entry]]:
+    """What `read` gives, of a file and, where it is one part of a split model, of all parts beside it: the metadata of
+    the first, the tensors of all. Raises BadFile for parts that are missing or don't belong together."""
+    metadata, entries = read(Mapped(path))
+    count = _parts(metadata)
+    if count == 1:
+        return metadata, entries
+    parts = [read(Mapped(part)) for part in _beside(path, count)]
+    joined: dict[str, Entry] = {}
+    for number, (known, found) in enumerate(parts):
+        if (known.get("split.no"), _parts(known)) != (number, count) or joined.keys() & found.keys():
+            raise damaged(path, f"its part {number + 1} of {count} does not belong to it")
+        joined |= found
+    if len(joined) != parts[0][0].get("split.tensors.count", len(joined)):
+        raise damaged(path, f"its {count} parts hold {len(joined)} tensors, not as many as they say")
+    return parts[0][0], joined
+
+
+def _parts(metadata: Metadata) -> int:
+    """How many files the model was split into."""
+    count = metadata.get("split.count", 1)
+    return count if isinstance(count, int) and count > 1 else 1
+
+
+def first_parts(paths: Sequence[Path]) -> list[Path]:
+    """Of each split model its first part, and every file that is none."""
+    return [path for path in paths if not (found := PART.match(path.name)) or found[2] == "00001"]
+
+
+def _beside(path: Path, count: int) -> list[Path]:
+    """All parts, by their names."""
+    found = PART.match(path.name)
+    if not found or int(found[3]) != count:
+        raise BadFile(
+            f"{path} is one of {count} parts of a model, but not called so.",
+            f"Call them NAME-00001-of-{count:05}.gguf and so on, or join them: llama-gguf-split --merge.",
+        )
+    paths = [path.with_name(f"{found[1]}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+    missing = next((part for part in paths if not part.is_file()), None)
+    if missing:
+        raise BadFile(f"{path} is one of {count} parts of a model, and {missing} is not there.", "Fetch all of them.")
+    return paths
+
+
 def read(file: Mapped) -> tuple[Metadata, dict[str, Entry]]:
     """Metadata and the place of every tensor, shapes as [out, in].
 
@@ -148,7 +194,6 @@ def read(file: Mapped) -> tuple[Metadata, dict[str, Entry]]:
     metadata = Metadata()
     for _ in range(keys):
         _read_pair(reader, metadata)
-    _check_split(file.path, metadata)
     return metadata, _read_tensors(reader, tensors, _alignment(file.path, metadata))
 
 
@@ -158,12 +203,6 @@ def _check_version(reader: _Reader) -> None:
         return
     what = "is a big-endian GGUF" if version and version & 0xFFFF == 0 else f"is GGUF version {version}"
     raise Unsupported(f"{reader.path} {what}, which is not read here.", "Get the model as GGUF 2 or 3, little-endian.")
-
-
-def _check_split(path: Path, metadata: Metadata) -> None:
-    parts = metadata.get("split.count", 1)
-    if parts not in (0, 1):
-        raise Unsupported(f"{path} is one of {parts} parts of a model.", "Join them first: llama-gguf-split --merge.")
 
 
 def _alignment(path: Path, metadata: Metadata) -> int:

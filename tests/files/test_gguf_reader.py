@@ -130,6 +130,7 @@ DAMAGED = {
     "offset not aligned": (file([], [info("x", [4], offset=4)]), "multiple of 32"),
     "offset beyond the end": (file([], [info("x", [4], offset=1 << 40)]), "beyond the end"),
     "overlap": (file([], [info("x", [16]), info("y", [4], offset=32)]), "'x' and 'y' overlap"),
+    "one part of many": (file([pair("split.count", 2, struct.pack("<H", 3))], []), "one of 3 parts"),
 }
 
 
@@ -146,7 +147,6 @@ UNSUPPORTED = {
     "version 1": (file([], [], version=1), "version 1"),
     "big-endian": (b"GGUF" + struct.pack(">I", 3) + bytes(32), "big-endian"),
     "IQ types": (file([], [info("x", [256], kind=23)]), "IQ4_XS"),
-    "one part of many": (file([pair("split.count", 2, struct.pack("<H", 3))], []), "one of 3 parts"),
 }
 
 
