@@ -17,6 +17,8 @@ from ..config import ModelConfig
 if TYPE_CHECKING:
     from ...checkpoint import Checkpoint
 
+STOPS = ("eos_token_id", "bos_token_id", "pad_token_id")
+
 
 class NameMap(dict):
     """Our names -> a checkpoint's. `{i}` stands for the layer, `{e}` for the expert; a tuple lists alternatives, best
@@ -25,6 +27,10 @@ class NameMap(dict):
 
     IGNORED = re.compile(
         r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$|^lm_head\.weight$|^rope_(freqs|factors_(long|short))\.weight$"
+    )
+
+    SENSES = re.compile(  # what a model that also sees or hears has besides; and heads that guess several tokens ahead
+        r"^(model\.)?(visual|vision_\w+|audio_\w+|embed_(vision|audio)|multi_modal_projector|mtp)\."
     )
 
     def __or__(self, other: Mapping) -> NameMap:
@@ -60,16 +66,23 @@ class NameMap(dict):
     def find(self, name: str, checkpoint: Checkpoint, experts: int) -> tuple[list[str], tuple[str, ...]]:
         """The names under which a checkpoint holds one of our tensors (one, or one an expert; [] when it does not) and
         how it lies there."""
-        for spelling, views in self.places(name):
-            count = experts if "{e}" in spelling else 1
-            names = [*takewhile(checkpoint.__contains__, (spelling.replace("{e}", str(e)) for e in range(count)))]
-            if 0 < len(names) == count:
-                return names, views
+        for place, views in self.places(name):
+            for spelling in (place, *_inside(place)):
+                count = experts if "{e}" in spelling else 1
+                names = [*takewhile(checkpoint.__contains__, (spelling.replace("{e}", str(e)) for e in range(count)))]
+                if 0 < len(names) == count:
+                    return names, views
         return [], ()
 
     def ignored(self, name: str) -> bool:
-        """A tensor that checkpoints carry and nobody needs."""
-        return bool(self.IGNORED.search(name))
+        """A tensor that checkpoints carry and nobody needs here."""
+        return bool(self.IGNORED.search(name) or self.SENSES.search(name))
+
+
+def _inside(name: str) -> tuple[str, ...]:
+    """What a tensor is called where the model that writes text is a part of one that also sees or hears."""
+    inner = f"model.language_model.{name.removeprefix('model.')}"
+    return (inner, f"language_model.{name}") if name.startswith("model.") else (f"language_model.{name}",)
 
 
 @dataclass(frozen=True)
@@ -146,7 +159,8 @@ def family_of(checkpoint: Checkpoint) -> tuple[Family, dict]:
     Raises Unsupported when no family is known for it, naming those that are.
     """
     if checkpoint.kind != "gguf":
-        return family_for(checkpoint.config, checkpoint.path, checkpoint), checkpoint.config
+        hf = text_part(checkpoint.config)
+        return family_for(hf, checkpoint.path, checkpoint), hf
     kind = checkpoint.metadata.get("general.architecture")
     family = _serving(
         kind,
@@ -155,6 +169,14 @@ def family_of(checkpoint: Checkpoint) -> tuple[Family, dict]:
         checkpoint,
     )
     return family, family.gguf.config(checkpoint.metadata, checkpoint)
+
+
+def text_part(config: Mapping) -> Mapping:
+    """Of a config.json whose model also sees or hears: that of the part which writes text. Others as they are."""
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        return config
+    return {key: config[key] for key in ("tie_word_embeddings", *STOPS) if config.get(key) is not None} | dict(text)
 
 
 def family_for(config: Mapping, path: Path, checkpoint: Checkpoint | None = None) -> Family:

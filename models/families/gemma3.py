@@ -11,10 +11,15 @@ from ..fields import activation, flag, head_dim, layer_count, number, optional, 
 from ..ropes import ropes_by_window
 from . import SANDWICH, Family, Gguf, gguf
 
+USUAL = {  # what the configs of those that also see leave out
+    "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208, "max_position_embeddings": 131072,
+}  # fmt: skip
+
 
 def config(hf: Mapping) -> ModelConfig:
     if flag(hf, "use_bidirectional_attention"):
         raise Unsupported("This Gemma looks both ways: it embeds text and does not write any.", "Take another model.")
+    hf = {**USUAL, **hf}
     pattern = whole(hf, "sliding_window_pattern", whole(hf, "_sliding_window_pattern", 6))
     hf = {**hf, "head_dim": head_dim(hf, 256), "sliding_window": whole(hf, "sliding_window", 4096)}
     return ModelConfig.llama_like(

@@ -190,8 +190,15 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix
         GRANITE | PLAIN | {"num_local_experts": 5, "num_experts_per_tok": 2, "shared_intermediate_size": 20},
     ),
     "gpt_oss": ("GptOss", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 4}),
-    "gpt_oss-yarn": ("GptOss", {"num_local_experts": 30, "num_experts_per_tok": 4, "sliding_window": 4,
-                                "rope_parameters": YARN | {"truncate": False}}),
+    "gpt_oss-yarn": (
+        "GptOss",
+        {
+            "num_local_experts": 30,
+            "num_experts_per_tok": 4,
+            "sliding_window": 4,
+            "rope_parameters": YARN | {"truncate": False},
+        },
+    ),
     "qwen3_moe": ("Qwen3Moe", {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True}),
     "qwen3_moe-sums": ("Qwen3Moe", {"num_experts": 40, "num_experts_per_tok": 3, "norm_topk_prob": False}),
     "qwen3_moe-some": (
@@ -218,6 +225,7 @@ def make(name: str, **fields: Any) -> Any:
     """The twin called `name`, with `fields` of its config changed."""
     transformers = pytest.importorskip("transformers")
     transformers.utils.logging.disable_progress_bar()
+    pytest.importorskip("torch").manual_seed(0)  # some begin with parameters drawn by chance
     kind, own = TWINS[name]
     config_class = getattr(
         transformers, {k: f"{k}TextConfig" for k in ("Gemma3", "Qwen3_5", "Qwen3_5Moe")}.get(kind, f"{kind}Config")
@@ -247,7 +255,13 @@ def published(hf: dict[str, Any]) -> dict[str, Any]:
     if "rope_parameters" not in hf:
         return hf
     rule = hf.pop("rope_parameters")
-    if hf["model_type"] not in ("ministral", "lfm2", "lfm2_moe", "qwen3_5_text", "qwen3_5_moe_text"):  # which have been published in no other form
+    if hf["model_type"] not in (
+        "ministral",
+        "lfm2",
+        "lfm2_moe",
+        "qwen3_5_text",
+        "qwen3_5_moe_text",
+    ):  # which have been published in no other form
         hf.pop("layer_types", None)
     full = dict(rule.get("full_attention", rule))
     hf["rope_theta"] = full.pop("rope_theta")

@@ -1,0 +1,58 @@
+"""Models that also see: the part that writes text is read out of their folders, and says what it says in them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from twins import DELTA
+
+from ondevice.checkpoint import open_checkpoint
+from ondevice.errors import BadFile
+from ondevice.models.families import family_of
+from ondevice.models.parameters import Parameters
+from ondevice.testing.family import TINY, check_family, randomise
+
+transformers = pytest.importorskip("transformers")
+VISION = {
+    "Gemma3": {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    },
+    "Qwen3_5": {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 36, "patch_size": 4,
+        "num_position_embeddings": 16,
+    },
+}  # fmt: skip
+TEXT = {"Gemma3": {"sliding_window": 5, "sliding_window_pattern": 2}, "Qwen3_5": DELTA}
+
+
+def seeing(kind: str):
+    pytest.importorskip("torch").manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=TINY | {"pad_token_id": 0} | TEXT[kind], vision_config=VISION[kind], image_token_id=5,
+        image_token_index=5, video_token_id=6, vision_start_token_id=7, vision_end_token_id=8,
+    )  # fmt: skip
+    return randomise(getattr(transformers, f"{kind}ForConditionalGeneration")(config))
+
+
+@pytest.mark.parametrize("kind", VISION)
+def test_the_text_part_of_a_model_that_sees(tmp_path, kind):
+    twin = seeing(kind)
+    twin.save_pretrained(tmp_path)
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert any("visual" in name or "vision" in name for name in checkpoint.names)
+        assert family_of(checkpoint)[1]["model_type"].endswith("_text")
+    check_family(tmp_path, twin)
+
+
+def test_what_belongs_to_no_sense_is_still_named(tmp_path):
+    """Only tensors of eyes and ears are left out silently."""
+    seeing("Gemma3").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 2
+    config["text_config"]["layer_types"] = config["text_config"]["layer_types"][:2]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with open_checkpoint(tmp_path) as checkpoint, pytest.raises(BadFile, match=r"not used: .*layers\.2\."):
+        family, hf = family_of(checkpoint)
+        Parameters(family, family.config(hf), checkpoint)
