@@ -51,7 +51,7 @@ GPT2 = {"hidden_size": 48, "max_position_embeddings": 29, "activation_function":
 MOE = {"moe_intermediate_size": 12}
 LFM2 = {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8}
 DELTA = {
-    "num_hidden_layers": 5,
+    "num_hidden_layers": 4,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 6,
     "linear_key_head_dim": 8,
