@@ -2,9 +2,10 @@
 
     python benchmarks/compare.py MODEL.gguf --llama-cpp /path/to/venv/bin/python [--rounds 5]
 
-A peer is an interpreter that has it installed: `--llama-cpp` one with llama-cpp-python, `--transformers` one with
-transformers (reads a Hugging Face folder given by --hf). Each round starts every contestant afresh, in turn; the table
-gives medians over the rounds, their spread, and the median of the round-by-round ratios to us.
+A peer is an interpreter that has it installed: `--llama-cpp` one with llama-cpp-python, `--openvino` one with
+openvino-genai, `--transformers` one with transformers (reads a Hugging Face folder given by --hf). Each round starts
+every contestant afresh, in turn; the table gives medians over the rounds, their spread, and the median of the
+round-by-round ratios to us.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def contestants(args: argparse.Namespace) -> dict[str, list[str]]:
     found = {"ondevice": ours}
     if args.llama_cpp:
         found["llama.cpp"] = [args.llama_cpp, str(HERE / "peer_llama_cpp.py"), args.peer_model or args.model, *numbers]
+    if args.openvino:
+        found["openvino"] = [args.openvino, str(HERE / "peer_openvino.py"), args.model, *numbers]
     if args.transformers:
         found["transformers"] = [args.transformers, str(HERE / "peer_transformers.py"), args.hf, *numbers]
     return found
@@ -48,6 +51,7 @@ def main() -> None:
     parser.add_argument("--peer-model", help="another file for llama.cpp (default: the same)")
     parser.add_argument("--backend", default="cpu")
     parser.add_argument("--llama-cpp", metavar="PYTHON")
+    parser.add_argument("--openvino", metavar="PYTHON")
     parser.add_argument("--transformers", metavar="PYTHON")
     parser.add_argument("--hf", metavar="FOLDER", help="the model as transformers reads it")
     parser.add_argument("--prompt-tokens", type=int, default=512)
