@@ -102,6 +102,7 @@ def test_fewer_bits_only_where_they_save(monkeypatch):
     made.tensors = memory.quantized(made.tensors, 4)
     tight = made.plan(8192).needed - 100_000
     assert [how for how, _ in made.fitting(tight, 8192)][-1] == "the model in 3 bits"
+    assert memory.quantized(made.tensors, 8) == made.tensors
 
 
 def test_experts_in_the_file_may_stay_there():

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -257,12 +258,15 @@ def test_a_page_of_a_long_text_averages_the_heads(found, monkeypatch):
     assert packed["heads"] == [1, 1]
 
 
-def test_what_a_text_says_cannot_become_part_of_the_page(session):
-    *_, explanation = explain(session, session.encode_prompt("</script><b>&amp;"))
-    parsed = Page(page.html(explanation, "tiny", "en"))
+def test_what_a_text_says_cannot_become_part_of_the_page(found):
+    evil = "</script><img>&amp;"
+    tokens = tuple(replace(token, text=evil) for token in found.tokens)
+    guesses = tuple(replace(guess, text=evil) for guess in found.next)
+    lens = replace(found.lens, guesses=tuple((guesses[:3],) * len(tokens) for _ in found.lens.guesses))
+    parsed = Page(page.html(replace(found, tokens=tokens, next=guesses, lens=lens), evil, "en"))
     assert sum(tag == "script" for tag, _ in parsed.elements) == 2
-    told = json.loads(parsed.data["script"][0])["tokens"]
-    assert "".join(token["text"] for token in told) == "</script><b>&amp;"
+    assert not [tag for tag, _ in parsed.elements if tag == "img"]
+    assert {token["text"] for token in json.loads(parsed.data["script"][0])["tokens"]} == {evil}
 
 
 # ---------------------------------------------------------------------------------------------- the command

@@ -38,7 +38,7 @@ def test_counts_are_those_of_transformers(name):
     assert found.whole.parameters == twin.num_parameters()
     assert sum(share.parameters for share in found.components()) == twin.num_parameters()
     named = dict(twin.named_parameters())
-    assert found.whole.biases == sum(p.numel() for name, p in named.items() if name.endswith(".bias"))
+    assert found.whole.biases == sum(p.numel() for name, p in named.items() if name.endswith((".bias", "proj_bias")))
 
 
 def test_what_the_published_shapes_of_llama_and_mixtures_give():
@@ -132,7 +132,7 @@ def test_bytes_are_those_of_the_files(smollm2_gguf):
         assert sum(share.nbytes for share in found.layers()) < found.whole.nbytes
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "phi3", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "phi3", "gemma3", "granitemoe"])
 def test_bytes_of_folders(name, tmp_path):
     with open_source(str(folder_of(tmp_path, name))) as source:
         found = anatomy(source.family, source.config, source.hf, source.checkpoint)
@@ -224,6 +224,7 @@ def test_what_people_see(tmp_path):
     ("template", "wrong"),
     [
         (CHATML.replace("<|im_end|>", ""), "an answer ends in a stop token"),
+        (CHATML.replace("<|im_end|>", "<|im_start|>"), "an answer ends in a stop token"),
         (CHATML.replace("m['content']", "''"), "renders a question"),
         ("{% if messages|length > 1 %}{{ raise_exception('one only') }}{% endif %}{{ messages[0].content }}",
          "takes several turns"),
