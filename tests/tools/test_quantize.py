@@ -11,14 +11,22 @@ from small_models import write_llama
 from wide_models import LLAMA, MOE, parameters, write_model
 
 from ondevice.backends.base import Step
+from ondevice.checkpoint import verify
 from ondevice.cli import main
 from ondevice.errors import BadFile, BadOption, OnDeviceError
 from ondevice.runtime.session import open_session
 from ondevice.schemes import to_float
 from ondevice.tensors import Affine, floats
+from ondevice.tools.calibration import samples
 from ondevice.tools.quantize import Options, quantize
+from ondevice.tools.quantize.calibrated import Rounding
 
 IDS = np.arange(3, 23, dtype=np.int32)[None]
+
+
+def short(method="auto", **options):
+    """Options with little calibration."""
+    return Options(method, **{"tokens": 512, "length": 32, "sensitivity_tokens": 128} | options)
 
 
 def logits(path, backend="reference"):
@@ -66,9 +74,9 @@ def test_rows_that_no_group_divides_stay_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("hf", [LLAMA, LLAMA | {"tie_word_embeddings": False}, MOE], ids=["tied", "untied", "moe"])
-@pytest.mark.parametrize("method", ["rtn"])
+@pytest.mark.parametrize("method", ["rtn", "search", "gptq", "auto"])
 def test_what_is_written_runs_everywhere(tmp_path, hf, method):
-    quantize(write_model(tmp_path / "in", hf, "float32"), tmp_path / "out", Options(method, 8, 32))
+    quantize(write_model(tmp_path / "in", hf, "float32"), tmp_path / "out", short(method, bits=8, group_size=32))
     wanted = logits(tmp_path / "out")
     assert np.abs(wanted - logits(tmp_path / "in")).mean() < 0.1 * np.abs(wanted).mean()
     for backend, module in (("cpu", "numpy"), ("cuda", "torch"), ("mlx", "mlx.core")):
@@ -87,6 +95,125 @@ def test_routers_stay_as_they_are(tmp_path):
     assert np.array_equal(to_float(before["layers.0.moe.router"]), to_float(after["layers.0.moe.router"]))
 
 
+# ------------------------------------------------------------------------------------------------ calibrated
+
+
+def divergence(path, reference, ids):
+    """Mean KL from `reference` over ids [N, T]."""
+    both = []
+    for folder in (reference, path):
+        with open_session(folder, backend="cpu", exact=True) as session:
+            ops = session.backend
+            found = ops.numpy(session.decoder(ops.array(ids), Step.whole(*ids.shape))).astype(np.float64)
+            both.append(found - np.log(np.exp(found).sum(-1, keepdims=True)))
+    return float((np.exp(both[0]) * (both[0] - both[1])).sum(-1).mean())
+
+
+@pytest.mark.parametrize("hf", [LLAMA, MOE], ids=["llama", "moe"])
+def test_each_method_is_nearer_than_the_one_before(tmp_path, hf):
+    source, found = write_model(tmp_path / "in", hf), {}
+    with open_session(source, backend="cpu", exact=True) as session:
+        *_, ids = samples(session, None, 2048, 32, seed=9)
+    for method in ("rtn", "search", "gptq", "auto"):
+        options = short(method, bits=3, group_size=32, tokens=4096, sensitivity_tokens=1024)
+        quantize(source, tmp_path / method, options)
+        found[method] = divergence(tmp_path / method, source, ids)
+    assert found["auto"] < 0.9 * found["gptq"] < found["search"] < found["rtn"], found
+
+
+@pytest.mark.parametrize("target", [{"target_bpw": 3.7}, {"target_bytes": 60_000}, {}])
+def test_auto_keeps_to_its_size_and_uses_it(tmp_path, target):
+    source = write_model(tmp_path / "in")
+    result = quantize(source, tmp_path / "out", short(bits=5, **target))
+    numbers = sum(held.size for held in map(parameters(source).__getitem__, parameters(source)))
+    same = quantize(source, tmp_path / "same", Options("rtn", 5)).nbytes
+    most = target.get("target_bytes", numbers * target["target_bpw"] / 8 if "target_bpw" in target else same)
+    assert 0.97 * most < result.nbytes <= most
+    assert result.nbytes == verify(tmp_path / "out").nbytes
+
+
+def test_a_target_that_no_plan_reaches_says_what_is_nearest(tmp_path):
+    with pytest.raises(BadOption, match=r"No plan takes 0\.01 MB") as caught:
+        quantize(write_model(tmp_path / "in"), tmp_path / "out", short(target_bytes=10_000))
+    least = float(caught.value.hint.split("--target-size ")[1].split("MB")[0]) * 1e6
+    assert not (tmp_path / "out").exists()
+    assert quantize(tmp_path / "in", tmp_path / "out", short(target_bytes=int(least))).nbytes <= least
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["Sampling", "Measuring", "Rounding", "Writing"])
+def test_killed_it_goes_on_where_it_was(tmp_path, stage):
+    source, seen = write_model(tmp_path / "in"), []
+
+    def kill(event):
+        if event.stage == stage and event.done > event.total / 3:
+            raise Killed
+
+    whole = quantize(source, tmp_path / "whole", short())
+    with pytest.raises(Killed):
+        quantize(source, tmp_path / "out", short(), kill)
+    assert sorted(os.listdir(tmp_path)) == [*[".out.quantize"][: stage != "Sampling"], "in", "whole"]
+    result = quantize(source, tmp_path / "out", short(), lambda event: seen.append(event.stage))
+    assert sorted(os.listdir(tmp_path)) == ["in", "out", "whole"]
+    assert result.tensors == whole.tensors
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert weights[0] == weights[1]
+    assert ("Sampling" in seen) == (stage == "Sampling") and ("Measuring" in seen) == (
+        stage in ("Sampling", "Measuring")
+    )
+
+
+def test_what_another_work_left_is_not_gone_on_with(tmp_path, monkeypatch):
+    source = write_model(tmp_path / "in")
+
+    def kill(event):
+        if event.stage == "Writing":
+            raise Killed
+
+    with pytest.raises(Killed):
+        quantize(source, tmp_path / "out", short("gptq", bits=8), kill)
+    quantize(source, tmp_path / "out", short("gptq", bits=2))
+    quantize(source, tmp_path / "same", short("gptq", bits=2))
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("same", "out")]
+    assert weights[0] == weights[1]
+
+
+def test_finished_stages_are_not_rounded_again(tmp_path, monkeypatch):
+    source, rounded = write_model(tmp_path / "in"), []
+
+    def kill(event):
+        if event.stage == "Rounding" and event.done == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        quantize(source, tmp_path / "out", short("gptq"), kill)
+    stage = Rounding.stage
+    monkeypatch.setattr(Rounding, "stage", lambda self, s: rounded.append(s.prefix) or stage(self, s))
+    quantize(source, tmp_path / "out", short("gptq"))
+    assert rounded == ["head"]  # of embed, two layers and head
+
+
+def test_an_expert_that_met_no_token_is_rounded_all_the_same_and_said(tmp_path):
+    router = np.zeros((4, 64), np.float32)
+    source = write_model(tmp_path / "in", MOE, layers_0_moe_router=router)  # equal scores elect the lower id
+    result = quantize(source, tmp_path / "out", short(bits=6, group_size=32))
+    idle = [note for note in result.notes if "experts met no calibration token" in note]
+    assert len(idle) == 3 and all("model.layers.0.mlp" in note and "2 of 4" in note for note in idle)
+    before, after = (to_float(parameters(tmp_path / name)["layers.0.moe.up"])[3] for name in ("in", "out"))
+    assert 0 < np.abs(before - after).max() < 0.3 * np.abs(before).max()
+
+
+def test_it_is_the_same_on_every_backend(tmp_path):
+    source = write_model(tmp_path / "in", dtype="float32")
+    for backend, module in (("cpu", "numpy"), ("cuda", "torch"), ("mlx", "mlx.core")):
+        pytest.importorskip(module)
+        quantize(source, tmp_path / backend, short(bits=4), backend=backend)
+        assert np.abs(logits(tmp_path / backend) - logits(tmp_path / "cpu")).mean() < 0.1
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
@@ -103,14 +230,22 @@ def test_quantized_input_is_refused_unless_asked_for(tmp_path):
         quantize(tmp_path / "out", tmp_path / "again", Options("rtn"))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_numbers_that_are_none_name_their_tensor(tmp_path, bad):
+@pytest.mark.parametrize(("bad", "method"), [(np.nan, "rtn"), (np.inf, "rtn"), (np.nan, "auto")])
+def test_numbers_that_are_none_name_their_tensor(tmp_path, bad, method):
     values = np.ones((96, 64), np.float32)
     values[50, 3] = bad
     source = write_model(tmp_path / "in", layers_1_mlp_up=values)
     with pytest.raises(BadFile, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
-        quantize(source, tmp_path / "out", Options("rtn"))
+        quantize(source, tmp_path / "out", short(method))
     assert os.listdir(tmp_path) == ["in"]
+
+
+def test_calibration_that_is_too_short(tmp_path):
+    (tmp_path / "text.txt").write_text("the and")
+    source = write_model(tmp_path / "in")
+    with pytest.raises(BadOption, match="less than one calibration window"):
+        quantize(source, tmp_path / "out", short(calibration=tmp_path / "text.txt"))
+    assert sorted(os.listdir(tmp_path)) == ["in", "text.txt"]
 
 
 def test_a_destination_that_exists(tmp_path):

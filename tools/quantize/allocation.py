@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,12 +30,28 @@ class Choice:
     cost: float
 
 
+def formats(parameters: Parameters, name: str) -> list[Affine]:
+    """Every format that fits the tensor's rows."""
+    columns, dtype = parameters.shapes[name][-1], scale_dtype(parameters[name])
+    return [Affine(bits, group, dtype) for bits in AFFINE_BITS for group in GROUPS if columns % group == 0]
+
+
 def choices(parameters: Parameters, name: str, cost: Cost) -> list[Choice]:
-    """Every format that fits the tensor's rows, tried on some of them; [] where none does."""
-    shape, dtype = parameters.shapes[name], scale_dtype(parameters[name])
-    values = numbers(parameters, name)
-    forms = [Affine(bits, group, dtype) for bits in AFFINE_BITS for group in GROUPS if shape[-1] % group == 0]
-    return [Choice(form, affine_bytes(shape, form), _tried(values, cost, form)) for form in forms]
+    """Every format of a tensor, tried on some of its rows."""
+    shape, values = parameters.shapes[name], numbers(parameters, name)
+    return [Choice(form, affine_bytes(shape, form), _tried(values, cost, form)) for form in formats(parameters, name)]
+
+
+def require_reachable(parameters: Parameters, names: Iterable[str], nbytes: int, fixed: int) -> None:
+    """Raises BadOption, with what is nearest, where not even the smallest format of each tensor fits in `nbytes`."""
+    least = fixed
+    for name in names:
+        least += min(affine_bytes(parameters.shapes[name], form) for form in formats(parameters, name))
+    if least > nbytes:
+        raise BadOption(
+            f"No plan takes {nbytes / 1e6:.2f} MB or less: 2 bits for every matrix take {least / 1e6:.2f} MB.",
+            f"Give --target-size {math.ceil(least / 1e4) / 100:.2f}MB or more, or a smaller model.",
+        )
 
 
 def _tried(values: np.ndarray, cost: Cost, form: Affine) -> float:
@@ -62,14 +78,8 @@ def allocate(table: Mapping[str, Sequence[Choice]], nbytes: int, fixed: int = 0)
     """One choice a tensor, of least cost in all, that together with `fixed` bytes take at most `nbytes`.
 
     By dynamic programming over sizes (the multiple-choice knapsack problem, Kellerer et al. 2004, chapter 11), exact
-    where sizes have a common divisor that is not too small. Raises BadOption, with what is nearest, where nothing fits.
+    where sizes have a common divisor that is not too small. Where nothing fits, the smallest of each.
     """
-    least = fixed + sum(min(c.nbytes for c in several) for several in table.values())
-    if least > nbytes:
-        raise BadOption(
-            f"No plan takes {nbytes / 1e6:.2f} MB or less: 2 bits for every matrix take {least / 1e6:.2f} MB.",
-            f"Give --target-size {math.ceil(least / 1e4) / 100:.2f}MB or more, or a smaller model.",
-        )
     unit = math.gcd(*(c.nbytes for several in table.values() for c in several))
     unit = max(unit, -(-(nbytes - fixed) // UNITS))
     room = (nbytes - fixed) // unit

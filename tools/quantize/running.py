@@ -18,7 +18,7 @@ from ...registry import create_backend
 from ...runtime.session import Session, open_session
 from ...tensors import Affine
 from ..calibration import Sampling, samples
-from .allocation import allocate, choices
+from .allocation import allocate, choices, require_reachable
 from .calibrated import Rounding
 from .matrices import (
     affine_bytes,
@@ -81,12 +81,17 @@ class _Job:
         return self._write(plan, lambda name: nearest(numbers(self.parameters, name), plan[name]), notes)
 
     def calibrated(self, backend: str | Backend) -> Result:
+        plan, notes = uniform(self.parameters, self.options)
+        if self.options.method == "auto":
+            require_reachable(self.parameters, plan, *self._sizes(plan))
         require_finite_all(self.parameters)
         work = Work(self.dest, self._fingerprint())
         ops = backend if isinstance(backend, Backend) else create_backend(backend, exact=True)
         with open_session(self.source, backend=ops) as session:
             ids = self._samples(session, work)
-        plan, notes, hessians = self._planned(ops, ids, work)
+        hessians: dict[str, np.ndarray] = {}
+        if self.options.method == "auto":
+            plan, hessians = self._planned(plan, ops, ids, work)
         method = "gptq" if self.options.method == "auto" else self.options.method
         rounding = Rounding(self.config, self.parameters, plan, method, hessians)
         for done, total in rounding.run(ops, ids, work):
@@ -130,20 +135,18 @@ class _Job:
 
     # -------------------------------------------------------------------------------------------- what each becomes
 
-    def _planned(self, ops: Backend, ids: np.ndarray, work: Work):
-        """Plan, notes, Hessians of embedding and head."""
-        plan, notes = uniform(self.parameters, self.options)
-        if self.options.method != "auto":
-            return plan, notes, {}
+    def _planned(
+        self, plan: dict[str, Affine], ops: Backend, ids: np.ndarray, work: Work
+    ) -> tuple[dict[str, Affine], dict[str, np.ndarray]]:
+        """What each matrix of `plan` should become; Hessians of embedding and head."""
         kept, hessians = work.record("plan"), work.arrays("hessians")
         if kept is None or hessians is None:
             measured = self._measured(ops, ids)
-            plan = self._allocated(measured, plan)
             hessians = measured.hessians
             work.keep("hessians", hessians)
-            kept = {name: asdict(form) for name, form in plan.items()}
+            kept = {name: asdict(form) for name, form in self._allocated(measured, plan).items()}
             work.keep_record("plan", kept)
-        return {name: Affine(**form) for name, form in kept.items()}, notes, hessians
+        return {name: Affine(**form) for name, form in kept.items()}, hessians
 
     def _measured(self, ops: Backend, ids: np.ndarray) -> Measured:
         windows = max(1, self.options.sensitivity_tokens // ids.shape[1])
@@ -153,18 +156,22 @@ class _Job:
         return event
 
     def _allocated(self, measured: Measured, plan: Mapping[str, Affine]) -> dict[str, Affine]:
-        """Of the size that was asked for; without a target, of what the same bits for all would take."""
-        parameters, table = self.parameters, {}
+        table = {}
         for done, name in enumerate(plan, 1):
-            table[name] = choices(parameters, name, measured.costs[name])
+            table[name] = choices(self.parameters, name, measured.costs[name])
             self.progress(Progress("Trying formats", done, len(plan), "tensors"))
+        return {name: choice.form for name, choice in allocate(table, *self._sizes(plan)).items()}
+
+    def _sizes(self, plan: Mapping[str, Affine]) -> tuple[int, int]:
+        """Bytes that were asked for (without a target: what `plan`, the same bits for all, takes) and those of what is
+        not quantized."""
+        parameters, options = self.parameters, self.options
         fixed = sum(parameters[name].nbytes for name in parameters if name not in plan)
-        target = self.options.target_bytes
-        if self.options.target_bpw is not None:
-            target = int(self.options.target_bpw * sum(parameters[name].size for name in parameters) / 8)
-        if target is None:
-            target = fixed + sum(affine_bytes(parameters.shapes[name], form) for name, form in plan.items())
-        return {name: choice.form for name, choice in allocate(table, target, fixed).items()}
+        if options.target_bytes is not None:
+            return options.target_bytes, fixed
+        if options.target_bpw is not None:
+            return int(options.target_bpw * sum(parameters[name].size for name in parameters) / 8), fixed
+        return fixed + sum(affine_bytes(parameters.shapes[name], form) for name, form in plan.items()), fixed
 
 
 def uniform(parameters: Parameters, options: Options) -> tuple[dict[str, Affine], tuple[str, ...]]:

@@ -23,24 +23,23 @@ class Work:
 
     def __init__(self, dest: Path, fingerprint: Mapping[str, Any]):
         self.path = dest.parent / f".{dest.name}.quantize"
-        said = json.dumps(fingerprint, sort_keys=True, default=str)
-        self.resumed = self._read("fingerprint") == said
-        if self.resumed:
-            return
-        self.remove()
-        try:
+        self._fingerprint = json.dumps(fingerprint, sort_keys=True, default=str)
+        self.resumed = self._read("fingerprint") == self._fingerprint
+        if not self.resumed:
+            self.remove()
+
+    def _ready(self) -> None:
+        """The folder is made when there is something to keep."""
+        if not self.path.is_dir():
             self.path.mkdir()
-        except OSError as error:
-            raise OnDeviceError(
-                f"{self.path} could not be made: {error.strerror or error}.", "Choose another place for the result."
-            ) from error
-        write_file(self.path / "fingerprint.json", json.dumps(said).encode())
+            write_file(self.path / "fingerprint.json", json.dumps(self._fingerprint).encode())
 
     def record(self, name: str) -> Any:
         """What `keep_record` kept; None where there is nothing."""
         return self._read(name)
 
     def keep_record(self, name: str, value: Any) -> None:
+        self._ready()
         write_file(self.path / f"{name}.json", json.dumps(value).encode())
 
     def arrays(self, name: str) -> dict[str, np.ndarray] | None:
@@ -55,6 +54,7 @@ class Work:
         """Whole or not at all."""
         temporary = self.path / f"{name}.partial.npz"
         try:
+            self._ready()
             np.savez(temporary, **arrays)
             temporary.replace(self.path / f"{name}.npz")
         except OSError as error:
