@@ -32,7 +32,7 @@ def drift(reference: Decoder, model: Decoder, ids: np.ndarray) -> Drift:
 
 
 def _of_window(reference: Decoder, model: Decoder, window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    states = [_hidden(decoder, window) for decoder in (reference, model)]
+    states = [hidden(decoder, window) for decoder in (reference, model)]
     kl, same = [], []
     for at in range(0, len(window), ROWS):
         rows = np.arange(at, min(at + ROWS, len(window)), dtype=np.int32)
@@ -45,7 +45,8 @@ def _of_window(reference: Decoder, model: Decoder, window: np.ndarray) -> tuple[
     return np.concatenate(kl), np.concatenate(same)
 
 
-def _hidden(decoder: Decoder, window: np.ndarray) -> A:
+def hidden(decoder: Decoder, window: np.ndarray) -> A:
+    """ids [T] -> what the last block says, [T, D]."""
     states = decoder.hidden(decoder.ops.array(window[None].astype(np.int32)), Step.whole(1, len(window)))
     return states.reshape(-1, decoder.config.width)
 

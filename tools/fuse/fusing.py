@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from ..convert.side_files import side_files
 from .drift import Drift, drift
 from .weights import Weights
 
-LADDER = (0, 5, 6, 8)  # bits that touched tensors are raised to, in turn, until the adapter is kept
+LADDER = (5, 6, 8)  # bits that touched tensors may be raised to
 NOISE = 1e-7  # nats: less than float32 tells apart
 
 
@@ -29,7 +30,8 @@ NOISE = 1e-7  # nats: less than float32 tells apart
 class Options:
     """dtype: everything dense, in this type. bits, group_size: of the touched tensors that are quantized; None: as they
     were, or more where the adapter would be lost otherwise. share: how much of the adapter's own effect (mean KL) may
-    be lost. text: what it is measured on; None: what the adapted model itself says, drawn with `seed`."""
+    be lost. text: what it is measured on, `tokens` of it, and as many more that tell how to round; None: what the
+    adapted model itself says, drawn with `seed`."""
 
     dtype: str | None = None
     bits: int | None = None
@@ -100,38 +102,51 @@ def fuse(session: Session, dest: Path, options: Options) -> Iterator[Progress | 
     if not session.attached:
         raise BadOption("There is no adapter to fuse.", "Give one.")
     weights = Weights(session.parameters, session.config, [(a.adapter, a.weight) for a in session.attached])
-    ways = list(_ways(weights, options))
-    for event in samples(session, options.text, options.tokens, min(256, options.tokens), options.seed):
+    _choose(weights, options, 0)  # says what cannot be before anything takes time
+    for event in samples(session, options.text, 2 * options.tokens, min(256, options.tokens), options.seed):
         if isinstance(event, Sampling):
             yield Progress("Sampling from the adapted model", event.done, event.total, "tokens")
-    ids: np.ndarray = event
+    seen, ids = _halves(event)
+    if not options.dtype:
+        yield Progress("Observing", 0, 1)
+        weights.observe(session.decoder, seen)
     alone = Decoder(session.config, session.backend, session.weights)
     effect = drift(session.decoder, alone, ids)
     tried: list[Measured] = []
-    for number, (bits, least) in enumerate(ways):
-        yield Progress("Measuring", number, len(ways), "ways")
-        if not options.dtype:
-            weights.set_bits(bits, options.group_size, least)
-        tried.append(_measured(session, weights, ids, effect, bits or least))
+    least: int | None = 0
+    while least is not None:
+        yield Progress("Measuring", len(tried), len(tried) + 1, "ways")
+        _choose(weights, options, least)
+        tried.append(_measured(session, weights, ids, effect, options.bits or least))
         yield tried[-1]
-        if tried[-1].share <= options.share:
-            break
-    else:
+        least = _more(weights.bits, tried[-1].share, options)
+    if tried[-1].share > options.share:
         raise _lost(tried, options, bool(weights.bits))
     yield from _written(session, weights, dest, effect, tried, started)
 
 
-def _ways(weights: Weights, options: Options) -> Iterator[tuple[int | None, int]]:
-    """(bits, least bits) to be tried in turn."""
+def _halves(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What the rounding may look at, and what it is then measured on: no token is in both."""
+    if len(ids) == 1:
+        ids = ids[:, : ids.shape[1] // 2 * 2].reshape(2, -1)
+    return ids[::2], ids[1::2]
+
+
+def _choose(weights: Weights, options: Options, least: int) -> None:
     if options.dtype:
         weights.make_dense(options.dtype)
-        yield None, 0
-        return
-    weights.set_bits(options.bits, options.group_size)
-    have = weights.bits
-    for least in LADDER if have and options.bits is None else (0,):
-        if least == 0 or min(have) < least:
-            yield options.bits, least
+    else:
+        weights.set_bits(options.bits, options.group_size, least)
+
+
+def _more(bits: set[int], share: float, options: Options) -> int | None:
+    """How many bits to try next; None: these are right, or there are no more. One bit more halves the error of each
+    number, and divides its square, on which the divergence hangs, by four."""
+    if share <= options.share or options.bits or not bits:
+        return None
+    wanted = min(bits) + math.ceil(math.log(share / options.share, 4))
+    more = [level for level in LADDER if level > min(bits)]
+    return next((level for level in more if level >= wanted), more[-1] if more else None)
 
 
 def _measured(session: Session, weights: Weights, ids: np.ndarray, effect: Drift, bits: int) -> Measured:

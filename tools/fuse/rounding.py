@@ -2,7 +2,8 @@
 
 The weight stands on a grid already, and what an adapter adds is often less than half of a step: rounded to the same
 grid it vanishes; on a new one, all that was exact gets a new error. So a group keeps its old grid, or with k more bits
-the one in which each step of the old is 2^k, wherever that leaves less error than a range of its own.
+the one in which each step of the old is 2^k, wherever that leaves less error than a range of its own. What flows into
+the weight, where it is known, then tells how to round on it (see feedback).
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import numpy as np
 
 from ...schemes import LEGACY_BITS, pack, parts, quantize_affine
 from ...tensors import Affine, Tensor, floats, store
+from .feedback import Grid, fed_back
 
 ROWS = 1 << 20  # numbers rounded at once
-Grid = tuple[np.ndarray, np.ndarray]  # scales and biases, [rows, groups]
+Factors = list[np.ndarray] | None
 
 
 def bits_of(tensor: Tensor) -> int:
@@ -21,8 +23,9 @@ def bits_of(tensor: Tensor) -> int:
     return tensor.format.bits if isinstance(tensor.format, Affine) else LEGACY_BITS[tensor.format.kind]
 
 
-def rounded(base: Tensor, values: np.ndarray, form: Affine) -> Tensor:
-    """values [..., I] float32, which differ a little from `base`, in `form`."""
+def rounded(base: Tensor, values: np.ndarray, form: Affine, factors: Factors = None) -> Tensor:
+    """values [..., I] float32, which differ a little from `base`, in `form`. factors: see `feedback`; for a
+    matrix."""
     columns = values.shape[-1]
     flat, known = values.reshape(-1, columns), _known(base, form)
     step = max(1, ROWS // columns)
@@ -31,7 +34,7 @@ def rounded(base: Tensor, values: np.ndarray, form: Affine) -> Tensor:
         rows = slice(at, at + step)
         fresh = parts(quantize_affine(flat[rows], form.bits, form.group_size, form.dtype))
         grids = [(fresh.scales, fresh.biases), *((s[rows], b[rows]) for s, b in known)]
-        pieces.append(_on_best(flat[rows], grids, form))
+        pieces.append(_on_best(flat[rows], grids, form, factors))
     made = {name: np.concatenate([p[name] for p in pieces]) for name in pieces[0]}
     shaped = {name: part.reshape(*values.shape[:-1], -1) for name, part in made.items()}
     return Tensor(values.shape, form, shaped)
@@ -52,7 +55,7 @@ def _stored(values: np.ndarray, form: Affine) -> np.ndarray:
     return floats(store(values, form.dtype), form.dtype)
 
 
-def _on_best(values: np.ndarray, grids: list[Grid], form: Affine) -> dict[str, np.ndarray]:
+def _on_best(values: np.ndarray, grids: list[Grid], form: Affine, factors: Factors) -> dict[str, np.ndarray]:
     """Codes, scales and biases of rows [n, I], each group on the grid that leaves it the least squared error."""
     grouped = values.reshape(len(values), -1, form.group_size)
     scales, biases = grids[0]
@@ -63,7 +66,10 @@ def _on_best(values: np.ndarray, grids: list[Grid], form: Affine) -> dict[str, n
         codes = np.where(better[..., None], other, codes)
         scales, biases = np.where(better, other_scales, scales), np.where(better, other_biases, biases)
         least = np.minimum(errors, least)
-    weight = pack(codes.astype(np.uint8).reshape(values.shape), form.bits)
+    codes = codes.astype(np.uint8).reshape(values.shape)
+    if factors:
+        codes = fed_back(values, (scales, biases), form.bits, factors)
+    weight = pack(codes, form.bits)
     return {"weight": weight, "scales": store(scales, form.dtype), "biases": store(biases, form.dtype)}
 
 

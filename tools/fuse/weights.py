@@ -12,10 +12,12 @@ from ...adapters import Adapter, merged, replaced
 from ...checkpoint import Spec
 from ...errors import Unsupported
 from ...models.config import ModelConfig
+from ...models.decoder import Decoder
 from ...models.families import NameMap
 from ...models.parameters import Parameters
 from ...schemes import LEGACY_BITS, label, row, to_affine, to_dense
 from ...tensors import Affine, Blocks, Dense, Tensor, dense
+from .feedback import Inputs
 from .rounding import bits_of, rounded
 
 Format = Dense | Affine
@@ -23,10 +25,10 @@ Weighted = tuple[Adapter, float]
 
 
 class Weights:
-    """The parameters of a model with its adapters worked in: the face of `Parameters`, by our names.
+    """The parameters of a model with its adapters worked in, by our names.
 
-    touched: what an adapter changes. tied: whether the head still is the embedding. formats: what each becomes; by
-    default what it was, and GGUF's affine types MLX's.
+    touched: what an adapter changes. inputs: what flows into those, once observed. tied: whether the head still is the
+    embedding. formats: what each becomes; by default what it was, and GGUF's affine types MLX's.
     """
 
     def __init__(self, base: Parameters, config: ModelConfig, adapters: Sequence[Weighted]):
@@ -34,6 +36,8 @@ class Weights:
         self.checkpoint = base.checkpoint
         changed = [name for adapter, _ in adapters for name in (*adapter.updates, *adapter.replaced)]
         self.touched = dict.fromkeys(changed)
+        self.inputs: Inputs | None = None
+        self._made: dict[str, Tensor] = {}
         self.tied = config.tied and not self._parted()
         self.shapes = dict(base.shapes)
         if config.tied and not self.tied:
@@ -57,11 +61,21 @@ class Weights:
         return iter(self.shapes)
 
     def __getitem__(self, name: str) -> Tensor:
+        """What was rounded is kept, as long as its format stays: rounding takes time."""
+        form = self.formats[name]
+        if name in self._made and self._made[name].format == form:
+            return self._made[name]
+        made = self._make(name)
+        if name in self.touched and isinstance(form, Affine):
+            self._made[name] = made
+        return made
+
+    def _make(self, name: str) -> Tensor:
         own, form = self._own(name), self.formats[name]
         if isinstance(form, Dense):
             return to_dense(dense(self._values(name)) if name in self.touched else own, form.dtype)
         if name in self.touched or not _stands(own.format):
-            return rounded(own, self._values(name), form)
+            return rounded(own, self._values(name), form, self.inputs.factors(name) if self.inputs else None)
         return to_affine(own) if isinstance(own.format, Blocks) else own
 
     def _values(self, name: str) -> np.ndarray:
@@ -71,6 +85,11 @@ class Weights:
 
     def stored(self, name: str) -> list[str]:
         return self.base.stored("embed" if name == "head" and self.config.tied else name)
+
+    def observe(self, decoder: Decoder, ids: np.ndarray) -> None:
+        """See what flows into the touched matrices that will be rounded; from now on that tells how."""
+        names = [name for name in self.touched if self._own(name).quantized and len(self.shapes[name]) == 2]
+        self.inputs = Inputs(decoder, names, ids) if names else None
 
     # ---- choices of format
 
