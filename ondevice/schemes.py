@@ -30,17 +30,19 @@ LAYOUT = {  # kind -> one block as it lies in the file (ggml's names for the fie
     "Q4_K": np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qs", "u1", 128)]),
     "Q5_K": np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128)]),
     "Q6_K": np.dtype([("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", "<f2")]),
+    "MXFP4": np.dtype([("e", "u1"), ("qs", "u1", 16)]),
 }
 LEGACY_BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8}  # the kinds that `to_affine` takes
+CODE_BITS = LEGACY_BITS | {"Q2_K": 2, "Q3_K": 3, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6, "MXFP4": 5}  # of `k_parts`
 
 
 def block_size(kind: str) -> int:
     """Numbers in one block of `kind`."""
-    return 32 if kind in LEGACY_BITS else 256
+    return 32 if kind in LEGACY_BITS or kind == "MXFP4" else 256
 
 
 def k_group(kind: str) -> int:
-    """Numbers that share a scale in a block of a K-quant."""
+    """Numbers that share a scale in a block of a K-quant or MXFP4."""
     return 16 if kind in ("Q2_K", "Q3_K", "Q6_K") else 32
 
 
@@ -172,6 +174,26 @@ def _legacy(kind: str) -> Callable[[np.ndarray], Decoded]:
     return decode
 
 
+MXFP4_ZERO = 12  # codes are twice the eight magnitudes of a 4-bit float, plus this: whole numbers from 0 to 24
+_HALVES = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.int8)
+_MXFP4_CODES = np.concatenate([MXFP4_ZERO + _HALVES, MXFP4_ZERO - _HALVES]).astype(np.uint8)
+
+
+def _mxfp4(b: np.ndarray) -> Decoded:
+    """OCP's microscaling format: 4-bit floats (sign, two bits of exponent, one of mantissa), 32 to a power of two."""
+    half = np.ldexp(np.float32(1), b["e"].astype(np.int32) - 128)[..., None]
+    return _MXFP4_CODES[_flat(_fields(b["qs"], 4), b.shape)], half, -MXFP4_ZERO * half
+
+
+def mxfp4_blocks(codes: np.ndarray, exponents: np.ndarray) -> np.ndarray:
+    """Codes as safetensors files have them, neighbours in a byte, uint8 [..., G, 16], and their exponents [..., G] ->
+    ggml's blocks, uint8 [..., G * 17]"""
+    neighbours = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], 32)
+    blocks = np.empty(exponents.shape, LAYOUT["MXFP4"])
+    blocks["e"], blocks["qs"] = exponents, neighbours[..., :16] | neighbours[..., 16:] << 4
+    return blocks.view(np.uint8).reshape(*exponents.shape[:-1], -1)
+
+
 def _q2_k(b: np.ndarray) -> Decoded:
     codes = _fields(b["qs"].reshape(*b.shape, 2, 32), 2)
     return _flat(codes, b.shape), _f32(b["d"]) * (b["scales"] & 15), -(_f32(b["dmin"]) * (b["scales"] >> 4))
@@ -217,6 +239,7 @@ _DECODE: dict[str, Callable[[np.ndarray], Decoded]] = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    "MXFP4": _mxfp4,
 }
 
 

@@ -51,7 +51,7 @@ class Blocks:
     """One of GGUF's block types, bytes as in the file. parts: `weight` uint8 [..., O, bytes per row].
 
     `kind` is ggml's name: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 (affine: `schemes.to_affine` keeps their codes exactly) or
-    Q2_K, Q3_K, Q4_K, Q5_K, Q6_K (schemes of their own).
+    Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, MXFP4 (schemes of their own).
     """
 
     kind: str

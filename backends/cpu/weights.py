@@ -16,8 +16,8 @@ K_TILES = {  # kind -> group, what is taken from each code (None: biases are sto
     "Q4_K": (32, None),
     "Q5_K": (32, None),
     "Q6_K": (16, 32),
+    "MXFP4": (32, schemes.MXFP4_ZERO),
 }
-K_BITS = {"Q2_K": 2, "Q3_K": 3, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6}
 
 
 class NativeWeight:
@@ -58,7 +58,7 @@ def footprint(tensor: Tensor) -> Footprint:
     elif isinstance(form, Blocks) and form.kind in schemes.LEGACY_BITS:
         bits, group, width, biased = schemes.LEGACY_BITS[form.kind], 32, 2, form.kind.endswith("_1")
     elif isinstance(form, Blocks) and form.kind in K_TILES:
-        bits, (group, zero), width = K_BITS[form.kind], K_TILES[form.kind], 4
+        bits, (group, zero), width = schemes.CODE_BITS[form.kind], K_TILES[form.kind], 4
         biased = zero is None
     else:
         return numbers
@@ -92,7 +92,8 @@ def _tiles(machine: _native.Machine, tensor: Tensor) -> _native.Weight:
         parts, (group, zero) = schemes.k_parts(tensor), K_TILES[form.kind]
         codes, scales = _octets(parts.codes), _octets(parts.scales)
         biases = _octets(parts.biases) if zero is None else None
-        return machine.pack_affine(codes, 8, scales, biases, "float32", K_BITS[form.kind], group, zero or 0.0, *shape)
+        bits = schemes.CODE_BITS[form.kind]
+        return machine.pack_affine(codes, 8, scales, biases, "float32", bits, group, zero or 0.0, *shape)
     return _dense(dense(schemes.to_float(tensor)))
 
 

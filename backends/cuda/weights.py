@@ -141,7 +141,7 @@ def prepare(tensor: Tensor, dtype: torch.dtype, device: torch.device, packed: bo
         return PackedWeight(codes, scales, biases, form.bits, form.group_size)
     if form.kind in schemes.LEGACY_BITS:
         return prepare(schemes.to_affine(tensor), dtype, device, packed)
-    k, bits = schemes.k_parts(tensor), int(form.kind[1])
+    k, bits = schemes.k_parts(tensor), schemes.CODE_BITS[form.kind]
     arrays = schemes.pack(k.codes, bits).view(np.int32), k.scales, k.biases
     return PackedWeight(*(torch.from_numpy(a).to(device) for a in arrays), bits, k.group_size)
 
@@ -155,7 +155,7 @@ def footprint(tensor: Tensor, dtype: torch.dtype, packed: bool) -> int:
         return tensor.nbytes
     if form.kind in schemes.LEGACY_BITS:
         return tensor.size * schemes.LEGACY_BITS[form.kind] // 8 + tensor.size // 32 * 2 * 2
-    return tensor.size * int(form.kind[1]) // 8 + tensor.size // schemes.k_group(form.kind) * 2 * 4
+    return tensor.size * schemes.CODE_BITS[form.kind] // 8 + tensor.size // schemes.k_group(form.kind) * 2 * 4
 
 
 def stored(part: np.ndarray, dtype: str, device: torch.device) -> torch.Tensor:

@@ -109,7 +109,7 @@ def _blocks(tensor: Tensor, dtype: mx.Dtype) -> Weight:
     parts = schemes.k_parts(tensor)
     if parts.group_size < LEAST_GROUP:
         return DenseWeight(settled(mx.array(schemes.to_float(tensor)), dtype))
-    bits = int(kind[1])
+    bits = schemes.CODE_BITS[kind]
     scales, biases = (settled(mx.array(p), dtype) for p in (parts.scales, parts.biases))
     return PackedWeight(mx.array(schemes.pack(parts.codes, bits)), scales, biases, bits, parts.group_size)
 
@@ -122,7 +122,7 @@ def footprint(tensor: Tensor, dtype: mx.Dtype) -> int:
     if isinstance(form, Blocks) and form.kind in schemes.LEGACY_BITS:
         return size * schemes.LEGACY_BITS[form.kind] // 8 + size // 32 * 2 * width
     if isinstance(form, Blocks) and schemes.k_group(form.kind) >= LEAST_GROUP:
-        return size * int(form.kind[1]) // 8 + size // schemes.k_group(form.kind) * 2 * width
+        return size * schemes.CODE_BITS[form.kind] // 8 + size // schemes.k_group(form.kind) * 2 * width
     return size * width
 
 

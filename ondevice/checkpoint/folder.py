@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import BadFile, Unsupported
-from ..schemes import AFFINE_BITS
-from ..tensors import Affine, Tensor
+from ..schemes import AFFINE_BITS, mxfp4_blocks
+from ..tensors import Affine, Blocks, Tensor
 from . import safetensors
 from .files import Entry, Mapped, damaged, read_object
 
@@ -39,7 +41,30 @@ class AffineEntry:
         return Tensor(self.shape, self.format, loaded)
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Entry | AffineEntry]]:
+@dataclass(frozen=True)
+class Mxfp4Entry:
+    """Where the two parts of an MXFP4 tensor lie: codes, two neighbours to a byte, and an exponent for each 32."""
+
+    codes: Entry
+    exponents: Entry
+    shape: tuple[int, ...]
+
+    @property
+    def format(self) -> Blocks:
+        return Blocks("MXFP4")
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.exponents.nbytes
+
+    def load(self) -> Tensor:
+        """Copied: the bytes are put in the order of a GGUF's blocks."""
+        codes, exponents = (entry.load().parts["weight"] for entry in (self.codes, self.exponents))
+        codes = np.ascontiguousarray(codes).view(np.uint8).reshape(*exponents.shape, 16)
+        return Tensor(self.shape, self.format, {"weight": mxfp4_blocks(codes, exponents)})
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Entry | AffineEntry | Mxfp4Entry]]:
     """config.json and the place of every tensor.
 
     Raises BadFile for what is missing, damaged or dangerous, Unsupported for a quantization that isn't read here.
@@ -117,15 +142,21 @@ def _no_weights(path: Path) -> BadFile:
 # ------------------------------------------------------------------------------------------------ MLX's quantization
 
 
-def _join(path: Path, config: dict[str, Any], entries: dict[str, Entry]) -> dict[str, Entry | AffineEntry]:
+def _join(path: Path, config: dict[str, Any], entries: dict[str, Entry]) -> dict[str, Entry | AffineEntry | Mxfp4Entry]:
     settings = _settings(path, config)
-    joined: dict[str, Entry | AffineEntry] = {}
+    joined: dict[str, Entry | AffineEntry | Mxfp4Entry] = {}
     for name, entry in entries.items():
         module, _, part = name.rpartition(".")
         weight = entries.get(f"{module}.weight")
         packed = weight is not None and weight.format.dtype == "uint32" and f"{module}.scales" in entries
-        if not packed:
+        if name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in entries:
+            joined[name] = _mxfp4(entry, entries[f"{name.removesuffix('_blocks')}_scales"])
+        elif name.endswith("_scales") and f"{name.removesuffix('_scales')}_blocks" in entries:
+            continue
+        elif not packed:
             joined[name] = entry
+        elif part == "weight" and entries[f"{module}.scales"].format.dtype == "uint8":
+            joined[name] = _mxfp4(entry, entries[f"{module}.scales"])
         elif part == "weight":
             joined[name] = _affine(path, settings, module, entries)
         elif part not in ("scales", "biases"):
@@ -139,12 +170,20 @@ def _settings(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise damaged(path, "its quantization is not an object")
     method = settings.get("quant_method") or settings.get("mode", "affine")
-    if method != "affine":
+    if method not in ("affine", "mxfp4"):
         raise Unsupported(
             f"{path.parent} is quantized with {method!r:.40}, which is not read here.",
-            "Get the original weights, an MLX version (affine) or a GGUF.",
+            "Get the original weights, an MLX version (affine or mxfp4) or a GGUF.",
         )
     return settings
+
+
+def _mxfp4(codes: Entry, exponents: Entry) -> Mxfp4Entry:
+    *rows, groups = exponents.shape or (0,)
+    if exponents.format.dtype != "uint8" or codes.nbytes != 16 * exponents.nbytes or not groups:
+        shapes = f"codes {list(codes.shape)}, exponents {list(exponents.shape)}"
+        raise damaged(codes.file.path, f"a tensor in MXFP4 does not fit: {shapes}")
+    return Mxfp4Entry(codes, exponents, (*rows, 32 * groups))
 
 
 def _affine(path: Path, settings: dict[str, Any], module: str, entries: dict[str, Entry]) -> AffineEntry:

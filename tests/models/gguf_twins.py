@@ -16,6 +16,7 @@ import twins
 ARCHITECTURES = {  # model type -> llama.cpp's name, where they differ
     "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "qwen2_moe": "qwen2moe", "mixtral": "llama", "mistral": "llama",
     "gpt_neox": "gptneox", "cohere": "command-r", "olmo3": "olmo2", "granitemoeshared": "granitemoe",
+    "gpt_oss": "gpt-oss",
 }  # fmt: skip
 PERMUTED = ("llama", "smollm3", "granite", "granitemoe")  # q and k as Llama's
 GRANITE = {
@@ -38,6 +39,7 @@ KEYS = {  # architecture -> its own metadata: an attribute of the config -> the 
     "granitemoe": GRANITE | {"shared_intermediate_size": "expert_shared_feed_forward_length"},
     "olmo2": {"sliding_window": "attention.sliding_window"},
     "phi3": {"sliding_window": "attention.sliding_window"},
+    "gpt-oss": {"sliding_window": "attention.sliding_window", "intermediate_size": "expert_feed_forward_length"},
     "qwen2moe": {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"},
 }
 
@@ -133,6 +135,8 @@ def _tensors(twin: Any, architecture: str) -> dict[str, np.ndarray]:
         expert = re.search(r"experts\.(\d+)\.", name)
         if expert:
             experts.setdefault(_rename(name.replace(expert[0], "experts."), architecture), []).append(values)
+        elif ".experts." in name and architecture == "gpt-oss":
+            found |= _clamped_experts(name, values)
         elif "input_linear" in name:
             gate, up = np.split(values, 2, axis=-2)
             module = name.replace("block_sparse_moe.input_linear", "mlp.experts.{}_proj")
@@ -140,9 +144,22 @@ def _tensors(twin: Any, architecture: str) -> dict[str, np.ndarray]:
             found[_rename(module.format("gate"), "qwen2moe")] = gate
             found[_rename(module.format("up"), "qwen2moe")] = up
         else:
-            found[_rename(name, architecture)] = _arranged(name, values, config, architecture)
+            renamed = _rename(name, architecture) + (".weight" if name.endswith("sinks") else "")
+            found[renamed] = _arranged(name, values, config, architecture)
     found |= {name: np.stack(values) for name, values in experts.items()}
     return found | _factors(config, architecture)
+
+
+def _clamped_experts(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+    """gpt-oss's: gate and up in turn, matrices transposed, biases beside them."""
+    module, _, part = name.rpartition(".")
+    bias = part.endswith("_bias")
+    values = values if bias else np.ascontiguousarray(values.swapaxes(-1, -2))
+    parts = {"down": values}
+    if part.startswith("gate_up"):
+        parts = {"gate": values[:, ::2], "up": values[:, 1::2]}
+    suffix = "bias" if bias else "weight"
+    return {_rename(f"{module}.{kind}_proj.{suffix}", "qwen2moe"): np.ascontiguousarray(v) for kind, v in parts.items()}
 
 
 def _arranged(name: str, values: np.ndarray, config: Any, architecture: str) -> np.ndarray:

@@ -44,6 +44,7 @@ FILES = {
     "mixtral": ("mixtral", {}),
     "qwen2_moe": ("qwen2_moe", {}),
     "olmoe": ("olmoe", {}),
+    "gpt_oss": ("gpt_oss-yarn", {}),
     "granitemoe": ("granitemoe", {}),
     "granitemoe-shared": ("granitemoe-shared", {}),
 }  # fmt: skip

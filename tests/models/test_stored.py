@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import gguf
 import gguf_twins
 import numpy as np
 import pytest
 import twins
+from safetensors.numpy import save_file
 
 from ondevice.checkpoint import Spec, open_checkpoint, write_folder
 from ondevice.schemes import quantize_affine, to_float
-from ondevice.tensors import dense
+from ondevice.tensors import Blocks, dense
 from ondevice.testing.family import check_family
 
 pytest.importorskip("transformers")
@@ -90,3 +93,55 @@ def test_gguf_blocks(name, backend, tmp_path):
     kinds = {"attn_q.weight": "Q8_0", "attn_k.weight": "Q5_1", "token_embd.weight": "Q8_0", "weight": "Q4_1"}
     gguf_twins.write(path, twin, kinds)
     check_family(path, gguf_twins.as_quantized(twin, kinds), backend)
+
+
+MXFP4 = gguf.GGMLQuantizationType.MXFP4
+
+
+def in_mxfp4(twin: Any) -> tuple[Any, dict[str, np.ndarray]]:
+    """A gpt-oss with the experts that MXFP4 makes of its own, and its tensors as they are published."""
+    tensors = twins.saved(twin)
+    stored = dict(tensors)
+    for name, values in tensors.items():
+        if not name.endswith(("gate_up_proj", "down_proj")) or values.ndim != 3:
+            continue
+        blocks = gguf.quants.quantize(np.ascontiguousarray(values.swapaxes(1, 2)), MXFP4)
+        tensors[name] = np.ascontiguousarray(gguf.quants.dequantize(blocks, MXFP4).swapaxes(1, 2))
+        split = blocks.reshape(*blocks.shape[:-1], -1, 17)
+        codes = np.concatenate([split[..., 1:] & 15, split[..., 1:] >> 4], axis=-1)  # in their order
+        stored[f"{name}_blocks"] = codes[..., ::2] | codes[..., 1::2] << 4
+        stored[f"{name}_scales"] = np.ascontiguousarray(split[..., 0])
+        del stored[name]
+    return twins.with_tensors(twin, tensors), stored
+
+
+@pytest.fixture
+def published(tmp_path) -> tuple[Any, Path]:
+    """A tiny gpt-oss as OpenAI published it: experts in codes of four bits."""
+    twin, stored = in_mxfp4(twins.make("gpt_oss", hidden_size=64, intermediate_size=64))
+    folder = tmp_path / "published"
+    twin.save_pretrained(folder)
+    save_file(stored, folder / "model.safetensors")
+    place = folder / "config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}))
+    return twin, folder
+
+
+def test_mxfp4(published, backend):
+    twin, folder = published
+    check_family(folder, twin, backend)
+
+
+def test_mxfp4_in_a_gguf(published, tmp_path):
+    gguf_twins.write(tmp_path / "twin.gguf", published[0], {"exps.weight": "MXFP4"})
+    with open_checkpoint(tmp_path / "twin.gguf") as checkpoint:
+        assert checkpoint["blk.1.ffn_up_exps.weight"].format == Blocks("MXFP4")
+    check_family(tmp_path / "twin.gguf", published[0])
+
+
+def test_mxfp4_made_by_mlx_lm(published, tmp_path):
+    utils = pytest.importorskip("mlx_lm.utils")
+    model, config = utils.load_model(published[1])
+    utils.save_model(tmp_path / "saved", model)
+    utils.save_config(config, tmp_path / "saved" / "config.json")
+    check_family(tmp_path / "saved", published[0])

@@ -55,6 +55,8 @@ def random_blocks(random: np.random.Generator, kind: str, shape: tuple[int, ...]
     """Blocks with every bit random, but scales such that the numbers are about `size`: uint8 [..., bytes a row]."""
     octets = random.integers(0, 256, (*shape[:-1], schemes.row_bytes(kind, shape[-1])), dtype=np.uint8)
     blocks = octets.view(schemes.LAYOUT[kind])
+    if kind == "MXFP4":
+        blocks["e"] = 126 + random.integers(0, 2, blocks.shape, dtype=np.uint8)  # numbers of up to 3 and 6
     for name in {"d", "m", "dmin"} & set(blocks.dtype.names):
         blocks[name] = random.standard_normal(blocks.shape).astype(np.float16)
     spread = float(np.std(schemes.to_float(Tensor(shape, Blocks(kind), {"weight": octets}))))
