@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .adapter import Adapter, LowRank
 from .attaching import Weighted, loras, replaced
+from .averaging import averaged, stacked
 from .folders import adapter_format, base_of, read_adapter, write_adapter
 from .merging import merged
 from .modules import Modules
@@ -14,10 +15,12 @@ __all__ = [
     "Modules",
     "Weighted",
     "adapter_format",
+    "averaged",
     "base_of",
     "loras",
     "merged",
     "read_adapter",
     "replaced",
+    "stacked",
     "write_adapter",
 ]

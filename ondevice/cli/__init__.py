@@ -25,6 +25,7 @@ COMMANDS = {  # name -> one line of help; the module of the same name holds `com
     "quantize": "A model in fewer bits.",
     "prune": "A model with less in it: tokens, layers, channels, heads, experts, weights.",
     "lora-train": "Teach a model from examples.",
+    "average": "Several adapters into one, as in federated learning.",
     "fuse": "Work an adapter into its model.",
     "inspect": "What a model is made of, and what it needs.",
     "explain": "How a model reads a text, and what it says next.",
