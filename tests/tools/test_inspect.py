@@ -90,14 +90,14 @@ def test_components(name, wanted):
     assert component(name) == wanted
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "phi3", "gpt2", "lfm2", "qwen3_5"])
 def test_lora_trains_what_peft_says(name):
     peft = pytest.importorskip("peft")
     twin = twins.make(name)
     found = from_config(twin.config.to_dict()).lora(rank=5)
     adapted = peft.get_peft_model(twin, peft.LoraConfig(r=5, target_modules="all-linear"))
     assert found["all linear"] == adapted.get_nb_trainable_parameters()[0]
-    attention = [n for n, p in adapted.named_parameters() if "lora" in n and "attn" in n]
+    attention = [n for n, p in adapted.named_parameters() if "lora" in n and ".linear_attn." not in n and "attn." in n]
     assert found["attention"] == sum(adapted.get_parameter(n).numel() for n in attention)
     assert set(found) == {"attention", "all linear"}
 

@@ -96,6 +96,7 @@ class Anatomy:
         """What LoRA of this rank trains: two thin matrices [rank, in] and [out, rank] beside each one that is adapted
         (Hu et al. 2021), for the usual choices of matrices. Embeddings, head and routers stay as they are."""
         matrices = [p for p in self.parts if p.layer is not None and len(p.shape) > 1 and not p.bias]
+        matrices = [p for p in matrices if not p.name.endswith(".taps")]  # a convolution's kernels
         counts = {p.name: math.prod(p.shape[:-2]) * rank * sum(p.shape[-2:]) for p in matrices}
         chosen = {"attention": [], "all linear": [], "experts too": []}
         for p in matrices:
