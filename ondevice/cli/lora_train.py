@@ -43,7 +43,7 @@ def settings_options(command: Callable) -> Callable:
 
 @click.command("lora-train")
 @model_argument
-@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("data")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The adapter's folder, made by this.")
 @settings_options
 @click.option("--teacher", metavar="MODEL", help="Whom to imitate, with --objective distill.")
@@ -59,8 +59,9 @@ def command(
     model, data, out, teacher, initial, from_scratch, resume, save_every, save_minutes, memory, backend, exact, threads,
     as_json, **options,
 ):  # fmt: skip
-    """Teach MODEL what stands in DATA: a JSONL file, or a folder with train.jsonl, valid.jsonl and test.jsonl. Lines
-    are {"messages": […]}, {"prompt": …, "completion": …}, {"text": …}, or {"prompt": …, "chosen": …, "rejected": …}.
+    """Teach MODEL what stands in DATA: a JSONL file, a folder with train.jsonl, valid.jsonl and test.jsonl, or a
+    Hugging Face dataset (hf:OWNER/NAME). Lines are {"messages": […]}, {"prompt": …, "completion": …}, {"text": …}, or
+    {"prompt": …, "chosen": …, "rejected": …}.
 
     Writes an adapter (with --method full: a model) that chat, generate, eval and fuse take, in PEFT's format."""
     from ..runtime.session import open_session

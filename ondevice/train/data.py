@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .. import noise
-from ..errors import BadFile, BadOption, OnDeviceError
+from ..errors import BadFile, OnDeviceError
 from ..runtime.session import Session
 from . import encode
 from .encode import Encoded
+from .sources import Line, find
 
-SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
 MOST_HELD_OUT = 256  # examples: a validation should cost little against the steps between two of them
 
 
@@ -60,35 +60,17 @@ def load_data(
     path: str | Path, session: Session, max_length: int, preference: bool = False, validation: float = 0.05,
     seed: int = 0, progress: Callable[[int], None] = lambda lines: None,
 ) -> Data:  # fmt: skip
-    """A JSONL file, or a folder with train.jsonl and, if there, valid.jsonl and test.jsonl.
+    """Examples from what `sources.find` finds at `path`.
 
     `progress` hears how many lines have been read. Raises BadFile, naming file and line, for what cannot be learnt
     from, and BadOption where there is nothing at all.
     """
-    files = find_files(Path(path))
     reader = _Reader(session, max_length, preference, progress)
-    splits = {name: [e for file in found for e in reader.read(file)] for name, found in files.items()}
+    splits = {split: [*reader.read(lines)] for split, lines in find(path).items()}
     if not splits["train"]:
         raise BadFile(f"{path} holds no example to learn from.", _nothing_left(reader))
     data = Data(**splits, truncated=reader.truncated, dropped=reader.dropped, digest=reader.digest.hexdigest())
     return data if data.valid else _hold_out(data, validation, seed)
-
-
-def find_files(path: Path) -> dict[str, list[Path]]:
-    """Split -> its files. Raises BadOption where there is no training data."""
-    if path.is_file():
-        return {"train": [path], "valid": [], "test": []}
-    if not path.is_dir():
-        raise BadOption(f"There is no data at {path}.", "Give a JSONL file, or a folder with train.jsonl.")
-    found = {split: _first(path, names) for split, names in SPLITS.items()}
-    if not found["train"]:
-        there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-        raise BadOption(f"{path} has no train.jsonl; there is: {there}.", "Name a file, or add train.jsonl.")
-    return found
-
-
-def _first(folder: Path, names: Sequence[str]) -> list[Path]:
-    return [folder / f"{name}.jsonl" for name in names if (folder / f"{name}.jsonl").is_file()][:1]
 
 
 def _nothing_left(reader: _Reader) -> str:
@@ -117,9 +99,11 @@ class _Reader:
         self.truncated = self.dropped = self.lines = 0
         self.digest = hashlib.sha256()
 
-    def read(self, path: Path) -> Iterator[Example]:
-        for number, line in self._lines(path):
-            source = f"{path}:{number}"
+    def read(self, lines: Iterable[Line]) -> Iterator[Example]:
+        for source, line in lines:
+            self.digest.update(line.strip() + b"\n")
+            self.lines += 1
+            self.progress(self.lines)
             for sequences in self._encoded(line, source):
                 cut = tuple(s.cut(self.max_length) for s in sequences)
                 self.truncated += any(s.length > self.max_length for s in sequences)
@@ -127,18 +111,6 @@ class _Reader:
                     yield Example(cut, source)
                 else:
                     self.dropped += 1
-
-    def _lines(self, path: Path) -> Iterator[tuple[int, bytes]]:
-        try:
-            with open(path, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    self.digest.update(line)
-                    self.lines += 1
-                    self.progress(self.lines)
-                    if line.strip():
-                        yield number, line
-        except OSError as error:
-            raise BadFile(f"{path} cannot be read: {error.strerror or error}.", "Check the path.") from None
         self.digest.update(b"\0")
 
     def _encoded(self, line: bytes, source: str) -> list[tuple[Encoded, ...]]:

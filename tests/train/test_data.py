@@ -242,3 +242,23 @@ def test_packed_losses_are_those_apart(session, data_file):
     packed = learner.losses({}, make_batch(data.train, [row]))
     apart = np.concatenate([learner.losses({}, b) for b in batches_of(data.train, [[i] for i in row], 1)])
     np.testing.assert_allclose(packed, apart, atol=2e-5)
+
+
+def test_hugging_face_datasets(session, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    splits = {"train": sums(3), "validation": sums(2)}
+    saved = datasets.DatasetDict({name: datasets.Dataset.from_list(lines) for name, lines in splits.items()})
+    saved.save_to_disk(tmp_path / "saved")
+    data = load_data(tmp_path / "saved", session, 64)
+    assert (len(data.train), len(data.valid), data.held_out) == (9, 4, False)
+    assert data.train[3].source == f"{tmp_path / 'saved'}[train]:4"
+    same = load_data(write_lines(tmp_path / "same.jsonl", sums(3)), session, 64, validation=0)
+    assert all((a.sequences[0].ids == b.sequences[0].ids).all() for a, b in zip(data.train, same.train, strict=True))
+
+
+def test_datasets_without_the_package(session, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(OnDeviceError, match="need the package datasets"):
+        load_data("hf:owner/name", session, 64)
