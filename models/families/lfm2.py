@@ -9,7 +9,7 @@ from ...backends.base import RouteRule
 from ..config import ConvolutionConfig, ModelConfig, plain_mlp, routed
 from ..fields import flag, head_dim, layer_count, number, several, whole
 from ..ropes import rope
-from . import LLAMA, Family, experts
+from . import LLAMA, Family, Gguf, experts, gguf
 
 OWN = {
     "norm": "model.embedding_norm.weight",
@@ -63,4 +63,27 @@ def _hidden(hf: Mapping) -> int:
     return multiple * -(-hidden // multiple)
 
 
-lfm2 = Family("lfm2", model_types=("lfm2", "lfm2_moe"), config=config, names=NAMES, models="LFM2, LFM2-MoE")
+KEYS = {"conv_L_cache": "shortconv.l_cache"}
+GGUF_NAMES = gguf.NAMES | {
+    "norm": "token_embd_norm.weight",
+    "layers.{i}.conv.in": "blk.{i}.shortconv.in_proj.weight",
+    "layers.{i}.conv.taps": "blk.{i}.shortconv.conv.weight",
+    "layers.{i}.conv.out": "blk.{i}.shortconv.out_proj.weight",
+}
+
+
+def _from_gguf(metadata: Mapping, checkpoint) -> dict:
+    """Which layers attend, its key heads say: none where there is a convolution."""
+    hf = gguf.config(metadata, checkpoint, "lfm2", "Lfm2ForCausalLM", keys=KEYS, block_auto_adjust_ff_dim=False)
+    heads = several(hf, "num_key_value_heads", int)
+    kinds = ["full_attention" if n else "conv" for n in heads]
+    return hf | {
+        "norm_eps": hf.get("rms_norm_eps"), "layer_types": kinds, "num_key_value_heads": max(heads, default=None),
+        "conv_bias": "blk.0.shortconv.in_proj.bias" in checkpoint,
+    }  # fmt: skip
+
+
+lfm2 = Family(
+    "lfm2", model_types=("lfm2", "lfm2_moe"), config=config, names=NAMES,
+    gguf=Gguf("lfm2", GGUF_NAMES, _from_gguf, keys=KEYS), models="LFM2, LFM2-MoE",
+)  # fmt: skip

@@ -37,6 +37,7 @@ KEYS = {  # architecture -> its own metadata: an attribute of the config -> the 
     "gptneox": {"use_parallel_residual": "use_parallel_residual"},
     "granite": GRANITE,
     "granitemoe": GRANITE | {"shared_intermediate_size": "expert_shared_feed_forward_length"},
+    "lfm2": {"conv_L_cache": "shortconv.l_cache"},
     "olmo2": {"sliding_window": "attention.sliding_window"},
     "phi3": {"sliding_window": "attention.sliding_window"},
     "gpt-oss": {"sliding_window": "attention.sliding_window", "intermediate_size": "expert_feed_forward_length"},
@@ -88,14 +89,18 @@ def _metadata(writer: gguf.GGUFWriter, config: Any, architecture: str) -> None:
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     inner = getattr(config, "n_inner", None) or 4 * config.hidden_size
-    writer.add_feed_forward_length(inner if architecture == "gpt2" else config.intermediate_size)
+    if architecture == "lfm2":
+        inner = config.block_multiple_of * -(-(2 * config.intermediate_size // 3) // config.block_multiple_of)
+    writer.add_feed_forward_length(inner if architecture in ("gpt2", "lfm2") else config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     if architecture not in ("gpt2", "gptneox"):
-        writer.add_head_count_kv(config.num_key_value_heads)
+        kinds = getattr(config, "layer_types", None) or []
+        attends = [config.num_key_value_heads * (kind != "conv") for kind in kinds]
+        writer.add_head_count_kv(attends if "conv" in kinds else config.num_key_value_heads)
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     writer.add_context_length(config.max_position_embeddings)
-    if eps := getattr(config, "rms_norm_eps", None):
+    if eps := getattr(config, "rms_norm_eps", None) or getattr(config, "norm_eps", None):
         writer.add_layer_norm_rms_eps(eps)
     for name in ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"):
         if eps := getattr(config, name, None):
@@ -173,7 +178,7 @@ def _arranged(name: str, values: np.ndarray, config: Any, architecture: str) -> 
         return np.ascontiguousarray(values.T)
     if "query_key_value" in name:
         return values.reshape(config.num_attention_heads, 3, -1, *values.shape[1:]).swapaxes(0, 1).reshape(values.shape)
-    return values[0] if name.endswith("shared_expert_gate.weight") else values
+    return values[0] if name.endswith("shared_expert_gate.weight") else values.squeeze()  # a convolution's kernels
 
 
 def _factors(config: Any, architecture: str) -> dict[str, np.ndarray]:

@@ -41,6 +41,8 @@ FILES = {
     "cohere": ("cohere", {}),
     "cohere2": ("cohere2", {}),
     "glm4": ("glm4", {}),
+    "lfm2": ("lfm2", {}),
+    "lfm2-biases": ("lfm2-biases", {}),
     "mixtral": ("mixtral", {}),
     "qwen2_moe": ("qwen2_moe", {}),
     "olmoe": ("olmoe", {}),

@@ -50,7 +50,7 @@ def contents(path):
 LLAMA3 = twins.LLAMA3 | {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
 TWINS = {
     "llama": {}, "llama-biases": {}, "llama-linear": {}, "llama-rope3": {"rope_parameters": LLAMA3}, "qwen3": {},
-    "qwen3_moe": {}, "gemma3": {"num_hidden_layers": 7, "sliding_window_pattern": 6, "query_pre_attn_scalar": 8},
+    "qwen3_moe": {}, "lfm2": {}, "gemma3": {"num_hidden_layers": 7, "sliding_window_pattern": 6, "query_pre_attn_scalar": 8},
 }  # fmt: skip
 
 

@@ -36,7 +36,10 @@ KEPT = ("general.", "tokenizer.")  # keys that another GGUF's metadata hand on
 
 def architecture_keys(family: Family, config: ModelConfig, hf: Mapping) -> dict[str, Any]:
     """The keys behind the architecture's name, with it. hf: the config.json."""
-    attention = next(layer.mixer for layer in config.layers if isinstance(layer.mixer, AttentionConfig))
+    mixers = [layer.mixer for layer in config.layers]
+    attention = next(mixer for mixer in mixers if isinstance(mixer, AttentionConfig))
+    everywhere = all(isinstance(mixer, AttentionConfig) for mixer in mixers)
+    kv_heads = [mixer.kv_heads if isinstance(mixer, AttentionConfig) else 0 for mixer in mixers]
     keys = {**gguf.KEYS, **family.gguf.keys}
     known = {key: hf[name] for name, key in keys.items() if hf.get(name) is not None and name != "head_dim"}
     known |= {
@@ -44,7 +47,7 @@ def architecture_keys(family: Family, config: ModelConfig, hf: Mapping) -> dict[
         "embedding_length": config.width,
         "block_count": len(config.layers),
         "attention.head_count": attention.heads,
-        "attention.head_count_kv": attention.kv_heads,
+        "attention.head_count_kv": attention.kv_heads if everywhere else kv_heads,
         f"attention.layer_norm_{'rms_' if config.norm == 'rms' else ''}epsilon": config.norm_eps,
         "vocab_size": config.vocab,
     }
