@@ -136,6 +136,8 @@ class HostCache(Cache):
 class NumpyKernels(NumpyRecurrence, NumpyGradients):
     """The operations on ndarrays of `dtype` (float32; float64 to check gradients) and HostWeights."""
 
+    differentiating = False  # set by the tape: results are wanted as exactly as gradients need them
+
     def __init__(self, dtype: str = "float32"):
         self.dtype = np.dtype(dtype)
 
@@ -192,6 +194,11 @@ class NumpyKernels(NumpyRecurrence, NumpyGradients):
         w = self.values(weight)
         y = (x.reshape(-1, x.shape[-1]) @ w.T).reshape(*x.shape[:-1], w.shape[0])
         return y if bias is None else y + self.values(bias)
+
+    def adapted_linear(
+        self, x: np.ndarray, weight: Any, bias: Any, down: np.ndarray, up: np.ndarray, scale: float
+    ) -> np.ndarray:
+        return self.linear(x, weight, bias) + self.linear(self.linear(x, down), up) * scale
 
     # ---- norms and functions of one number
 

@@ -22,6 +22,25 @@ Gradients = tuple[np.ndarray | None, ...]
 class NumpyGradients:
     """A mixin of NumpyKernels."""
 
+    # By operation: which of its inputs' numbers the gradient of each input reads. The tape lets go of the others; of
+    # operations that are not listed it keeps all.
+    READS: dict[str, tuple[tuple[int, ...], ...]] = {
+        "add": ((), ()),
+        "mul": ((1,), (0,)),
+        "reshape": ((),),
+        "sum": ((),),
+        "take": ((),),
+        "piece": ((),),
+        "embed": ((),),
+        "linear": ((1,), (0,), ()),
+        "adapted_linear": ((1, 3, 4), (0,), (), (0, 4), (0, 3)),
+        "rope": ((),),
+        "dropout": ((),),
+    }
+
+    def accumulate(self, into: np.ndarray, more: np.ndarray) -> None:
+        np.add(into, more, out=into)
+
     # ---- arithmetic and views
 
     def add_vjp(self, grad: np.ndarray, need: Need, a: np.ndarray, b: np.ndarray | float) -> Gradients:
@@ -54,10 +73,19 @@ class NumpyGradients:
         w = self.values(weight)
         rows = grad.reshape(-1, w.shape[0])
         return (
-            (rows @ w).reshape(x.shape) if need[0] else None,
+            (rows @ w).reshape(*grad.shape[:-1], w.shape[1]) if need[0] else None,
             rows.T @ x.reshape(-1, w.shape[1]) if need[1] else None,
             rows.sum(axis=0) if need[2] else None,
         )
+
+    def adapted_linear_vjp(
+        self, grad: np.ndarray, need: Need, x: np.ndarray, weight: Any, bias: Any, down: Any, up: Any, scale: float
+    ) -> Gradients:
+        to_x, to_weight, to_bias = self.linear_vjp(grad, need[:3], x, weight, bias)
+        low = self.linear(x, down) if need[4] else None
+        to_low, to_up, _ = self.linear_vjp(grad * scale, (need[0] or need[3], need[4], False), low, up, None)
+        through, to_down, _ = self.linear_vjp(to_low, (need[0], need[3], False), x, down, None)
+        return to_x + through if need[0] else None, to_weight, to_bias, to_down, to_up
 
     # ---- norms and functions of one number
 
@@ -216,7 +244,10 @@ class NumpyGradients:
 def _scatter(grad: np.ndarray, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Zeros of `shape`, with each of grad's rows added where it was taken from."""
     out = np.zeros(shape, grad.dtype)
-    np.add.at(out, rows, grad)
+    if rows.ndim == 1 and len(np.unique(rows)) == len(rows):
+        out[rows] = grad
+    else:
+        np.add.at(out, rows, grad)
     return out
 
 

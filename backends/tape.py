@@ -32,15 +32,27 @@ from .base import (
 class Node:
     """One recorded result: where its gradient gathers, and how it flows back to the nodes it came from."""
 
-    __slots__ = ("grad", "parents", "pull")
+    __slots__ = ("grad", "own", "parents", "pull")
 
     def __init__(self, parents: Sequence[Node | None] = (), pull: Callable | None = None):
         self.grad: np.ndarray | None = None
+        self.own = False  # whether grad is nobody else's: the first to arrive may be shared, their sum is not
         self.parents = parents
         self.pull = pull
 
-    def receive(self, grad: np.ndarray) -> None:
-        self.grad = grad if self.grad is None else self.grad + grad  # never in place: gradients share buffers
+    def leave(self) -> tuple[Sequence[Node | None], Callable, np.ndarray | None]:
+        """What is known here, let go of: results that are still held hold nodes, and these all that came before."""
+        known = self.parents, self.pull, self.grad
+        self.parents, self.pull, self.grad = (), None, None
+        return known
+
+    def receive(self, grad: np.ndarray, kernels: Any) -> None:
+        if self.grad is None:
+            self.grad = grad
+        elif self.own:
+            kernels.accumulate(self.grad, grad)
+        else:
+            self.grad, self.own = kernels.add(self.grad, grad), True
 
 
 class Array:
@@ -106,8 +118,16 @@ class TapedBackend(Backend):
         need = tuple(parent is not None for parent in parents)
         if not any(need):
             return Array(self, result)
-        vjp = getattr(self.kernels, op + "_vjp")
-        return self._push(result, parents, lambda grad: vjp(grad, need, *raw, *rest))
+        vjp, kept = getattr(self.kernels, op + "_vjp"), self._kept(op, raw, need)
+        return self._push(result, parents, lambda grad: vjp(grad, need, *kept, *rest))
+
+    def _kept(self, op: str, raw: list, need: tuple[bool, ...]) -> list:
+        """What the backward pass will read of an operation's inputs; of other arrays nothing stays but the shape."""
+        reads = self.kernels.READS.get(op)
+        if reads is None:
+            return raw
+        wanted = {i for which, asked in zip(reads, need, strict=True) if asked for i in which}
+        return [_shape_of(r) if type(r) is np.ndarray and i not in wanted else r for i, r in enumerate(raw)]
 
     def _push(self, result: np.ndarray, parents: Sequence[Node | None], pull: Callable) -> Array:
         node = Node(parents, pull)
@@ -147,6 +167,9 @@ class TapedBackend(Backend):
 
     def linear(self, x: A, weight: W, bias: W | None = None) -> A:
         return self._call("linear", (x, weight, bias))
+
+    def adapted_linear(self, x: A, weight: W, bias: W | None, down: W, up: W, scale: float) -> A:
+        return self._call("adapted_linear", (x, weight, bias, down, up), scale)
 
     def rms_norm(self, x: A, gain: W, eps: float, offset: float = 0.0) -> A:
         return self._call("rms_norm", (x, gain), eps, offset)
@@ -242,9 +265,9 @@ class TapedBackend(Backend):
     def value_and_grad(self, fn: Callable) -> Callable:
         def differentiated(params: Mapping[str, Array], *arrays: Any):
             leaves = {name: Array(self, p.data, Node()) for name, p in params.items()}
-            with self._recording() as tape:
+            with self._recording() as tape, self._differentiating():
                 loss, aux = fn(leaves, *arrays)
-            _backward(tape, loss, np.ones_like(loss.data))
+                self._backward(tape, loss, np.ones_like(loss.data))
             return (Array(self, loss.data), aux), {name: self._gradient(leaf) for name, leaf in leaves.items()}
 
         return differentiated
@@ -259,16 +282,23 @@ class TapedBackend(Backend):
             def run(values: list) -> Array:
                 return fn(dict(zip(names, values, strict=False)), *values[len(names) :])
 
-            def pull(grad: np.ndarray) -> list[np.ndarray | None]:
+            def pull(grad: np.ndarray | None) -> tuple[np.ndarray, list[np.ndarray | None]]:
+                """The result; and gradients, where the result is one number also before its own is known."""
                 leaves = [Array(self, r.data, Node()) if p else r for r, p in zip(raw, parents, strict=True)]
                 with self._recording() as tape:
                     again = run(leaves)
-                _backward(tape, again, grad)
-                return [leaf.node.grad if parent else None for leaf, parent in zip(leaves, parents, strict=True)]
+                    if grad is None and again.data.size == 1:
+                        grad = np.ones_like(again.data)
+                    if grad is not None:
+                        self._backward(tape, again, grad)
+                return again.data, [leaf.node.grad if p else None for leaf, p in zip(leaves, parents, strict=True)]
 
-            with self._recording(False):
-                result = run(raw)
-            return self._push(result.data, parents, pull) if self._tape is not None and any(parents) else result
+            if self._tape is None or not any(parents):
+                return run(raw)
+            result, slopes = pull(None)
+            if result.size == 1:  # its gradient is a multiple of these: nothing has to be computed again
+                return self._push(result, parents, lambda grad: [s if s is None else s * grad for s in slopes])
+            return self._push(result, parents, lambda grad: pull(grad)[1])
 
         return rematerialised
 
@@ -296,15 +326,27 @@ class TapedBackend(Backend):
         finally:
             self._tape = outer
 
+    @contextmanager
+    def _differentiating(self):
+        outer, self.kernels.differentiating = self.kernels.differentiating, True
+        try:
+            yield
+        finally:
+            self.kernels.differentiating = outer
 
-def _backward(tape: list[Node], result: Array, grad: np.ndarray) -> None:
-    """Send `grad` back from `result` to the leaves; the tape is emptied on the way, so that buffers go early."""
-    if result.node is not None:
-        result.node.receive(grad)
-    while tape:
-        node = tape.pop()
-        if node.grad is None:
-            continue
-        for parent, share in zip(node.parents, node.pull(node.grad), strict=True):
-            if parent is not None and share is not None:
-                parent.receive(share)
+    def _backward(self, tape: list[Node], result: Array, grad: np.ndarray) -> None:
+        """Send `grad` back from `result` to the leaves; the tape is emptied on the way, so that buffers go early."""
+        if result.node is not None:
+            result.node.receive(grad, self.kernels)
+        while tape:
+            parents, pull, grad = tape.pop().leave()
+            if grad is None:
+                continue
+            for parent, share in zip(parents, pull(grad), strict=True):
+                if parent is not None and share is not None:
+                    parent.receive(share, self.kernels)
+
+
+def _shape_of(a: np.ndarray) -> np.ndarray:
+    """An array of the same shape that takes no memory."""
+    return np.broadcast_to(np.zeros((), a.dtype), a.shape)

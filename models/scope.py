@@ -43,6 +43,11 @@ class Lora:
     gains: Gains | None = None
     dropout: Callable[[A], A] | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether this is LoRA and nothing more."""
+        return self.magnitude is None and self.gains is None and self.dropout is None
+
 
 @dataclass(frozen=True)
 class Scope:
@@ -90,9 +95,12 @@ class Scope:
     def linear(self, name: str, x: A, weight: str | None = None) -> A:
         """weight: another's, where it is shared (a head that is the embedding); the adapters are those of `name`."""
         self.tap(f"{name}.input", x)
-        w = self.weight(weight or name)
+        w, adapters = self.weight(weight or name), self.adapters(name)
+        if len(adapters) == 1 and adapters[0].plain:
+            a = adapters[0]
+            return self.ops.adapted_linear(x, w, self.bias(name), a.down, a.up, a.scale)
         base = y = self.ops.linear(x, w, self.bias(name))
-        for a in self.adapters(name):
+        for a in adapters:
             h = self.ops.linear(a.dropout(x) if a.dropout else x, a.down)
             z = self.ops.linear(_scaled(h, a), a.up)
             y = y + self._change(base, z, a.gains or self._gains(w, a))

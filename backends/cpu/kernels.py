@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,13 @@ from ..base import AttentionSpec, RouteRule, SamplingParams, Step
 from ..numerics import activation
 from ..reference import NumpyKernels
 from . import _native
+from .arguments import ACTIVATIONS, native_mask, native_step
+from .gradients import NativeGradients
 from .recording import NotRecordable, Recording
 from .weights import NativeWeight, native_array, numbers
 
-KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "clamp", "clamped_swish")  # as in kernels.h
-ACTIVATIONS = {kind: i for i, kind in enumerate(KINDS)}
 
-
-class NativeKernels(NumpyKernels):
+class NativeKernels(NativeGradients, NumpyKernels):
     """Arrays are contiguous float32; anything else is copied on the way in. `recording`: calls are written down there
     instead of being made."""
 
@@ -42,7 +40,7 @@ class NativeKernels(NumpyKernels):
     def call(self, kernel: Callable, *arguments: Any, shape: Sequence[int], ids: bool = False) -> np.ndarray:
         """kernel(*arguments, out), out a new array of `shape`: float32, or int32 if they are `ids`."""
         if self.recording is None:
-            out = np.empty(shape, np.int32 if ids else np.float32)
+            out = np.empty(shape, np.int32) if ids else self.empty(shape)
             kernel(*arguments, out)
             return out
         plan = self.recording.plan
@@ -50,6 +48,9 @@ class NativeKernels(NumpyKernels):
         kernel(*arguments, out)
         self.recording.keep(arguments)
         return out
+
+    def empty(self, shape: Sequence[int]) -> np.ndarray:
+        return np.empty(shape, np.float32)
 
     def plain(self, x: np.ndarray) -> np.ndarray:
         """x as the kernels take it."""
@@ -122,7 +123,7 @@ class NativeKernels(NumpyKernels):
 
     def linear(self, x: np.ndarray, weight: Any, bias: Any = None) -> np.ndarray:
         x, bias, shape = self.plain(x), self.vector(bias), (*x.shape[:-1], weight.shape[0])
-        if self.exact or isinstance(weight, np.ndarray) or not weight.native.tiled:
+        if self.exact or self.differentiating or isinstance(weight, np.ndarray) or not weight.native.tiled:
             return self.call(self.machine.linear_float, x, self._matrix(weight), 0, bias, shape=shape)
         return self.call(self.machine.linear_int8, self._int8(x), weight.native, 0, bias, shape=shape)
 
@@ -188,8 +189,8 @@ class NativeKernels(NumpyKernels):
                 step.cache.check(step)
             room = step.cache.rooms[layer]
         return self.call(
-            self.machine.attention, self.plain(q), self.plain(k), self.plain(v), self.vector(sinks), _mask(spec),
-            _step(step), room, shape=(*q.shape[:3], v.shape[-1]),
+            self.machine.attention, self.plain(q), self.plain(k), self.plain(v), self.vector(sinks), native_mask(spec),
+            native_step(step), room, shape=(*q.shape[:3], v.shape[-1]),
         )  # fmt: skip
 
     # ---- mixers with a state
@@ -198,7 +199,7 @@ class NativeKernels(NumpyKernels):
         taps = np.ascontiguousarray(self.values(weight).T)
         states = self._states(step, layer)
         return self.call(
-            self.machine.short_convolution, self.plain(x), taps, self.vector(bias), _step(step),
+            self.machine.short_convolution, self.plain(x), taps, self.vector(bias), native_step(step),
             None if states is None else states.conv, shape=x.shape,
         )  # fmt: skip
 
@@ -209,7 +210,7 @@ class NativeKernels(NumpyKernels):
         inputs = [self.plain(x) for x in (q, k, v, a, b)]
         states = self._states(step, layer)
         return self.call(
-            self.machine.gated_delta, *inputs, self.vector(rate), self.vector(shift), _step(step),
+            self.machine.gated_delta, *inputs, self.vector(rate), self.vector(shift), native_step(step),
             None if states is None else states.memory, shape=v.shape,
         )  # fmt: skip
 
@@ -236,7 +237,7 @@ class NativeKernels(NumpyKernels):
         experts, outputs, _ = weight.shape
         return self.call(
             self.machine.expert_linear, self.plain(x), self._matrix(weight), self.vector(bias), gates, ids, experts,
-            self.exact, shape=(*ids.shape, outputs),
+            self.exact or self.differentiating, shape=(*ids.shape, outputs),
         )  # fmt: skip
 
     def combine(self, y: np.ndarray, gates: np.ndarray | None) -> np.ndarray:
@@ -252,13 +253,3 @@ class NativeKernels(NumpyKernels):
 
     def _draw(self, scores: np.ndarray, p: SamplingParams, u: float) -> int:
         return self.machine.draw(self.plain(scores), p.temperature, p.top_k, p.top_p, p.min_p, u)
-
-
-def _step(step: Step) -> _native.Step:
-    arrays = (step.starts, step.lengths, step.slots, step.segments)
-    return _native.Step(*(None if a is None else np.ascontiguousarray(a, np.int32) for a in arrays))
-
-
-@lru_cache(maxsize=64)
-def _mask(spec: AttentionSpec) -> _native.Mask:
-    return _native.Mask(spec.scale, spec.window or 0, spec.chunk or 0, spec.softcap or 0.0)

@@ -151,6 +151,11 @@ def adapter(ops, p, frozen):
     return ops.linear(p["x"], frozen["affine"]) + low * 1.5
 
 
+@trainable(_frozen_weights, x=(3, 32), w_down=(2, 32), w_up=(5, 2), b=(5,))
+def adapter_in_one(ops, p, frozen):
+    return ops.adapted_linear(p["x"], frozen["affine"], p["b"], p["w_down"], p["w_up"], 1.5)
+
+
 @trainable(lambda random: {"ids": int32(1, 4, 4).reshape(1, 3)}, w=(6, 4))
 def embed_and_tied_head(ops, p, frozen):
     return ops.linear(ops.embed(p["w"], frozen["ids"]), p["w"])

@@ -129,6 +129,29 @@ struct LinearFloat {
     Product product;
 };
 
+constexpr int kTerms = 2;
+
+// One product of a sum: scale x . weight^T, or, `back`, scale x . weight; x [tokens, depth] or, `turned`, [depth, tokens].
+struct Term {
+    const float* x;
+    Matrix weight;
+    bool back, turned;
+    float scale;
+
+    int64_t depth() const { return back ? weight.rows : weight.columns; }
+    int64_t width() const { return back ? weight.columns : weight.rows; }
+};
+
+// out [tokens, width] = the terms' sum + bias, added to what was there if `add`
+struct Products {
+    Term terms[kTerms];
+    int count;
+    const float* bias;
+    float* out;
+    int64_t tokens, width;
+    bool add;
+};
+
 // One layer's cache: keys [slots, K, blocks of 16 tokens, d, 16], values [slots, K, tokens, dv rounded up to 16],
 // tokens = capacity rounded up to 16. Without a cache (keys null) each row sees itself alone.
 struct Attention {
@@ -197,6 +220,48 @@ struct GatedDelta {
     int64_t B, T, H, K, dk, dv;
 };
 
+// Gradients of Gated: to_gate, and to_up unless there is no up.
+struct GatedBack {
+    const float *grad, *gate, *up;
+    float *to_gate, *to_up;
+    int64_t size;
+    Activation kind;
+};
+
+// Gradient of rms_norm's x
+struct NormBack {
+    const float *grad, *x, *gain;
+    float* out;
+    int64_t rows, width;
+    float eps, offset;
+};
+
+// What Attention (without a cache) got, the gradient of its result, and those of q, k, v and, by row of the batch
+// [B, H], of the sinks, which may be null.
+struct AttentionBack {
+    Attention forward;
+    const float* grad;
+    float *to_q, *to_k, *to_v, *to_sinks;
+};
+
+// Cross-entropy of logits [rows, width]; targets below 0 count nothing. With `grad` [rows], out [rows, width] is the
+// gradient of the logits; without, [rows] the losses.
+struct TokenLoss {
+    const float* logits;
+    const int32_t* targets;
+    const float* grad;
+    float* out;
+    int64_t rows, width;
+};
+
+// base.adamw for one parameter; m and v are null at first. fix: 1 / (1 - beta^step)
+struct AdamW {
+    const float *param, *grad, *m, *v;
+    float *new_param, *new_m, *new_v;
+    int64_t size;
+    float rate, beta1, beta2, eps, decay, fix1, fix2;
+};
+
 // weights = e^((scores - largest) / temperature)
 struct Weigh {
     const float* scores;
@@ -219,11 +284,17 @@ struct Kernels {
     Kernel<Quantize> quantize;
     Kernel<LinearInt8> linear_int8;
     Kernel<LinearFloat> linear_float;
+    Kernel<Products> products;
     Kernel<Attention> attention;
     Kernel<ExpertLinear> expert_linear;
     Kernel<Weigh> weigh;
     Kernel<ShortConvolution> short_convolution;
     Kernel<GatedDelta> gated_delta;
+    Kernel<GatedBack> gated_back;
+    Kernel<NormBack> rms_norm_back;
+    Kernel<AttentionBack> attention_back;
+    Kernel<TokenLoss> token_loss;
+    Kernel<AdamW> adamw;
 };
 
 // The instruction sets compiled in that this processor has, the best first; the last is always "portable".

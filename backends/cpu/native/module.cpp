@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
 #include <optional>
 #include <stdexcept>
 
@@ -152,6 +153,30 @@ void linear_float(Machine& machine, In x, const Weight& weight, int64_t expert, 
     call(machine, machine.kernels().linear_float, LinearFloat{x.data(), tokens, Product{w, data(bias), out.data()}});
 }
 
+// scale x . weight^T, or, `back`, scale x . weight; `turned`: x [depth, tokens] stands for its transpose.
+Term term(const In& x, const Weight& weight, bool back, bool turned, float scale) {
+    const Term t{x.data(), weight.at(0), back, turned, scale};
+    const size_t depth = turned ? x.shape(0) : x.shape(x.ndim() - 1);
+    require(static_cast<int64_t>(depth) == t.depth() && (!turned || x.ndim() == 2), "activations and weight do not fit");
+    return t;
+}
+
+// A term, and a second one if x2 is given.
+void products(Machine& machine, In x, const Weight& weight, bool back, bool turned, float scale, Maybe x2,
+              const Weight* weight2, float scale2, Maybe bias, bool add, Out out) {
+    Products p{{term(x, weight, back, turned, scale)}, 1, data(bias), out.data(), 0, 0, add};
+    p.width = p.terms[0].width();
+    p.tokens = static_cast<int64_t>(x.size()) / p.terms[0].depth();
+    if (x2) {
+        require(weight2, "a second weight is missing");
+        p.terms[p.count++] = term(*x2, *weight2, back, turned, scale2);
+        require(p.terms[1].width() == p.width, "weights do not fit");
+        require(static_cast<int64_t>(x2->size()) == p.tokens * p.terms[1].depth(), "tokens do not fit");
+    }
+    require(static_cast<int64_t>(out.size()) == p.tokens * p.width && (!bias || size(bias) == p.width), "sizes");
+    call(machine, machine.kernels().products, p);
+}
+
 void embed_rows(Machine& machine, const Weight& weight, int64_t expert, Ints ids, Out out) {
     const Matrix w = weight.at(expert);
     require(out.size() == ids.size() * static_cast<size_t>(w.columns), "sizes");
@@ -175,6 +200,42 @@ void gated(Machine& machine, In gate, Maybe up, int kind, Out out) {
     require(gate.size() == out.size() && (!up || up->size() == gate.size()), "sizes");
     const auto size = static_cast<int64_t>(gate.size());
     call(machine, machine.kernels().gated, Gated{gate.data(), data(up), out.data(), size, Activation(kind)});
+}
+
+void gated_back(Machine& machine, In grad, In gate, Maybe up, int kind, Out to_gate, std::optional<Out> to_up) {
+    require(grad.size() == gate.size() && to_gate.size() == gate.size() && up.has_value() == to_up.has_value(), "sizes");
+    require(!up || (up->size() == gate.size() && to_up->size() == gate.size()), "sizes");
+    call(machine, machine.kernels().gated_back,
+         GatedBack{grad.data(), gate.data(), data(up), to_gate.data(), to_up ? to_up->data() : nullptr,
+                   static_cast<int64_t>(gate.size()), Activation(kind)});
+}
+
+void rms_norm_back(Machine& machine, In grad, In x, In gain, float eps, float offset, Out out) {
+    const int64_t width = last(x), rows = static_cast<int64_t>(x.size()) / width;
+    require(static_cast<int64_t>(gain.size()) == width && grad.size() == x.size() && out.size() == x.size(), "sizes");
+    call(machine, machine.kernels().rms_norm_back,
+         NormBack{grad.data(), x.data(), gain.data(), out.data(), rows, width, eps, offset});
+}
+
+void token_loss(Machine& machine, In logits, Ints targets, Maybe grad, Out out) {
+    require(logits.ndim() == 2 && targets.size() == logits.shape(0), "sizes");
+    const auto rows = static_cast<int64_t>(logits.shape(0)), width = last(logits);
+    require(static_cast<int64_t>(out.size()) == (grad ? rows * width : rows) && (!grad || size(grad) == rows), "sizes");
+    for (int64_t i = 0; i < rows; i++)
+        if (targets.data()[i] >= width) throw std::out_of_range("target");
+    call(machine, machine.kernels().token_loss,
+         TokenLoss{logits.data(), targets.data(), data(grad), out.data(), rows, width});
+}
+
+void adamw(Machine& machine, In param, In grad, Maybe m, Maybe v, int step, float rate, float beta1, float beta2,
+           float eps, float decay, Out new_param, Out new_m, Out new_v) {
+    const size_t count = param.size();
+    require(grad.size() == count && (!m || m->size() == count) && (!v || v->size() == count), "sizes");
+    require(new_param.size() == count && new_m.size() == count && new_v.size() == count, "sizes");
+    const auto fix = [&](float beta) { return static_cast<float>(1 / (1 - std::pow(double{beta}, step))); };
+    call(machine, machine.kernels().adamw,
+         AdamW{param.data(), grad.data(), data(m), data(v), new_param.data(), new_m.data(), new_v.data(),
+               static_cast<int64_t>(count), rate, beta1, beta2, eps, decay, fix(beta1), fix(beta2)});
 }
 
 void norm(Machine& machine, Kernel<Norm> kernel, In x, In gain, Maybe bias, float eps, float offset, Out out) {
@@ -232,20 +293,42 @@ struct Mask {
     float softcap;
 };
 
-void attend(Machine& machine, In q, In k, In v, Maybe sinks, const Mask& mask, const Step& step, const LayerRoom* room,
-            Out out) {
+// Arguments of attention without a cache: what a backward pass has too.
+Attention attention_alone(const In& q, const In& k, const In& v, const Maybe& sinks, const Mask& mask, const Step& step) {
     require(q.ndim() == 4 && k.ndim() == 4 && v.ndim() == 4, "q, k and v have four axes");
     const auto axis = [](const In& a, size_t i) { return static_cast<int64_t>(a.shape(i)); };
     const int64_t B = axis(q, 0), T = axis(q, 1), H = axis(q, 2), K = axis(k, 2), d = axis(q, 3), dv = axis(v, 3);
     require(K > 0 && H % K == 0 && axis(k, 3) == d && axis(v, 2) == K, "heads do not fit");
     require(axis(k, 0) == B && axis(k, 1) == T && axis(v, 0) == B && axis(v, 1) == T, "tokens do not fit");
-    require(static_cast<int64_t>(out.size()) == B * T * H * dv && (!sinks || size(sinks) == H), "sizes");
+    require(!sinks || size(sinks) == H, "sinks");
     require(static_cast<int64_t>(step.starts.size()) == B && static_cast<int64_t>(step.lengths.size()) == B, "step");
-    call(machine, machine.kernels().attention,
-         Attention{q.data(), k.data(), v.data(), data(sinks), out.data(), step.starts.data(), step.lengths.data(),
-                   step.slots.data(), step.segments ? step.segments->data() : nullptr, room ? room->keys.data() : nullptr,
-                   room ? room->values.data() : nullptr, room ? room->type : Number::f32, B, T, H, K, d, dv,
-                   room ? room->capacity : T, mask.window, mask.chunk, mask.scale, mask.softcap});
+    require(!step.segments || static_cast<int64_t>(step.segments->size()) == B * T, "segments");
+    return {q.data(), k.data(), v.data(), data(sinks), nullptr, step.starts.data(), step.lengths.data(), step.slots.data(),
+            step.segments ? step.segments->data() : nullptr, nullptr, nullptr, Number::f32, B, T, H, K, d, dv, T,
+            mask.window, mask.chunk, mask.scale, mask.softcap};
+}
+
+void attend(Machine& machine, In q, In k, In v, Maybe sinks, const Mask& mask, const Step& step, const LayerRoom* room,
+            Out out) {
+    Attention p = attention_alone(q, k, v, sinks, mask, step);
+    require(static_cast<int64_t>(out.size()) == p.B * p.T * p.H * p.dv, "sizes");
+    p.out = out.data();
+    if (room) {
+        p.keys = room->keys.data(), p.values = room->values.data();
+        p.type = room->type, p.capacity = room->capacity;
+    }
+    call(machine, machine.kernels().attention, p);
+}
+
+void attend_back(Machine& machine, In grad, In q, In k, In v, Maybe sinks, const Mask& mask, const Step& step, Out to_q,
+                 Out to_k, Out to_v, std::optional<Out> to_sinks) {
+    const Attention p = attention_alone(q, k, v, sinks, mask, step);
+    require(static_cast<int64_t>(grad.size()) == p.B * p.T * p.H * p.dv, "gradient");
+    require(to_q.size() == q.size() && to_k.size() == k.size() && to_v.size() == v.size(), "sizes");
+    require(sinks.has_value() == to_sinks.has_value(), "sinks");
+    require(!to_sinks || static_cast<int64_t>(to_sinks->size()) == p.B * p.H, "sizes");
+    call(machine, machine.kernels().attention_back,
+         AttentionBack{p, grad.data(), to_q.data(), to_k.data(), to_v.data(), to_sinks ? to_sinks->data() : nullptr});
 }
 
 void convolve(Machine& machine, In x, In weight, Maybe bias, const Step& step, std::optional<Out> state, Out out) {
@@ -389,6 +472,21 @@ NB_MODULE(_native, m) {
         .def("linear_int8", &linear_int8, "x"_a, "weight"_a, "expert"_a, "bias"_a.noconvert().none(), "out"_a.noconvert())
         .def("linear_float", &linear_float, "x"_a.noconvert(), "weight"_a, "expert"_a, "bias"_a.noconvert().none(),
              "out"_a.noconvert())
+        .def("products", &products, "x"_a.noconvert(), "weight"_a, "back"_a, "turned"_a, "scale"_a,
+             "x2"_a.noconvert().none(), "weight2"_a.none(), "scale2"_a, "bias"_a.noconvert().none(), "add"_a,
+             "out"_a.noconvert())
+        .def("gated_back", &gated_back, "grad"_a.noconvert(), "gate"_a.noconvert(), "up"_a.noconvert().none(), "kind"_a,
+             "to_gate"_a.noconvert(), "to_up"_a.noconvert().none())
+        .def("rms_norm_back", &rms_norm_back, "grad"_a.noconvert(), "x"_a.noconvert(), "gain"_a.noconvert(), "eps"_a,
+             "offset"_a, "out"_a.noconvert())
+        .def("attention_back", &attend_back, "grad"_a.noconvert(), "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(),
+             "sinks"_a.noconvert().none(), "mask"_a, "step"_a, "to_q"_a.noconvert(), "to_k"_a.noconvert(),
+             "to_v"_a.noconvert(), "to_sinks"_a.noconvert().none())
+        .def("token_loss", &token_loss, "logits"_a.noconvert(), "targets"_a.noconvert(), "grad"_a.noconvert().none(),
+             "out"_a.noconvert())
+        .def("adamw", &adamw, "param"_a.noconvert(), "grad"_a.noconvert(), "m"_a.noconvert().none(),
+             "v"_a.noconvert().none(), "step"_a, "rate"_a, "beta1"_a, "beta2"_a, "eps"_a, "decay"_a,
+             "new_param"_a.noconvert(), "new_m"_a.noconvert(), "new_v"_a.noconvert())
         .def("embed", &embed_rows, "weight"_a, "expert"_a, "ids"_a.noconvert(), "out"_a.noconvert())
         .def("add", [](Machine& self, In a, In b, Out out) { pairwise(self, self.kernels().add, a, b, out); },
              "a"_a.noconvert(), "b"_a.noconvert(), "out"_a.noconvert())

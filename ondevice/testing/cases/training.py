@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import numpy as np
 
-from ...tensors import dense
+from ... import schemes
+from ...backends.base import A, AttentionSpec, Backend, Step
+from ...tensors import Dense, Tensor, dense, f32_to_bf16
 from ..gradients import TRAINABLES, Trainable, draw, gradients
-from ..suite import Pair, case, equal, int32
+from ..suite import Pair, case, equal, freqs, given, int32
 
 
 @case("training", vocab=[6, 4099])
@@ -35,6 +41,107 @@ def gradient(pair: Pair, t: Trainable) -> None:
             pair.close("gradient", grads[name], want)
         except AssertionError as error:
             raise AssertionError(f"of {name}: {error}") from None
+
+
+FORMS = {
+    "float32": dense,
+    "bfloat16": lambda w: Tensor(w.shape, Dense("bfloat16"), {"weight": f32_to_bf16(w)}),
+    "float16": lambda w: dense(w.astype(np.float16)),
+    **{f"{bits} bits by {group}": partial(schemes.quantize_affine, bits=bits, group_size=group, dtype="float16")
+       for bits, group in ((2, 32), (3, 64), (4, 32), (4, 128), (5, 32), (6, 64), (8, 128))},
+}  # fmt: skip
+
+
+@case("training", shape=[(33, 128, 41), (103, 384, 70), (200, 640, 300)], form=FORMS)
+def adapter_of_many_tokens(pair: Pair, shape: tuple[int, int, int], form: str) -> None:
+    """LoRA over frozen weights in every format, with tokens, inputs and outputs that fill no block of a kernel."""
+    tokens, inputs, outputs = shape
+    weight, bias = FORMS[form](pair.normal(outputs, inputs, scale=inputs**-0.5)), pair.normal(outputs)
+    params = {"x": pair.normal(tokens, inputs), "down": pair.normal(7, inputs, scale=inputs**-0.5)}
+    params |= {"up": pair.normal(outputs, 7), "w": pair.normal(outputs, inputs, scale=inputs**-0.5)}
+
+    def fn(ops, p, w, b):
+        y = ops.adapted_linear(p["x"], w, b, p["down"], p["up"], 1.5)
+        return y + ops.linear(p["x"], p["w"])
+
+    same_gradients(pair, fn, params, weight, dense(bias))
+
+
+MASKS = {
+    "all": AttentionSpec(0.3),
+    "window": AttentionSpec(0.3, window=21),
+    "chunk": AttentionSpec(0.3, chunk=32),
+    "softcap": AttentionSpec(0.5, softcap=2.0, window=50),
+}
+
+
+@case("training", mask=MASKS, segments=[False, True], sinks=[False, True])
+def attention_of_many_tokens(pair: Pair, mask: str, segments: bool, sinks: bool) -> None:
+    """More queries and keys than a block of a kernel holds; the second row is shorter, its padding counts nothing."""
+    B, T, H, K, d, dv = 2, 83, 6, 2, 20, 12
+    lengths = int32(T, 70)
+    packed = np.sort(pair.ids(5, B, T), axis=1) if segments else None
+    step = Step(int32(0, 0), lengths, int32(0, 1), packed)
+    params = {"q": pair.normal(B, T, H, d), "k": pair.normal(B, T, K, d), "v": pair.normal(B, T, K, dv)}
+    if sinks:
+        params["sinks"] = pair.normal(H)
+    real = (np.arange(T) < lengths[:, None]).astype(np.float32)[:, :, None, None]
+
+    def fn(ops, p, real):
+        return ops.attention(p["q"], p["k"], p["v"], p.get("sinks"), MASKS[mask], step, 0) * real
+
+    same_gradients(pair, fn, params, real)
+
+
+@case("training")
+def functions_of_many_numbers(pair: Pair) -> None:
+    """Norms, gates and rotary positions, in rows whose width fills no vector."""
+    step = Step(int32(0, 3), int32(37, 37), int32(0, 1))
+
+    def fn(ops, p, gain):
+        x = ops.rms_norm(p["x"], gain, 1e-5, 1.0)
+        y = ops.gated(x, p["y"], "silu") + ops.gated(x, p["y"], "gelu_tanh") + ops.gated(x, p["y"], "gelu")
+        return ops.rope(y.reshape(2, 37, 3, 22), step, freqs(20), False, 1.1).reshape(74, 66)
+
+    params = {"x": pair.normal(74, 66), "y": pair.normal(74, 66)}
+    same_gradients(pair, fn, params, dense(pair.normal(66)))
+
+
+def same_gradients(pair: Pair, fn: Callable, params: dict[str, np.ndarray], *frozen: Any) -> None:
+    """fn(ops, params, *frozen) and its gradients are the reference's."""
+    probe = np.random.default_rng(1).standard_normal(1 << 17).astype(np.float32)
+
+    def differentiated(ops: Backend) -> dict[str, np.ndarray]:
+        held = [given(ops, f) for f in frozen]
+
+        def loss(p: dict[str, A]) -> tuple[A, A]:
+            y = fn(ops, p, *held)
+            return ops.sum(y * ops.array(probe[: int(np.prod(y.shape))].reshape(y.shape))), y
+
+        (_, y), grads = ops.value_and_grad(loss)({name: ops.array(value) for name, value in params.items()})
+        return {"the result": ops.numpy(y), **{name: ops.numpy(g) for name, g in grads.items()}}
+
+    got, wanted = differentiated(pair.backend), differentiated(pair.reference)
+    for name, want in wanted.items():
+        try:
+            pair.close("gradient", got[name], want)
+        except AssertionError as error:
+            raise AssertionError(f"of {name}: {error}") from None
+
+
+@case("training")
+def an_adapter_in_one(pair: Pair) -> None:
+    """What `adapted_linear` says of itself: for one token too, and outside of training."""
+    x, w, bias = pair.normal(3, 64), pair.weight(20, 64), dense(pair.normal(20))
+    down, up = pair.weight(4, 64), pair.weight(20, 4)
+
+    def composed(ops, x, w, bias, down, up):
+        return ops.linear(x, w, bias) + ops.linear(ops.linear(x, down) * 0.5, up)
+
+    want = pair.on(pair.reference, composed, x, w, bias, down, up)[0]
+    for rows in (x, x[:1]):
+        got = pair.on(pair.backend, lambda ops, x, *rest: ops.adapted_linear(x, *rest, 0.5), rows, w, bias, down, up)[0]
+        pair.close("chain", got, want[: len(rows)])
 
 
 @case("training")
@@ -162,8 +269,6 @@ def sums(pair: Pair) -> None:
 @case("trainable_scales", bits=[2, 3, 4, 8])
 def quantized_by_its_parts(pair: Pair, bits: int) -> None:
     """Codes, scales and biases give the weight that they say."""
-    from ... import schemes
-
     codes = pair.random.integers(0, 1 << bits, (5, 64)).astype(np.uint8)
     scales, biases, x = pair.normal(5, 2, scale=0.1), pair.normal(5, 2, scale=0.1), pair.normal(3, 64)
     packed = schemes.pack(codes, bits)

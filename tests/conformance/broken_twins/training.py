@@ -51,6 +51,21 @@ class RowsOverwriteEachOther(NumpyKernels):
 
 
 @twin("training")
+class AdapterUnscaled(NumpyKernels):
+    """Forward as it should be; the gradient of `up` forgets the scale."""
+
+    def adapted_linear_vjp(self, grad, need, x, weight, bias, down, up, scale):
+        *rest, to_up = super().adapted_linear_vjp(grad, need, x, weight, bias, down, up, scale)
+        return *rest, None if to_up is None else to_up / scale
+
+
+@twin("training")
+class AdapterDropsBias(NumpyKernels):
+    def adapted_linear(self, x, weight, bias, down, up, scale):
+        return super().adapted_linear(x, weight, None, down, up, scale)
+
+
+@twin("training")
 class SinksNotTrained(NumpyKernels):
     def attention_vjp(self, grad, need, q, k, v, sinks, spec, step, layer):
         *rest, to_sinks = super().attention_vjp(grad, need, q, k, v, sinks, spec, step, layer)

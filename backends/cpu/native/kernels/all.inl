@@ -5,12 +5,17 @@
 #include "norm.inl"
 #include "linear_int8.inl"
 #include "linear_float.inl"
+#include "products.inl"
 #include "attention.inl"
+
 #include "experts.inl"
 #include "recurrence.inl"
+#include "training.inl"
+#include "attention_back.inl"
 
 static constexpr Kernels kernels = {
-    kName,    kTokens,    add,  multiply, add_number,  multiply_number, softcap,   gated,
-    rms_norm, layer_norm, rope, quantize, linear_int8, linear_float,    attention, expert_linear,
-    weigh,    short_convolution,   gated_delta,
+    kName,      kTokens,       add,           multiply,   add_number, multiply_number, softcap,  gated,
+    rms_norm,   layer_norm,    rope,          quantize,   linear_int8, linear_float,   products, attention,
+    expert_linear, weigh,      short_convolution, gated_delta, gated_back, rms_norm_back, attention_back,
+    token_loss, adamw,
 };

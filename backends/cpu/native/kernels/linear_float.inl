@@ -1,9 +1,10 @@
 // Float activations times any weights: dense ones as they lie, quantized ones unpacked tile by tile.
 
-// out [T, 16] (+)= x [T, depth] . panel [depth, 16]; the strides are in elements.
+// out [T, 16] (+)= x [T, depth] . panel [depth, 16]; the strides are in elements, and so is x_step, between neighbours
+// of a row of x.
 template <int T, class E>
 static ONDEVICE_INLINE void multiply_panel(const float* x, int64_t x_stride, const E* panel, int64_t stride, int64_t depth,
-                                  float* out, int64_t out_stride, bool add) {
+                                  float* out, int64_t out_stride, bool add, int64_t x_step = 1) {
     F y[T][L];
     for (int t = 0; t < T; t++)
         for (int i = 0; i < L; i++) y[t][i] = add ? load(out + t * out_stride + i * N) : set(0);
@@ -12,7 +13,7 @@ static ONDEVICE_INLINE void multiply_panel(const float* x, int64_t x_stride, con
         load16(panel, w);
         ONDEVICE_UNROLL
         for (int t = 0; t < T; t++) {
-            const F a = set(x[t * x_stride + k]);
+            const F a = set(x[t * x_stride + k * x_step]);
             ONDEVICE_UNROLL
             for (int i = 0; i < L; i++) y[t][i] = fma(a, w[i], y[t][i]);
         }
@@ -24,14 +25,15 @@ static ONDEVICE_INLINE void multiply_panel(const float* x, int64_t x_stride, con
 // The same for any number of tokens.
 template <class E, int T = kFloatTokens>
 static void multiply_panels(int64_t tokens, const float* x, int64_t x_stride, const E* panel, int64_t stride,
-                            int64_t depth, float* out, int64_t out_stride, bool add) {
+                            int64_t depth, float* out, int64_t out_stride, bool add, int64_t x_step = 1) {
     int64_t t = 0;
     for (; t + T <= tokens; t += T)
-        multiply_panel<T>(x + t * x_stride, x_stride, panel, stride, depth, out + t * out_stride, out_stride, add);
+        multiply_panel<T>(x + t * x_stride, x_stride, panel, stride, depth, out + t * out_stride, out_stride, add,
+                          x_step);
     if constexpr (T > 1)
         if (t < tokens)
             multiply_panels<E, T - 1>(tokens - t, x + t * x_stride, x_stride, panel, stride, depth,
-                                      out + t * out_stride, out_stride, add);
+                                      out + t * out_stride, out_stride, add, x_step);
 }
 
 constexpr int64_t kDepth = 256;  // columns unpacked at a time: 16 KB, half of the first level of cache
@@ -87,20 +89,20 @@ static void unpack_tile(const Tiles& w, const uint8_t* tile, int64_t from, int64
 // Columns [from, from + depth) of up to 16 rows of a dense matrix -> panel [depth, 16], missing rows 0.
 template <class E>
 static void transpose(const E* w, int64_t stride, int64_t rows, int64_t from, int64_t depth, float* panel) {
-    for (int64_t r = 0; r < kRows; r++) {
-        const E* row = w + r * stride + from;
+    for (int64_t r = 0; r < kRows; r += N) {
         int64_t k = 0;
-        float some[N] = {};
-        if (r < rows)
-            for (; k + N <= depth; k += N) {
-                store(some, load(row + k));
-                for (int i = 0; i < N; i++) panel[(k + i) * kRows + r] = some[i];
-            }
-        for (; k < depth; k++) {
-            E last{};
-            if (r < rows) std::memcpy(&last, row + k, sizeof(E));
-            panel[k * kRows + r] = widen(last);
+        for (; k + N <= depth; k += N) {
+            F v[N];
+            for (int i = 0; i < N; i++) v[i] = r + i < rows ? load(w + (r + i) * stride + from + k) : set(0);
+            transpose(v);
+            for (int i = 0; i < N; i++) store(panel + (k + i) * kRows + r, v[i]);
         }
+        for (; k < depth; k++)
+            for (int64_t i = r; i < r + N; i++) {
+                E last{};
+                if (i < rows) std::memcpy(&last, w + i * stride + from + k, sizeof(E));
+                panel[k * kRows + i] = widen(last);
+            }
     }
 }
 
@@ -171,14 +173,4 @@ static void float_product(const Product& p, int64_t tile, const float* x, int64_
     else if (w.type == Number::f16) row_product<half>(w, tile, x, tokens, sums);
     else row_product<bfloat>(w, tile, x, tokens, sums);
     put_tile(p, tile, tokens, sums, place);
-}
-
-static void linear_float(const LinearFloat& p, Pool& pool) {
-    const Matrix& w = p.product.weight;
-    const int64_t tiles = (w.rows + kRows - 1) / kRows, chunks = (p.tokens + kChunk - 1) / kChunk;
-    pool.run(tiles * chunks, [&](int64_t task, int thread) {
-        const int64_t from = task / tiles * kChunk, count = p.tokens - from < kChunk ? p.tokens - from : kChunk;
-        float_product(p.product, task % tiles, p.x + from * w.columns, count, pool.scratch(thread, kRoom),
-                      [&](int64_t t) { return from + t; });
-    });
 }

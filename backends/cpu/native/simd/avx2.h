@@ -35,10 +35,28 @@ static ONDEVICE_INLINE F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, 
 static ONDEVICE_INLINE F min(F a, F b) { return {_mm256_min_ps(a.v, b.v)}; }
 static ONDEVICE_INLINE F max(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }
 static ONDEVICE_INLINE F abs(F a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+static ONDEVICE_INLINE F root(F a) { return {_mm256_sqrt_ps(a.v)}; }
 static ONDEVICE_INLINE F nearest(F a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 static ONDEVICE_INLINE F power_of_two(F a) {
     const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(a.v), _mm256_set1_epi32(127));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(biased, 23))};
+}
+
+static ONDEVICE_INLINE void transpose(F v[8]) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 4; i++) {
+        a[2 * i] = _mm256_unpacklo_ps(v[2 * i].v, v[2 * i + 1].v);
+        a[2 * i + 1] = _mm256_unpackhi_ps(v[2 * i].v, v[2 * i + 1].v);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
+            b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        v[i].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+        v[i + 4].v = _mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
 }
 
 static ONDEVICE_INLINE float sum(F a) {

@@ -35,12 +35,36 @@ static ONDEVICE_INLINE F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, 
 static ONDEVICE_INLINE F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
 static ONDEVICE_INLINE F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 static ONDEVICE_INLINE F abs(F a) { return {_mm512_abs_ps(a.v)}; }
+static ONDEVICE_INLINE F root(F a) { return {_mm512_sqrt_ps(a.v)}; }
 static ONDEVICE_INLINE F nearest(F a) {
     return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 static ONDEVICE_INLINE F power_of_two(F a) {
     const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(a.v), _mm512_set1_epi32(127));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
+}
+
+// Pairs, then fours within each quarter of a vector, then the quarters themselves.
+static ONDEVICE_INLINE void transpose(F v[16]) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_ps(v[i].v, v[i + 1].v);
+        a[i + 1] = _mm512_unpackhi_ps(v[i].v, v[i + 1].v);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm512_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
+            b[i + 2 * j + 1] = _mm512_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        const __m512 even = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88), odd = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+        const __m512 more = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+        const __m512 most = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+        v[i].v = _mm512_shuffle_f32x4(even, more, 0x88);
+        v[i + 4].v = _mm512_shuffle_f32x4(odd, most, 0x88);
+        v[i + 8].v = _mm512_shuffle_f32x4(even, more, 0xdd);
+        v[i + 12].v = _mm512_shuffle_f32x4(odd, most, 0xdd);
+    }
 }
 
 static ONDEVICE_INLINE __m256 upper(F a) {

@@ -38,9 +38,17 @@ static ONDEVICE_INLINE F fma(F a, F b, F c) { return {vfmaq_f32(c.v, a.v, b.v)};
 static ONDEVICE_INLINE F min(F a, F b) { return {vminq_f32(a.v, b.v)}; }  // not a number when one is
 static ONDEVICE_INLINE F max(F a, F b) { return {vmaxq_f32(a.v, b.v)}; }
 static ONDEVICE_INLINE F abs(F a) { return {vabsq_f32(a.v)}; }
+static ONDEVICE_INLINE F root(F a) { return {vsqrtq_f32(a.v)}; }
 static ONDEVICE_INLINE F nearest(F a) { return {vrndnq_f32(a.v)}; }
 static ONDEVICE_INLINE F power_of_two(F a) {
     return {vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(a.v), vdupq_n_s32(127)), 23))};
+}
+static ONDEVICE_INLINE void transpose(F v[4]) {
+    const float32x4x2_t a = vtrnq_f32(v[0].v, v[1].v), b = vtrnq_f32(v[2].v, v[3].v);
+    for (int i = 0; i < 2; i++) {
+        v[i].v = vcombine_f32(vget_low_f32(a.val[i]), vget_low_f32(b.val[i]));
+        v[i + 2].v = vcombine_f32(vget_high_f32(a.val[i]), vget_high_f32(b.val[i]));
+    }
 }
 static ONDEVICE_INLINE float sum(F a) { return vaddvq_f32(a.v); }
 static ONDEVICE_INLINE float top(F a) { return vmaxvq_f32(a.v); }

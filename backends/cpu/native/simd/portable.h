@@ -68,6 +68,9 @@ static inline F max(F a, F b) {
 static inline F abs(F a) {
     return each([&](int i) { return from_bits(to_bits(a.v[i]) & 0x7fffffff); });
 }
+static inline F root(F a) {
+    return each([&](int i) { return std::sqrt(a.v[i]); });
+}
 static inline F nearest(F a) {  // whole number, ties to even; |a| < 2^22: 1.5 * 2^23 leaves no bit behind the point
     return each([&](int i) { return (a.v[i] + 0x1.8p23f) - 0x1.8p23f; });
 }
@@ -76,6 +79,14 @@ static inline F power_of_two(F a) {  // whole a in -127 ... 128; 2^-127 gives 0,
         const int whole = a.v[i] >= -127 && a.v[i] <= 128 ? static_cast<int>(a.v[i]) : 128;
         return from_bits(static_cast<uint32_t>(whole + 127) << 23);
     });
+}
+static inline void transpose(F v[N]) {  // N rows of N numbers
+    for (int i = 0; i < N; i++)
+        for (int j = 0; j < i; j++) {
+            const float other = v[i].v[j];
+            v[i].v[j] = v[j].v[i];
+            v[j].v[i] = other;
+        }
 }
 static inline float sum(F a) { return (a.v[0] + a.v[1]) + (a.v[2] + a.v[3]); }
 static inline float top(F a) {

@@ -1,0 +1,148 @@
+"""Derivatives on the native kernels; what has none of its own is NumPy's, from the reference.
+
+All products are float32 with float32 sums, over dense and quantized weights alike; a quantized weight is unpacked a strip
+at a time inside the product, forward and backward, and never written out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..base import AttentionSpec, Step
+from ..reference_gradients import Gradients, Need
+from .arguments import ACTIVATIONS, native_mask, native_step
+
+NARROW = 16  # columns of a kernel's panel: a result narrower than that is computed turned
+
+
+class NativeGradients:
+    """A mixin of NativeKernels, in front of NumpyKernels."""
+
+    # ---- linear maps
+
+    def product(
+        self, x: np.ndarray, weight: Any, *, back: bool = False, turned: bool = False, scale: float = 1.0,
+        more: tuple[np.ndarray, Any, float] | None = None, bias: Any = None,
+    ) -> np.ndarray:  # fmt: skip
+        """scale * x . weight^T (`back`: . weight), plus the same of `more` = (x, weight, scale), plus bias. x [..., depth];
+        `turned`: [depth, tokens]."""
+        x, w = self.plain(x), self._matrix(weight)
+        x2, w2, scale2 = more or (None, None, 1.0)
+        width = weight.shape[1] if back else weight.shape[0]
+        shape = (x.shape[1], width) if turned else (*x.shape[:-1], width)
+        second = (None, None) if x2 is None else (self.plain(x2), self._matrix(w2))
+        return self.call(
+            self.machine.products, x, w, back, turned, scale, *second, scale2, self.vector(bias), False, shape=shape
+        )
+
+    def outer(self, a: np.ndarray, b: np.ndarray, scale: float = 1.0) -> np.ndarray:
+        """scale * a^T . b over all tokens: a [..., O], b [..., I] -> [O, I]"""
+        a, b = (self.plain(x).reshape(-1, x.shape[-1]) for x in (a, b))
+        if b.shape[1] < NARROW <= a.shape[1]:
+            return np.ascontiguousarray(self.outer(b, a, scale).T)
+        return self.product(a, b, back=True, turned=True, scale=scale)
+
+    def linear_vjp(self, grad: np.ndarray, need: Need, x: np.ndarray, weight: Any, bias: Any) -> Gradients:
+        return (
+            self.product(grad, weight, back=True) if need[0] else None,
+            self.outer(grad, x) if need[1] else None,
+            _over_tokens(grad) if need[2] else None,
+        )
+
+    def adapted_linear(
+        self, x: np.ndarray, weight: Any, bias: Any, down: np.ndarray, up: np.ndarray, scale: float
+    ) -> np.ndarray:
+        return self.product(x, weight, more=(self.product(x, down), up, scale), bias=bias)
+
+    def adapted_linear_vjp(
+        self, grad: np.ndarray, need: Need, x: np.ndarray, weight: Any, bias: Any, down: np.ndarray, up: np.ndarray,
+        scale: float,
+    ) -> Gradients:  # fmt: skip
+        low = self.product(grad, up, back=True, scale=scale) if need[0] or need[3] else None
+        return (
+            self.product(grad, weight, back=True, more=(low, down, 1.0)) if need[0] else None,
+            self.outer(grad, x) if need[1] else None,
+            _over_tokens(grad) if need[2] else None,
+            self.outer(low, x) if need[3] else None,
+            self.outer(grad, self.product(x, down), scale) if need[4] else None,
+        )
+
+    # ---- arithmetic, norms and functions of one number
+
+    def accumulate(self, into: np.ndarray, more: np.ndarray) -> None:
+        self.machine.add(into, self.plain(more), into)
+
+    def mul_vjp(self, grad: np.ndarray, need: Need, a: np.ndarray, b: np.ndarray | float) -> Gradients:
+        return (self.mul(grad, b), None) if isinstance(b, float) else super().mul_vjp(grad, need, a, b)
+
+    def gated_vjp(self, grad: np.ndarray, need: Need, gate: np.ndarray, up: np.ndarray, kind: str) -> Gradients:
+        to_up = self.empty(up.shape)
+        return self._gate_back(grad, gate, self.plain(up), kind, to_up), to_up
+
+    def act_vjp(self, grad: np.ndarray, need: Need, x: np.ndarray, kind: str) -> Gradients:
+        return (self._gate_back(grad, x, None, kind, None),)
+
+    def _gate_back(self, grad: np.ndarray, gate: np.ndarray, up: Any, kind: str, to_up: Any) -> np.ndarray:
+        out = self.empty(gate.shape)
+        self.machine.gated_back(self.plain(grad), self.plain(gate), up, ACTIVATIONS[kind], out, to_up)
+        return out
+
+    def rms_norm_vjp(
+        self, grad: np.ndarray, need: Need, x: np.ndarray, gain: Any, eps: float, offset: float
+    ) -> Gradients:
+        if need[1]:
+            return super().rms_norm_vjp(grad, need, x, gain, eps, offset)
+        grad, x = self.plain(grad), self.plain(x)
+        return self.call(self.machine.rms_norm_back, grad, x, self.vector(gain), eps, offset, shape=x.shape), None
+
+    # ---- positions and attention
+
+    def rope_vjp(
+        self, grad: np.ndarray, need: Need, x: np.ndarray, step: Step, freqs: np.ndarray, interleaved: bool,
+        scale: float,
+    ) -> Gradients:  # fmt: skip
+        table = self._rope_table(step, x.shape[1], freqs, scale)
+        back = self.plain(table * np.array([[1.0], [-1.0]], np.float32))  # sines of the angles' opposites
+        return (self.call(self.machine.rope, self.plain(grad), back, interleaved, shape=grad.shape),)
+
+    def attention_vjp(
+        self, grad: np.ndarray, need: Need, q: np.ndarray, k: np.ndarray, v: np.ndarray, sinks: Any,
+        spec: AttentionSpec, step: Step, layer: int,
+    ) -> Gradients:  # fmt: skip
+        if step.cache is not None:
+            return super().attention_vjp(grad, need, q, k, v, sinks, spec, step, layer)  # says what is wrong
+        inputs, sinks = [self.plain(x) for x in (q, k, v)], self.vector(sinks)
+        found = [self.empty(x.shape) for x in inputs]
+        to_sinks = None if sinks is None else self.empty((len(q), len(sinks)))
+        self.machine.attention_back(
+            self.plain(grad), *inputs, sinks, native_mask(spec), native_step(step), *found, to_sinks
+        )
+        return *found, None if to_sinks is None else to_sinks.sum(axis=0)
+
+    # ---- training
+
+    def token_loss(self, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        if targets.ndim == 2:
+            return super().token_loss(logits, targets)
+        return self.call(self.machine.token_loss, self.plain(logits), targets, None, shape=targets.shape)
+
+    def token_loss_vjp(self, grad: np.ndarray, need: Need, logits: np.ndarray, targets: np.ndarray) -> Gradients:
+        if targets.ndim == 2:
+            return super().token_loss_vjp(grad, need, logits, targets)
+        logits, grad = self.plain(logits), self.plain(grad)
+        return (self.call(self.machine.token_loss, logits, targets, grad, shape=logits.shape),)
+
+    def adamw(
+        self, param: np.ndarray, grad: np.ndarray, m: np.ndarray | None, v: np.ndarray | None, step: int, rate: float,
+        betas: tuple[float, float], eps: float, decay: float,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+        out = [np.empty(param.shape, np.float32) for _ in range(3)]
+        given = [None if x is None else self.plain(x) for x in (param, grad, m, v)]
+        self.machine.adamw(*given, step, rate, *betas, eps, decay, *out)
+        return tuple(out)
+
+
+def _over_tokens(grad: np.ndarray) -> np.ndarray:
+    return grad.reshape(-1, grad.shape[-1]).sum(axis=0)

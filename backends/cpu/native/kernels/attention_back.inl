@@ -1,0 +1,136 @@
+// The gradient of attention in training, where a row sees itself alone. As in FlashAttention's backward pass (Dao et al.
+// 2022) scores are computed again, for a block of queries at a time: no matrix of all scores is ever whole.
+
+constexpr int64_t kBackRows = 64;  // rows (tokens x heads that share a key head) of scores that are held at once
+
+struct BackRoom {
+    float *keys, *values;      // in panels of 16 places: [places / 16][d or dv][16]
+    float *rows;               // keys as rows of d, rounded up to 16
+    float *to_keys, *to_values;
+    float *q, *grad, *to_q;    // of the queries
+    float *weights, *scores, *capped;
+    int64_t places, d, dv;     // all rounded up to 16
+};
+
+static int64_t back_room_size(const Attention& p) {
+    const int64_t places = round_up(p.T, kRows), d = round_up(p.d, kRows), dv = round_up(p.dv, kRows);
+    const int64_t rows = kBackRows + p.H / p.K;
+    return places * (3 * d + 2 * dv) + rows * (2 * d + dv + 3 * places);
+}
+
+static BackRoom back_room_at(float* data, const Attention& p) {
+    BackRoom room{};
+    room.places = round_up(p.T, kRows), room.d = round_up(p.d, kRows), room.dv = round_up(p.dv, kRows);
+    const int64_t rows = kBackRows + p.H / p.K;
+    const auto take = [&](int64_t floats) {
+        float* taken = data;
+        data += floats;
+        return taken;
+    };
+    room.keys = take(room.places * room.d), room.rows = take(room.places * room.d);
+    room.to_keys = take(room.places * room.d);
+    room.values = take(room.places * room.dv), room.to_values = take(room.places * room.dv);
+    room.q = take(rows * room.d), room.to_q = take(rows * room.d), room.grad = take(rows * room.dv);
+    room.weights = take(rows * room.places), room.scores = take(rows * room.places);
+    room.capped = take(rows * room.places);
+    return room;
+}
+
+// One head's numbers of a token, with zeros up to `wide`.
+static inline void put_head(const float* from, int64_t width, int64_t wide, float scale, float* to) {
+    for (int64_t i = 0; i < width; i++) to[i] = from[i] * scale;
+    for (int64_t i = width; i < wide; i++) to[i] = 0;
+}
+
+static void gather_keys(const Attention& p, int64_t b, int64_t kv, const BackRoom& room) {
+    std::memset(room.keys, 0, sizeof(float) * room.places * (3 * room.d + 2 * room.dv));  // these lie side by side
+    for (int64_t t = 0; t < p.lengths[b]; t++) {
+        const int64_t token = (b * p.T + t) * p.K + kv;
+        put_head(p.k + token * p.d, p.d, room.d, 1.0f, room.rows + t * room.d);
+        keep(p.k + token * p.d, p.d, kRows, room.keys + t / kRows * kRows * p.d + t % kRows);
+        keep(p.v + token * p.dv, p.dv, kRows, room.values + t / kRows * kRows * p.dv + t % kRows);
+    }
+}
+
+// One row: scores and the gradient of its weights -> weights and the gradient of its scores; returns the sink's.
+static float soften_back(const Attention& p, int64_t h, int64_t count, float* weights, float* grads, float* capped) {
+    if (capped) std::memcpy(capped, weights, sizeof(float) * count);
+    float largest = largest_of(weights, count);
+    if (p.sinks && p.sinks[h] > largest) largest = p.sinks[h];
+    float total = exponents(weights, count, largest, weights);
+    const float sink = p.sinks ? expf(p.sinks[h] - largest) : 0.0f;
+    total += sink;
+    const F inverse = set(1.0f / total);
+    F sums = set(0);
+    for (int64_t j = 0; j < count; j += N) {
+        const F weight = load(weights + j) * inverse;
+        store(weights + j, weight);
+        sums = fma(weight, load(grads + j), sums);
+    }
+    const float shared = sum(sums);
+    for (int64_t j = 0; j < count; j += N) {
+        F grad = load(weights + j) * (load(grads + j) - set(shared));
+        if (capped) {
+            const F part = max(set(-1.0f), load(capped + j) * set(1.0f / p.softcap));  // of hidden places: -1
+            grad = grad * (set(1.0f) - part * part);
+        }
+        store(grads + j, grad);
+    }
+    return -sink / total * shared;
+}
+
+// What one block of queries gives: to_q, and its share of to_keys and to_values.
+static void back_block(const AttentionBack& b, const Part& part, const BackRoom& room, float* to_sinks) {
+    const Attention& p = b.forward;
+    const int64_t group = p.H / p.K, rows = part.tokens * group, places = room.places;
+    const int64_t real = part.end - part.begin, count = round_up(real, kRows);
+    const auto head = [&](int64_t r) { return (part.b * p.T + part.token + r / group) * p.H + part.kv * group + r % group; };
+    for (int64_t r = 0; r < rows; r++) {
+        put_head(p.q + head(r) * p.d, p.d, room.d, p.scale, room.q + r * room.d);
+        put_head(b.grad + head(r) * p.dv, p.dv, room.dv, 1.0f, room.grad + r * room.dv);
+    }
+    for (int64_t j = 0; j < count; j += kRows) {
+        const int64_t at = part.begin + j;
+        multiply_panels(rows, room.q, room.d, room.keys + at * p.d, kRows, p.d, room.weights + j, places, false);
+        multiply_panels(rows, room.grad, room.dv, room.values + at * p.dv, kRows, p.dv, room.scores + j, places, false);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        float *weights = room.weights + r * places, *scores = room.scores + r * places;
+        if (p.softcap > 0) cap_scores(weights, count, p.softcap);
+        hide(p, part, part.token + r / group, part.begin, count, weights);
+        const int64_t h = part.kv * group + r % group;
+        const float sink = soften_back(p, h, count, weights, scores, p.softcap > 0 ? room.capped + r * places : nullptr);
+        if (to_sinks) to_sinks[h] += sink;
+    }
+    for (int64_t i = 0; i < room.d; i += kRows) {
+        multiply_panels(rows, room.scores, places, room.rows + part.begin * room.d + i, room.d, real, room.to_q + i, room.d,
+                        false);
+        multiply_panels(real, room.scores, 1, room.q + i, room.d, rows, room.to_keys + part.begin * room.d + i, room.d, true,
+                        places);
+    }
+    for (int64_t i = 0; i < room.dv; i += kRows)
+        multiply_panels(real, room.weights, 1, room.grad + i, room.dv, rows, room.to_values + part.begin * room.dv + i,
+                        room.dv, true, places);
+    for (int64_t r = 0; r < rows; r++) put_head(room.to_q + r * room.d, p.d, p.d, p.scale, b.to_q + head(r) * p.d);
+}
+
+static void attention_back(const AttentionBack& b, Pool& pool) {
+    const Attention& p = b.forward;
+    const int64_t group = p.H / p.K, step = kBackRows / group ? kBackRows / group : 1;
+    pool.run(p.B * p.K, [&](int64_t task, int thread) {
+        const int64_t row = task / p.K, kv = task % p.K, length = p.lengths[row];
+        const BackRoom room = back_room_at(pool.scratch(thread, back_room_size(p)), p);
+        gather_keys(p, row, kv, room);
+        float* to_sinks = b.to_sinks ? b.to_sinks + row * p.H : nullptr;
+        for (int64_t h = kv * group; to_sinks && h < (kv + 1) * group; h++) to_sinks[h] = 0;
+        for (int64_t token = 0; token < length; token += step)
+            back_block(b, part_of(p, row, kv, token, length - token < step ? length - token : step), room, to_sinks);
+        for (int64_t t = 0; t < p.T; t++) {
+            const int64_t token = row * p.T + t;
+            put_head(room.to_keys + t * room.d, p.d, p.d, 1.0f, b.to_k + (token * p.K + kv) * p.d);
+            put_head(room.to_values + t * room.dv, p.dv, p.dv, 1.0f, b.to_v + (token * p.K + kv) * p.dv);
+            if (t >= length)
+                std::memset(b.to_q + (token * p.H + kv * group) * p.d, 0, sizeof(float) * group * p.d);
+        }
+    });
+}
