@@ -124,7 +124,7 @@ def test_a_fit_is_near_the_best_there_is(bits):
     for start, share in itertools.product(np.linspace(0, 0.5, 26), np.linspace(0.3, 1.05, 46)):
         scale, bias = share * span / (2**bits - 1), low + start * span
         best = np.minimum(best, weights @ (group - decode(encode(group, scale, bias, bits), scale, bias)) ** 2)
-    assert (ours < 2 * best).all() and ours.sum() < 1.05 * best.sum()
+    assert (ours < 2 * best).all() and ours.sum() < 1.1 * best.sum()
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, -3.0])

@@ -107,8 +107,10 @@ def stream(
 
 def stages(config: ModelConfig, parameters: Parameters) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Prefix and parameters of each stage, in the order of computation."""
-    yield "embed", ("embed",)
+    outer = [name for name in parameters if not name.startswith("layers.")]
+    below = [name for name in outer if name in ("embed", "positions")]
+    yield "embed", tuple(below)
     for i in range(len(config.layers)):
         prefix = f"layers.{i}"
         yield prefix, tuple(name for name in parameters if name.startswith(f"{prefix}."))
-    yield "head", ("norm", "embed" if config.tied else "head")
+    yield "head", tuple(name for name in outer if name not in below or (config.tied and name == "embed"))

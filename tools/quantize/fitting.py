@@ -23,7 +23,7 @@ def fit(group: np.ndarray, weights: np.ndarray, form: Affine) -> tuple[np.ndarra
     """Scales and biases [rows], as `form` stores them, of group [n, rows]; weights [n]: what an error there costs.
 
     Shrunk ranges are tried, then each end of the best is moved, and in between and at last scale and bias are fitted by
-    least squares to the codes that they led to; whatever helps is kept. Within 3 % of the best there is, on average.
+    least squares to the codes that they led to; whatever helps is kept. Within a few per cent of the best there is.
     """
     kept = _Kept(group, weights, form)
     low, high = group.min(0), group.max(0)

@@ -13,16 +13,16 @@ from ...schemes import label, to_float
 from ...tensors import Affine, Dense, Tensor
 from .options import GROUPS
 
-ROUTERS = ".router"  # small, and an error there sends a token to the wrong experts
+KEPT = (".router", ".shared_gate", ".taps", ".bias", "positions")  # small, and worth more than their bytes
 CHUNK = 1 << 21  # numbers looked at in one go
 
 
 def matrices(parameters: Parameters, prefix: str = "") -> Iterator[str]:
-    """Our names of what is quantized: every matrix and stack of experts but routers. prefix: of one stage."""
+    """Our names of what is quantized: every matrix and stack of experts but the small ones. prefix: of one stage."""
     for name in parameters:
         if prefix and name != prefix and not name.startswith(f"{prefix}."):
             continue
-        if len(parameters.shapes[name]) > 1 and not name.endswith(ROUTERS):
+        if len(parameters.shapes[name]) > 1 and not name.endswith(KEPT):
             yield name
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from ...backends.base import Backend
 from ...checkpoint import Checkpoint, open_checkpoint
-from ...errors import OnDeviceError
-from ...models.families import family_of
+from ...errors import OnDeviceError, Unsupported
+from ...models.families import NameMap, family_of
 from ...models.parameters import Parameters
 from ...registry import create_backend
 from ...runtime.session import Session, open_session
@@ -33,7 +33,7 @@ from .options import Options
 from .rounding import nearest
 from .sensitivity import Measured, measure
 from .work import Work
-from .writing import Result, write
+from .writing import Result, place, write
 
 VERSION = 1  # of the method: what an older one has left is not gone on with
 
@@ -77,11 +77,11 @@ class _Job:
             require_unquantized(self.parameters)
 
     def nearest(self) -> Result:
-        plan, notes = uniform(self.parameters, self.options)
+        plan, notes = uniform(self.parameters, self.family.names, self.options)
         return self._write(plan, lambda name: nearest(numbers(self.parameters, name), plan[name]), notes)
 
     def calibrated(self, backend: str | Backend) -> Result:
-        plan, notes = uniform(self.parameters, self.options)
+        plan, notes = uniform(self.parameters, self.family.names, self.options)
         if self.options.method == "auto":
             require_reachable(self.parameters, plan, *self._sizes(plan))
         require_finite_all(self.parameters)
@@ -174,14 +174,20 @@ class _Job:
         return fixed + sum(affine_bytes(parameters.shapes[name], form) for name, form in plan.items()), fixed
 
 
-def uniform(parameters: Parameters, options: Options) -> tuple[dict[str, Affine], tuple[str, ...]]:
+def uniform(parameters: Parameters, names: NameMap, options: Options) -> tuple[dict[str, Affine], tuple[str, ...]]:
     """The same bits and group for every matrix, as near as rows allow; and what must stay as it is."""
     plan, notes = {}, []
     for name in matrices(parameters):
         columns = parameters.shapes[name][-1]
         group = fitted_group(columns, options.group_size)
-        if group is None:
-            notes.append(f"{parameters.stored(name)[0]} stays as it is: no group divides its rows of {columns}.")
+        spelled, turned = place(names, name, quantized=True)
+        if group is None or turned:
+            why = "it is stored transposed" if turned else f"no group divides its rows of {columns}"
+            notes.append(f"{spelled} stays as it is: {why}.")
         else:
             plan[name] = Affine(options.bits, group, scale_dtype(parameters[name]))
+    if not plan:
+        raise Unsupported(
+            "There is nothing to quantize: no group of 32 or more divides a row.", notes[0] if notes else ""
+        )
     return plan, tuple(notes)

@@ -149,16 +149,25 @@ def _probes(
     """Zeros of the shape of each matrix's output; and which experts each token went to, where there are any."""
     ops, (B, T, _) = decoder.ops, x.shape
     chosen = [name for name in names if name.startswith(prefix)]
+    rows: dict[str, tuple[int, ...]] = {}
     experts: list[np.ndarray] = []
-    if any(len(parameters.shapes[name]) > 2 for name in chosen):
-        decoder.listener = lambda name, a: experts.append(ops.numpy(a)) if name.endswith(".experts") else None
+
+    def listen(name: str, a: A) -> None:
+        map, _, kind = name.rpartition(".")
+        if kind == "experts":
+            experts.append(ops.numpy(a))
+        elif kind == "input":
+            rows[map] = a.shape[:-1]
+
+    if any(".moe." in name for name in chosen):  # there tokens are a flat list
+        decoder.listener = listen
         decoder.block(decoder.scope(), layer, ops.array(x), Step.whole(B, T))
         decoder.listener = None
     probes = {}
     for name in chosen:
         shape = parameters.shapes[name]
-        rows = (B, T) if len(shape) == 2 else experts[0].shape
-        probes[name] = ops.zeros((*rows, shape[-2]))
+        lead = experts[0].shape if len(shape) > 2 else rows.get(name, (B, T))
+        probes[name] = ops.zeros((*lead, shape[-2]))
     return probes, experts[0] if experts else None
 
 
@@ -189,7 +198,9 @@ class _Head:
     def __init__(self, config: ModelConfig, parameters: Parameters, ops: Backend, seed: int):
         self.config, self.ops, self.seed, self.tokens = config, ops, seed, 0
         self.name = "embed" if config.tied else "head"
-        self.decoder = Decoder(config, ops, {name: ops.prepare(parameters[name]) for name in ("norm", self.name)})
+        outer = {name for name in parameters if not name.startswith("layers.")} - {"embed", "positions"}
+        weights = {name: ops.prepare(parameters[name]) for name in outer | {self.name}}
+        self.decoder = Decoder(config, ops, weights)
         self.gram = np.zeros((config.width, config.width))
         self.likely, self.curvature = np.zeros((2, config.vocab))  # sums of p and p (1 - p)
 

@@ -38,6 +38,10 @@ class Inputs:
         self._sums[name] = self._sums.get(name, 0) + (x.T @ x).astype(np.float64)
         self._counts[name] = self._counts.get(name, 0) + len(x)
 
+    def __contains__(self, name: str) -> bool:
+        """Whether the map was seen at work."""
+        return self.source(name) in self._sums or name in self._routed
+
     def source(self, name: str) -> str:
         """The map whose sums `name` shares: its own, or the first that read the same array."""
         return self._same_as.get(name, name)

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
+import numpy as np
+
 from ...checkpoint import Spec, write_folder
+from ...errors import Unsupported
 from ...models.families import Family, NameMap
 from ...models.parameters import Parameters
 from ...schemes import label, row, to_dense
@@ -58,24 +61,34 @@ def write(
 def _specs(parameters: Parameters, names: NameMap, plan: Plan, make: Make) -> Iterator[Spec]:
     for name in parameters:
         planned = plan.get(name)
-        load = partial(make, name) if planned else partial(_kept, parameters, name)
-        shape, form = parameters.shapes[name], planned or load().format
-        spelled = _spelled(names, name, planned is not None)
+        spelled, turned = place(names, name, isinstance(planned, Affine))
+        load = partial(make, name) if planned else partial(_kept, parameters, name, turned)
+        made = planned or load().format
+        shape = parameters.shapes[name]
+        shape = (*shape[:-2], shape[-1], shape[-2]) if turned else shape
         if "{e}" not in spelled:
-            yield Spec(spelled, shape, form, load)
+            yield Spec(spelled, shape, made, load)
             continue
         load = lru_cache(maxsize=1)(load)  # a stack is made once for all of its experts
         for e in range(shape[0]):
-            yield Spec(spelled.replace("{e}", str(e)), shape[1:], form, lambda load=load, e=e: row(load(), e))
+            yield Spec(spelled.replace("{e}", str(e)), shape[1:], made, lambda load=load, e=e: row(load(), e))
 
 
-def _kept(parameters: Parameters, name: str) -> Tensor:
+def place(names: NameMap, name: str, quantized: bool) -> tuple[str, bool]:
+    """`NameMap.written`. Raises Unsupported where ours lies within another tensor only."""
+    try:
+        return names.written(name, quantized)
+    except StopIteration:
+        raise Unsupported(
+            f"{names.spell(name)} holds {name} and more, which is not written here yet.", "Choose another model."
+        ) from None
+
+
+def _kept(parameters: Parameters, name: str, turned: bool) -> Tensor:
     """As it is; a GGUF's blocks, which have no place in a folder, dense."""
     tensor = parameters[name]
-    return to_dense(tensor, "bfloat16") if isinstance(tensor.format, Blocks) else tensor
-
-
-def _spelled(names: NameMap, name: str, quantized: bool) -> str:
-    """Hugging Face's name; quantized experts go under the stacked one that mlx-lm reads, where there is one."""
-    spellings = names.spellings(name)
-    return next((s for s in spellings if quantized and "{e}" not in s), spellings[0])
+    tensor = to_dense(tensor, "bfloat16") if isinstance(tensor.format, Blocks) else tensor
+    if not turned:
+        return tensor
+    weight = np.ascontiguousarray(tensor.parts["weight"].swapaxes(-1, -2))
+    return Tensor(weight.shape, tensor.format, {"weight": weight})
