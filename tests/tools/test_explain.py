@@ -155,7 +155,7 @@ def test_words_are_found_where_they_end(session):
 def test_what_cannot_be_explained(session):
     with pytest.raises(BadOption, match="no tokens"):
         list(explain(session, []))
-    with pytest.raises(ContextFull, match="600 tokens and 512"):
+    with pytest.raises(ContextFull, match="600 tokens and 256"):
         list(explain(session, [5] * 600))
     with pytest.raises(BadOption, match="outside"):
         list(explain(session, [5, 106]))

@@ -15,7 +15,7 @@ from ...schemes import rows, take_rows, to_float
 from ..inspect.routing import softmax
 from .seeing import Seen, see
 
-MOST_TOKENS = 512  # every token looks at every other, in every head: the page and the memory grow with the square
+MOST_TOKENS = 256  # every token looks at every other, in every head: the page and the memory grow with the square
 MOST_LENSES = 64  # positions, from the end, that get the logit lens
 GUESSES = 3  # for each stage and position
 NEIGHBOURS = 5
