@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..backends.base import A, Step
-from .config import AttentionConfig
+from ..errors import Unsupported
+from .config import AttentionConfig, LatentConfig
 from .scope import Scope
 
 
@@ -39,3 +40,22 @@ def qkv(p: Scope, cfg: AttentionConfig, x: A) -> tuple[A, A, A, A | None]:
     if cfg.qk_norm == "head":
         q, k = p.norm("q_norm", q), p.norm("k_norm", k)
     return q, k, v, gate
+
+
+def latent_attention(p: Scope, cfg: LatentConfig, x: A, step: Step) -> A:
+    """Keys and values of all heads from one latent, which is what the cache holds (DeepSeek-V2). x [B, T, D]"""
+    B, T, _ = x.shape
+    q = p.linear("q_up", p.norm("q_norm", p.linear("q_down", x))) if cfg.query_latent else p.linear("q", x)
+    q, turning_q = p.ops.split(q.reshape(B, T, cfg.heads, cfg.nope + cfg.turning), (cfg.nope, cfg.turning))
+    latent, turning_k = p.ops.split(p.linear("kv_down", x), (cfg.latent, cfg.turning))
+    latent = p.norm("kv_norm", latent)  # [B, T, L]
+    freqs, scale, interleaved = p.ropes[cfg.rope]
+    turning_q = p.ops.rope(turning_q, step, freqs, interleaved, scale)
+    turning_k = p.ops.rope(turning_k.reshape(B, T, 1, cfg.turning), step, freqs, interleaved, scale)
+    turning_k = turning_k.reshape(B, T, cfg.turning)
+    for name in ("k_up", "v_up"):
+        if p.adapters(name):
+            raise Unsupported(f"An adapter of latent attention's {name} is not applied here.", "Adapt other weights.")
+    wk, wv = p.weight("k_up"), p.weight("v_up")
+    y = p.ops.latent_attention(q, turning_q, latent, turning_k, wk, wv, cfg.spec, step, p.layer)
+    return p.linear("o", y.reshape(B, T, cfg.heads * cfg.value_dim))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from ..backends.base import A, Step
-from .attention import attention
-from .config import AttentionConfig, ConvolutionConfig, DeltaConfig, LayerConfig
+from .attention import attention, latent_attention
+from .config import AttentionConfig, ConvolutionConfig, DeltaConfig, LatentConfig, LayerConfig
 from .feed_forward import feed_forward
 from .mixers import convolution, delta
 from .scope import Scope
 
-MIXERS = {AttentionConfig: ("attn", attention), ConvolutionConfig: ("conv", convolution), DeltaConfig: ("delta", delta)}
+MIXERS = {
+    AttentionConfig: ("attn", attention),
+    LatentConfig: ("latent", latent_attention),
+    ConvolutionConfig: ("conv", convolution),
+    DeltaConfig: ("delta", delta),
+}
 
 
 def block(p: Scope, cfg: LayerConfig, x: A, step: Step) -> A:

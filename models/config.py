@@ -74,7 +74,27 @@ class DeltaConfig:
         return StateCache(conv=(self.taps - 1, mixed), memory=(self.heads, self.key_dim, self.value_dim))
 
 
-Mixer = AttentionConfig | ConvolutionConfig | DeltaConfig
+@dataclass(frozen=True)
+class LatentConfig:
+    """Attention over a latent that all heads share (multi-head latent attention). A head's keys have `nope` numbers
+    made from the latent, and behind them `turning` that know their position and are the same for all heads.
+    query_latent: the width that queries pass through; None: they come from x at once."""
+
+    heads: int
+    nope: int
+    turning: int
+    value_dim: int
+    latent: int
+    query_latent: int | None
+    spec: AttentionSpec
+    rope: str = "main"
+
+    @property
+    def cache(self) -> LayerCache:
+        return LayerCache(1, self.latent + self.turning, 0)
+
+
+Mixer = AttentionConfig | LatentConfig | ConvolutionConfig | DeltaConfig
 
 
 @dataclass(frozen=True)

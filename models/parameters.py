@@ -13,6 +13,7 @@ from .config import (
     AttentionConfig,
     ConvolutionConfig,
     DeltaConfig,
+    LatentConfig,
     LayerConfig,
     Mixer,
     MLPConfig,
@@ -57,7 +58,20 @@ def _norms(cfg: ModelConfig, layer: LayerConfig) -> Shapes:
 def _mixer(mixer: Mixer, width: int) -> Shapes:
     if isinstance(mixer, ConvolutionConfig):
         return _convolution(mixer, width)
+    if isinstance(mixer, LatentConfig):
+        return _latent(mixer, width)
     return _delta(mixer, width) if isinstance(mixer, DeltaConfig) else _attention(mixer, width)
+
+
+def _latent(c: LatentConfig, width: int) -> Shapes:
+    q = c.heads * (c.nope + c.turning)
+    shapes: Shapes = {"q": (q, width)}
+    if c.query_latent:
+        shapes = {"q_down": (c.query_latent, width), "q_norm": (c.query_latent,), "q_up": (q, c.query_latent)}
+    shapes |= {"kv_down": (c.latent + c.turning, width), "kv_norm": (c.latent,)}
+    shapes |= {"k_up": (c.heads, c.nope, c.latent), "v_up": (c.heads, c.value_dim, c.latent)}
+    shapes["o"] = (width, c.heads * c.value_dim)
+    return {f"latent.{name}": shape for name, shape in shapes.items()}
 
 
 def _convolution(c: ConvolutionConfig, width: int) -> Shapes:

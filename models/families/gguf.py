@@ -114,7 +114,10 @@ def _rope_scaling(metadata: Mapping, prefix: str, checkpoint: Checkpoint, hf: Ma
     found = {"partial_rotary_factor": turning / size}
     kind = metadata.get(f"{prefix}.rope.scaling.type", "none")
     if kind != "none":
-        keys = {"factor": "factor", "original_max_position_embeddings": "original_context_length"}
+        keys = {
+            "factor": "factor", "original_max_position_embeddings": "original_context_length",
+            "beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow",
+        }  # fmt: skip
         values = {ours: metadata.get(f"{prefix}.rope.scaling.{key}") for ours, key in keys.items()}
         return found | {"rope_scaling": {"rope_type": kind, **{k: v for k, v in values.items() if v is not None}}}
     return found | (_llama3(checkpoint, rope(hf | found, size)) if "rope_freqs.weight" in checkpoint else {})

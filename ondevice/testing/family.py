@@ -41,8 +41,8 @@ TOLERANCE = 1e-4  # of the logits' size (root mean square), in float32
 def randomise(model: Any, seed: int = 0) -> Any:
     """A torch model with every parameter random, in place; returns it, in float32.
 
-    Matrices keep their inputs' size, so that scores and gates are far from uniform. Vectors (gains, biases) are moved
-    from where they begin: a gain of 1 or a bias of 0 would hide what is done with it.
+    Matrices keep their inputs' size, so that scores and gates are far from uniform. Vectors (gains, biases,
+    buffers that are saved) are moved from where they begin: a gain of 1 or a bias of 0 would hide what is done with it.
     """
     import torch
 
@@ -51,6 +51,10 @@ def randomise(model: Any, seed: int = 0) -> Any:
         noise = torch.randn(parameter.shape, generator=generator)
         vector = parameter.ndim == 1
         parameter.data = parameter.data + 0.3 * noise if vector else noise * parameter.shape[-1] ** -0.5
+    saved = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in saved and buffer.is_floating_point():
+            buffer += 0.3 * torch.randn(buffer.shape, generator=generator)
     return model
 
 

@@ -20,7 +20,8 @@ TINY = {
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True, "attention_bias": False,
     "sliding_window": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
-    "norm_topk_prob": True, "query_pre_attn_scalar": 8, "hidden_activation": "gelu_pytorch_tanh",
+    "norm_topk_prob": True, "query_pre_attn_scalar": 8, "n_group": 2, "topk_group": 1,
+    "hidden_activation": "gelu_pytorch_tanh",
 }  # fmt: skip
 
 

@@ -127,6 +127,8 @@ def _rope(writer: gguf.GGUFWriter, config: Any, head_dim: int) -> None:
     if rule["rope_type"] in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(rule["rope_type"]))
         writer.add_rope_scaling_factor(rule["factor"])
+    if "beta_fast" in rule:
+        writer.add_rope_scaling_yarn_beta_fast(rule["beta_fast"])
     if rule["rope_type"] in ("yarn", "longrope"):
         writer.add_rope_scaling_orig_ctx_len(rule["original_max_position_embeddings"])
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import twins
 
+from ondevice.backends.base import AttentionSpec
 from ondevice.backends.reference import create as create_reference
 from ondevice.models.config import ModelConfig, MoEConfig
 from ondevice.models.decoder import Decoder
@@ -61,6 +62,10 @@ def experts(**fields: Any):
     return change
 
 
+def layers(**fields: Any):
+    return lambda c: replace(c, layers=[replace(x, **fields) for x in c.layers])
+
+
 def rope(name: str, **fields: Any):
     return lambda c: replace(c, ropes={**c.ropes, name: replace(c.ropes[name], **fields)})
 
@@ -96,14 +101,34 @@ MUTATIONS = {
         "gemma3",
         lambda c: replace(c, layers=[replace(x, feed_forward=replace(x.feed_forward, act="gelu")) for x in c.layers]),
     ),
-    "experts renormalised": ("qwen3_moe-sums", lambda c: experts(rule=renormalise(c, True))(c)),
-    "experts not renormalised": ("qwen3_moe", lambda c: experts(rule=renormalise(c, False))(c)),
+    "experts renormalised": ("qwen3_moe-sums", lambda c: experts(rule=ruled(c, renormalise=True))(c)),
+    "experts not renormalised": ("qwen3_moe", lambda c: experts(rule=ruled(c, renormalise=False))(c)),
+    "an expert without its shared one": ("qwen2_moe", experts(shared=None)),
+    "a shared expert without its gate": ("qwen2_moe", experts(shared_gate=False)),
+    "an up without its clamp": ("gpt_oss", experts(up_act="tanh")),
+    "an up without its one": ("gpt_oss", experts(up_offset=0.0)),
+    "attention without sinks": ("gpt_oss", attention(sinks=False)),
+    "yarn without its ramp": ("mistral-full", rope("main", scaling={"rope_type": "linear", "factor": 4.0})),
+    "yarn of another factor": ("mistral-full", rope("main", scaling=twins.YARN | {"factor": 4.5})),
+    "yarn truncated": ("gpt_oss-yarn", rope("main", scaling=twins.WHOLE_YARN | {"truncate": True})),
+    "norms without their bias": ("stablelm", lambda c: replace(c, norm="rms")),
+    "a block in series": ("gpt_neox", layers(parallel=False)),
+    "a block side by side": ("gpt_neox-serial", layers(parallel=True)),
+    "what is added, unscaled": ("granite", layers(residual_scale=1.0)),
+    "logits unscaled": ("granite", lambda c: replace(c, logit_scale=1.0)),
+    "positions everywhere": ("smollm3", attention(rope="main")),
+    "pairs in halves": ("cohere", rope("main", interleaved=False)),
+    "all of a head turns": ("glm4", rope("main", dim=8)),
+    "experts elected without bias": ("deepseek_v3", experts(election=False)),
+    "experts of all groups": ("deepseek_v3", lambda c: experts(rule=ruled(c, top_groups=4))(c)),
+    "gates unscaled": ("deepseek_v2-yarn", lambda c: experts(rule=ruled(c, scale=1.0))(c)),
+    "latent scores unsharpened": ("deepseek_v2-yarn", attention(spec=AttentionSpec(10**-0.5))),
     "an expert fewer": ("qwen3_moe", experts(per_token=1)),
 }
 
 
-def renormalise(config: ModelConfig, yes: bool):
-    return replace(config.layers[-1].feed_forward.rule, renormalise=yes)
+def ruled(config: ModelConfig, **fields: Any):
+    return replace(config.layers[-1].feed_forward.rule, **fields)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS)

@@ -31,6 +31,7 @@ YARN = {
     "beta_fast": 4.0,
     "original_max_position_embeddings": 16,
 }
+WHOLE_YARN = YARN | {"truncate": False, "rope_theta": 40.0, "original_max_position_embeddings": 64}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 LONGROPE = {
     "rope_type": "longrope",
@@ -58,6 +59,18 @@ DELTA = {
     "linear_value_head_dim": 4,
 }
 SHARED = {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 20, "hidden_size": 48}
+LATENT = {
+    "num_key_value_heads": 6,
+    "head_dim": 4,
+    "kv_lora_rank": 14,
+    "q_lora_rank": 10,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 10,
+    "moe_intermediate_size": 12,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 0,
+}
 TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix, what differs from TINY
     "llama": ("Llama", {"tie_word_embeddings": True}),
     "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
@@ -196,8 +209,27 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix
             "num_local_experts": 30,
             "num_experts_per_tok": 4,
             "sliding_window": 4,
-            "rope_parameters": YARN | {"truncate": False},
+            "rope_parameters": WHOLE_YARN,
         },
+    ),
+    "deepseek_v2": ("DeepseekV2", LATENT | {"q_lora_rank": None, "n_routed_experts": 5, "first_k_dense_replace": 1}),
+    "deepseek_v2-yarn": (
+        "DeepseekV2",
+        LATENT
+        | {
+            "n_routed_experts": 30,
+            "routed_scaling_factor": 1.5,
+            "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.9},
+        },
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        LATENT | {"n_routed_experts": 12, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1},
+    ),
+    "deepseek_v3-plain": (
+        "DeepseekV3",
+        LATENT
+        | {"n_routed_experts": 6, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "rope_interleave": False},
     ),
     "qwen3_moe": ("Qwen3Moe", {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True}),
     "qwen3_moe-sums": ("Qwen3Moe", {"num_experts": 40, "num_experts_per_tok": 3, "norm_topk_prob": False}),

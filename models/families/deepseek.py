@@ -1,0 +1,83 @@
+"""DeepSeek V2 and V3: latent attention; the first layers plain, the others with experts, some for all tokens. V3 elects
+experts by groups, with a bias for the election alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ...backends.base import AttentionSpec, RouteRule
+from ...errors import Unsupported
+from ..config import LatentConfig, ModelConfig, MoEConfig, plain_mlp, routed
+from ..fields import contradiction, flag, layer_count, number, one_of, optional, whole
+from ..ropes import RopeConfig, mscale, rope
+from . import LLAMA, Family, experts
+
+MLP, ATTENTION = "model.layers.{i}.mlp", "model.layers.{i}.self_attn"
+MODULES = {
+    "q": "q_proj", "q_down": "q_a_proj", "q_norm": "q_a_layernorm", "q_up": "q_b_proj", "o": "o_proj",
+    "kv_down": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm",
+}  # fmt: skip
+NAMES = LLAMA | experts(MLP) | {
+    "layers.{i}.moe.router": f"{MLP}.gate.weight",
+    "layers.{i}.moe.election": f"{MLP}.gate.e_score_correction_bias",
+    "layers.{i}.latent.k_up": f"{ATTENTION}.kv_b_proj.weight|first",
+    "layers.{i}.latent.v_up": f"{ATTENTION}.kv_b_proj.weight|last",
+    **{f"layers.{{i}}.latent.{ours}": f"{ATTENTION}.{its}.weight" for ours, its in MODULES.items()},
+    **{f"layers.{{i}}.moe.shared.{p}": f"{MLP}.shared_experts.{p}_proj.weight" for p in ("gate", "up", "down")},
+}  # fmt: skip
+
+
+def config(hf: Mapping) -> ModelConfig:
+    if flag(hf, "attention_bias") or whole(hf, "moe_layer_freq", 1) > 1:
+        raise Unsupported("This DeepSeek has biases in attention, or experts in some layers only.", "Take another.")
+    turning, dense = whole(hf, "qk_rope_head_dim", 64), whole(hf, "first_k_dense_replace", 0, least=0)
+    hf = {**hf, "head_dim": turning, "num_key_value_heads": None}
+    turns = rope(hf, turning, interleaved=flag(hf, "rope_interleave", True))
+    mixer, moe = _latent(hf, turns), _experts(hf)
+    return ModelConfig.llama_like(
+        hf,
+        ropes={"main": turns},
+        mixers=lambda layer: mixer,
+        feed_forward=[plain_mlp(hf) if i < dense else moe for i in range(layer_count(hf))],
+    )
+
+
+def _latent(hf: Mapping, turns: RopeConfig) -> LatentConfig:
+    nope, rule = whole(hf, "qk_nope_head_dim", 128), turns.scaling
+    scale = (nope + turns.dim) ** -0.5
+    if sharper := number(rule, "mscale_all_dim", 0.0, least=0.0):  # long texts, in scores besides sine and cosine
+        scale *= mscale(number(rule, "factor", 1.0), sharper) ** 2
+    return LatentConfig(
+        heads=whole(hf, "num_attention_heads"),
+        nope=nope,
+        turning=turns.dim,
+        value_dim=whole(hf, "v_head_dim", 128),
+        latent=whole(hf, "kv_lora_rank", 512),
+        query_latent=optional(whole, hf, "q_lora_rank"),
+        spec=AttentionSpec(scale),
+    )
+
+
+def _experts(hf: Mapping) -> MoEConfig:
+    third = hf.get("model_type") == "deepseek_v3"
+    if not third:
+        one_of(hf, "topk_method", {"greedy": None}, "greedy")
+    rule = RouteRule(
+        scoring="sigmoid" if third else "softmax",
+        groups=whole(hf, "n_group", 8) if third else 1,
+        top_groups=whole(hf, "topk_group", 4) if third else 1,
+        renormalise=flag(hf, "norm_topk_prob", True) if third else False,
+        scale=number(hf, "routed_scaling_factor", 2.5 if third else 1.0),
+    )
+    width = whole(hf, "n_shared_experts", 1 if third else 2, least=0) * whole(hf, "moe_intermediate_size")
+    shared = plain_mlp(hf, hidden=width) if width else None
+    moe = routed(hf, "moe_intermediate_size", rule=rule, election=third, shared=shared)
+    if moe.experts % rule.groups or moe.experts // rule.groups < 2 or rule.top_groups > rule.groups:
+        raise contradiction(
+            f"The config has {moe.experts} experts in {rule.groups} groups, {rule.top_groups} at a time."
+        )
+    return moe
+
+
+deepseek_v2 = Family("deepseek_v2", ("deepseek_v2",), config, NAMES, models="DeepSeek V2 Lite, DeepSeek Coder V2 Lite")
+deepseek_v3 = Family("deepseek_v3", ("deepseek_v3",), config, NAMES, models="DeepSeek V3, Moonlight")
