@@ -11,7 +11,7 @@ import click
 from . import console
 from .pull import fetch
 
-METHODS = ("auto", "gptq", "search", "rtn")
+METHODS = ("auto", "gptq", "awq", "search", "rtn")
 BITS = ("2", "3", "4", "5", "6", "8")
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 

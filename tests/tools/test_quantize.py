@@ -75,7 +75,7 @@ def test_rows_that_no_group_divides_stay_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("hf", [LLAMA, LLAMA | {"tie_word_embeddings": False}, MOE], ids=["tied", "untied", "moe"])
-@pytest.mark.parametrize("method", ["rtn", "search", "gptq", "auto"])
+@pytest.mark.parametrize("method", ["rtn", "search", "awq", "gptq", "auto"])
 def test_what_is_written_runs_everywhere(tmp_path, hf, method):
     quantize(write_model(tmp_path / "in", hf, "float32"), tmp_path / "out", short(method, bits=8, group_size=32))
     wanted = logits(tmp_path / "out")
@@ -88,8 +88,14 @@ def test_what_is_written_runs_everywhere(tmp_path, hf, method):
     assert np.abs(theirs - wanted).max() < 1e-3 * np.abs(wanted).max()
 
 
+FAMILIES = (
+    "qwen3", "mistral", "qwen2", "phi3", "gemma", "smollm3", "olmo2", "granite", "starcoder2", "cohere", "cohere2", "glm4",
+    "lfm2", "qwen3_5-wide", "lfm2-moe", "mixtral", "qwen2_moe", "granitemoe", "gpt_oss", "qwen3_moe",
+)  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in twins.TWINS if name != "granitemoe-shared"])  # two in one tensor
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(tmp_path, name, monkeypatch):
     """At 8 bits nothing much changes, whatever the family does; some twins' rows hold no group, and that is said."""
     monkeypatch.setattr("ondevice.tools.quantize.writing.side_files", lambda checkpoint: {})
@@ -100,7 +106,7 @@ def test_every_family(tmp_path, name, monkeypatch):
     for method in ("rtn", "auto"):
         quantize(tmp_path / "in", tmp_path / method, Options(method, 8, 32, sensitivity_tokens=64))
         wanted, got = logits(tmp_path / "in"), logits(tmp_path / method)
-        assert np.abs(wanted - got).mean() < (0.05 if "moe" not in name else 1) * np.abs(wanted).mean()
+        assert np.abs(wanted - got).mean() < (1 if "moe" in name else 0.1) * np.abs(wanted).mean()
 
 
 def test_routers_stay_as_they_are(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from ondevice.models.decoder import Decoder
 from ondevice.registry import create_backend
 from ondevice.schemes import parts, quantize_affine, to_float
 from ondevice.tensors import Affine, dense
+from ondevice.tools.calibration import stream
 from ondevice.tools.quantize import sensitivity
 from ondevice.tools.quantize.allocation import Choice, allocate, choices
+from ondevice.tools.quantize.awq import _choose, scaling
 from ondevice.tools.quantize.fitting import decode, encode, fit
 from ondevice.tools.quantize.gptq import gptq, inverse_factor, search
 from ondevice.tools.quantize.matrices import affine_bytes
@@ -131,6 +134,61 @@ def test_a_fit_is_near_the_best_there_is(bits):
 def test_a_group_of_one_value_stays_so(value):
     made = to_float(search(np.full((3, 64), value, np.float32), np.ones(64), Affine(4, 64, "float32")))
     assert np.allclose(made, value, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ AWQ
+
+
+def louder(values, columns):
+    """Some columns of what a norm gives are large: trained models are so."""
+    values = values.copy()
+    values[columns] *= 20
+    return values
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm_offset": 1.0}], ids=["plain", "offset"])
+def test_scaling_changes_nothing_before_rounding(tmp_path, changes):
+    gain = louder(np.ones(64, np.float32), [3, 40])
+    source = write_model(tmp_path / "in", dtype="bfloat16", layers_0_attn_norm=gain, layers_1_mlp_norm=gain)
+    held, ops = parameters(source), create_backend("reference")
+    config = replace(held._config, **changes)
+    ids = np.random.default_rng(0).integers(0, 90, (4, 32)).astype(np.int32)
+    weights = held.prepare(ops)
+    before = ops.numpy(Decoder(config, ops, weights)(ops.array(ids), Step.whole(*ids.shape)))
+    for stage in stream(config, held, ops, ids):
+        if not stage.prefix.startswith("layers."):
+            continue
+        inputs = Inputs()
+        stage.observe(inputs)
+        plan = {name: Affine(3, 32, "bfloat16") for name in stage.names if len(held.shapes[name]) == 2}
+        found = scaling(stage.prefix, config, held, inputs, plan)
+        maps = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up", "mlp.down")
+        assert set(found.columns) == {f"{stage.prefix}.{name}" for name in maps}
+        assert np.ptp(found.columns[f"{stage.prefix}.mlp.down"]) > 0.1
+        for name in stage.names:
+            values = found.applied(name, to_float(held[name])) if name in plan else to_float(held[name])
+            weights[name] = ops.prepare(found.norms.get(name, dense(values.astype(np.float32))))
+    after = ops.numpy(Decoder(config, ops, weights)(ops.array(ids), Step.whole(*ids.shape)))
+    assert np.abs(after - before).max() < 2e-3 * np.abs(before).max()
+    assert not np.array_equal(
+        to_float(held["layers.0.attn_norm"]), ops.numpy(ops.dequantize(weights["layers.0.attn_norm"]))
+    )
+
+
+def test_loud_columns_lose_less():
+    draw = np.random.default_rng(0)
+    x = louder(draw.normal(size=(64, 500)), [1, 5, 33]).T
+    values, inputs = draw.normal(size=(48, 64)).astype(np.float32), Inputs()
+    inputs("a.input", x.astype(np.float32))
+    held = type("Held", (), {"values": values})
+    form = Affine(3, 32, "float32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ondevice.tools.quantize.awq.numbers", lambda held, name: held.values)
+        scale = _choose(["a"], held, inputs, {"a": form})
+    gram = inputs.gram("a")
+    plain = to_float(quantize_affine(values, 3, 32, "float32")) - values
+    scaled = to_float(quantize_affine(values * scale, 3, 32, "float32")) / scale - values
+    assert np.einsum("ij,jk,ik", scaled, gram, scaled) < 0.5 * np.einsum("ij,jk,ik", plain, gram, plain)
 
 
 # ------------------------------------------------------------------------------------------------ allocation

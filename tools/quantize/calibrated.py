@@ -10,8 +10,9 @@ from ...backends.base import Backend
 from ...models.config import ModelConfig
 from ...models.parameters import Parameters
 from ...schemes import stack
-from ...tensors import Affine, Tensor
+from ...tensors import Affine, Dense, Tensor
 from ..calibration import Stage, stream
+from .awq import Scaling, scaling
 from .gptq import gptq, search
 from .matrices import numbers
 from .statistics import Inputs
@@ -19,24 +20,27 @@ from .work import Work
 
 
 class Rounding:
-    """plan: our name -> format. method: search or gptq. hessians: of embedding and head, where they were measured.
-    notes: grows by what could not be done as asked."""
+    """plan: our name -> format. method: search, awq or gptq. hessians: of embedding and head, where they were measured.
+    What grows: notes, by what could not be done as asked; changed, by what is not quantized but other than it was."""
 
     def __init__(
         self, config: ModelConfig, parameters: Parameters, plan: Mapping[str, Affine], method: str,
         hessians: Mapping[str, np.ndarray],
     ):  # fmt: skip
         self.config, self.parameters, self.plan, self.method = config, parameters, plan, method
-        self.hessians, self.notes = hessians, []
+        self.hessians = hessians
+        self.notes: list[str] = []
+        self.changed: dict[str, Dense] = {}
 
     def run(self, ops: Backend, ids: np.ndarray, work: Work) -> Iterator[tuple[int, int]]:
         """Fills `work` with the tensors of every stage; yields (done, total) stages."""
         total = len(self.config.layers) + 2
         for done, stage in enumerate(stream(self.config, self.parameters, ops, ids), 1):
-            made = work.tensors(stage.prefix, self.parameters.shapes, self.plan)
+            made = work.tensors(stage.prefix, self.parameters, self.plan)
             if made is None:
                 made = self.stage(stage)
                 work.keep_tensors(stage.prefix, made)
+            self.changed |= {name: tensor.format for name, tensor in made.items() if name not in self.plan}
             if stage.prefix != "head":
                 for name, tensor in made.items():
                     stage.replace(name, tensor)
@@ -53,12 +57,19 @@ class Rounding:
             return {}
         inputs = Inputs()
         stage.observe(inputs)
-        return {name: self._rounded(name, inputs) for name in names}
+        if self.method != "awq" or stage.prefix == "head":
+            return {name: self._rounded(name, inputs) for name in names}
+        found = scaling(stage.prefix, self.config, self.parameters, inputs, self.plan)
+        return {name: self._rounded(name, inputs, found) for name in names} | found.norms
 
-    def _rounded(self, name: str, inputs: Inputs) -> Tensor:
+    def _rounded(self, name: str, inputs: Inputs, found: Scaling | None = None) -> Tensor:
         if len(self.parameters.shapes[name]) > 2:
             return self._experts(name, inputs)
-        return self.matrix(name, inputs.gram("head" if name == "embed" else name))
+        hessian = inputs.gram("head" if name == "embed" else name)
+        if found is None:
+            return self.matrix(name, hessian)
+        values = found.applied(name, numbers(self.parameters, name))
+        return self._round(values, found.hessian(name, hessian), self.plan[name])
 
     def matrix(self, name: str, hessian: np.ndarray | None) -> Tensor:
         """hessian None: every input counts alike, as for the rows of an embedding."""
@@ -78,6 +89,6 @@ class Rounding:
     def _round(self, values: np.ndarray, hessian: np.ndarray | None, form: Affine) -> Tensor:
         if hessian is None:
             return search(values, np.ones(values.shape[-1], np.float32), form)
-        if self.method == "search":
+        if self.method in ("search", "awq"):
             return search(values, np.diag(hessian), form)
         return gptq(values, hessian, form)

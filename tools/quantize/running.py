@@ -96,6 +96,7 @@ class _Job:
         rounding = Rounding(self.config, self.parameters, plan, method, hessians)
         for done, total in rounding.run(ops, ids, work):
             self.progress(Progress("Rounding", done, total, "stages"))
+        plan = {**plan, **rounding.changed}
         result = self._write(plan, lambda name: self._made(work, plan, name), (*notes, *rounding.notes))
         work.remove()
         return result
@@ -103,7 +104,7 @@ class _Job:
     def _made(self, work: Work, plan: Mapping[str, Affine], name: str):
         stage = ".".join(name.split(".")[:2]) if name.startswith("layers.") else name
         for prefix in (stage, "head"):  # a tied embedding may have been rounded last
-            found = work.tensors(prefix, self.parameters.shapes, plan)
+            found = work.tensors(prefix, self.parameters, plan)
             if name in found:
                 return found[name]
         raise KeyError(name)

@@ -13,6 +13,7 @@ class Inputs:
 
     def __init__(self):
         self._sums: dict[str, np.ndarray] = {}
+        self._sizes: dict[str, np.ndarray] = {}
         self._counts: dict[str, int] = {}
         self._same_as: dict[str, str] = {}
         self._routed: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
@@ -36,6 +37,7 @@ class Inputs:
             return
         self._last = name, x
         self._sums[name] = self._sums.get(name, 0) + (x.T @ x).astype(np.float64)
+        self._sizes[name] = self._sizes.get(name, 0) + np.abs(x).sum(0, dtype=np.float64)
         self._counts[name] = self._counts.get(name, 0) + len(x)
 
     def __contains__(self, name: str) -> bool:
@@ -50,6 +52,16 @@ class Inputs:
         """E[x x^T], float64 [I, I]."""
         name = self.source(name)
         return self._sums[name] / self._counts[name]
+
+    def size(self, name: str) -> np.ndarray:
+        """E|x|, float64 [I]."""
+        name = self.source(name)
+        return self._sizes[name] / self._counts[name]
+
+    def readers(self, name: str) -> list[str]:
+        """All maps that read what `name` reads."""
+        source = self.source(name)
+        return [source, *(other for other, first in self._same_as.items() if first == source)]
 
     def expert_grams(self, name: str, experts: int) -> Iterator[tuple[int, np.ndarray]]:
         """For each expert: how many tokens it was given, and E[x x^T] of those (zeros where there was none)."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from ...checkpoint.write import write_file
 from ...errors import OnDeviceError
+from ...models.parameters import Parameters
 from ...tensors import Affine, Tensor
 
 
@@ -66,14 +67,17 @@ class Work:
     def keep_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         self.keep(name, {f"{key}/{part}": a for key, t in tensors.items() for part, a in t.parts.items()})
 
-    def tensors(self, name: str, shapes: Mapping[str, tuple[int, ...]], forms: Mapping[str, Affine]):
-        """What `keep_tensors` kept of these formats, by our names; None where there is nothing."""
+    def tensors(self, name: str, parameters: Parameters, forms: Mapping[str, Affine]) -> dict[str, Tensor] | None:
+        """What `keep_tensors` kept, by our names, in these formats or as the parameters are; None where there is
+        nothing."""
         stored = self.arrays(name)
         if stored is None:
             return None
-        names = dict.fromkeys(key.rpartition("/")[0] for key in stored)
-        parts = ("weight", "scales", "biases")
-        return {n: Tensor(shapes[n], forms[n], {part: stored[f"{n}/{part}"] for part in parts}) for n in names}
+        parts: dict[str, dict[str, np.ndarray]] = {}
+        for key, array in stored.items():
+            tensor, _, part = key.rpartition("/")
+            parts.setdefault(tensor, {})[part] = array
+        return {n: Tensor(parameters.shapes[n], forms.get(n) or parameters[n].format, p) for n, p in parts.items()}
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

@@ -15,11 +15,11 @@ from ...errors import Unsupported
 from ...models.families import Family, NameMap
 from ...models.parameters import Parameters
 from ...schemes import label, row, to_dense
-from ...tensors import Affine, Blocks, Tensor
+from ...tensors import Affine, Blocks, Dense, Tensor
 from ..convert.side_files import side_files
 
-Make = Callable[[str], Tensor]  # our name -> the quantized tensor
-Plan = Mapping[str, Affine]  # our name -> what it becomes
+Make = Callable[[str], Tensor]  # our name -> what it has become
+Plan = Mapping[str, Affine | Dense]  # our name -> what it becomes, where it is not left as it is
 
 
 @dataclass(frozen=True)
