@@ -141,10 +141,10 @@ def _choose(weights: Weights, options: Options, least: int) -> None:
 
 def _more(bits: set[int], share: float, options: Options) -> int | None:
     """How many bits to try next; None: these are right, or there are no more. One bit more halves the error of each
-    number, and divides its square, on which the divergence hangs, by four."""
+    number; what is lost falls by as much at least, once steps are no longer much larger than the change."""
     if share <= options.share or options.bits or not bits:
         return None
-    wanted = min(bits) + math.ceil(math.log(share / options.share, 4))
+    wanted = min(bits) + math.ceil(math.log2(share / options.share))
     more = [level for level in LADDER if level > min(bits)]
     return next((level for level in more if level >= wanted), more[-1] if more else None)
 

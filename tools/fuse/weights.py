@@ -13,6 +13,7 @@ from ...checkpoint import Spec
 from ...errors import Unsupported
 from ...models.config import ModelConfig
 from ...models.decoder import Decoder
+from ...models.families.writing import specs
 from ...models.families import NameMap
 from ...models.parameters import Parameters
 from ...schemes import LEGACY_BITS, label, row, to_affine, to_dense
@@ -123,15 +124,7 @@ class Weights:
     def specs(self, names: NameMap) -> Iterator[Spec]:
         """What is written, as this family's files name it; quantized experts as one stack, where mlx-lm has it so."""
         for name, form in self.formats.items():
-            load, spellings = partial(self.__getitem__, name), names.spellings(name)
-            spelled = next((s for s in spellings if isinstance(form, Affine) and "{e}" not in s), spellings[0])
-            if "{e}" not in spelled:
-                yield Spec(spelled, self.shapes[name], form, load)
-                continue
-            load = lru_cache(maxsize=1)(load)  # a stack is made once for all of its experts
-            for e in range(self.shapes[name][0]):
-                one = spelled.replace("{e}", str(e))
-                yield Spec(one, self.shapes[name][1:], form, lambda load=load, e=e: row(load(), e))
+            yield from specs(names, name, self.shapes[name], form, partial(self.__getitem__, name))
 
 
 def _stands(form: Format | Blocks) -> bool:
