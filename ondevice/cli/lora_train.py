@@ -85,7 +85,7 @@ def command(
         _tell_data(found)
         run = train(
             session, found, settings, out, resume=resume, saving=Saving(save_every, save_minutes), teacher=taught,
-            initial=_initial(initial, session), memory=room,
+            initial=_initial(initial, session, settings), memory=room,
         )  # fmt: skip
         finished = _follow(run, session.backend.name)
     _draw(out)
@@ -209,10 +209,10 @@ def _ending(event: Finished, out: Path) -> str:
     return said + ("; stopped early, as validation no longer improved." if event.stopped_early else ".")
 
 
-def _initial(adapter: str | None, session: Any) -> dict | None:
+def _initial(adapter: str | None, session: Any, settings: Settings) -> dict | None:
     from ..train.artifacts import factors_of
 
-    return None if adapter is None else factors_of(adapter, session)
+    return None if adapter is None else factors_of(adapter, session, settings)
 
 
 def _bytes(size: str | None) -> int | None:

@@ -17,10 +17,11 @@ from ..adapters import Adapter, Modules, read_adapter, write_adapter
 from ..adapters import LowRank as Update
 from ..checkpoint import Spec, write_folder
 from ..checkpoint.write import write_file
+from ..errors import BadOption
 from ..runtime.session import Session
 from ..runtime.side_files import side_files
 from ..tensors import Dense, Tensor, dense, floats, store
-from .methods import Full, LowRank, Method, Prompt
+from .methods import Full, LowRank, Method, Prompt, make_method
 from .settings import Settings
 
 Params = Mapping[str, np.ndarray]
@@ -47,10 +48,17 @@ def as_adapter(session: Session, method: LowRank, params: Params, settings: Sett
     return Adapter(updates, rslora=settings.method == "rslora", dropout=settings.dropout, base=str(session.path))
 
 
-def factors_of(path: str | Path, session: Session) -> dict[str, np.ndarray]:
-    """An adapter's factors as the parameters of a LoRA, to begin with. Raises what `read_adapter` raises."""
-    made = {}
+def factors_of(path: str | Path, session: Session, settings: Settings) -> dict[str, np.ndarray]:
+    """An adapter's factors as the parameters of a LoRA, to begin with. Raises what `read_adapter` raises, and BadOption
+    where the settings would scale them otherwise."""
+    made, method = {}, make_method(session, settings)
     for name, update in read_adapter(path, Modules(session.family, session.config)).updates.items():
+        target = method.targets.get(name) if isinstance(method, LowRank) else None
+        if target and target.rank == update.rank and abs(method.scale(target) - update.scale) > 1e-6 * update.scale:
+            raise BadOption(
+                f"The adapter {path} has the scale {update.scale:g}, and these settings give {method.scale(target):g}.",
+                f"Give --alpha {update.scale * target.rank:g}.",
+            )
         for part, tensor in (("lora_down", update.down), ("lora_up", update.up), ("magnitude", update.magnitude)):
             if tensor is not None:
                 made[f"{name}.{part}"] = floats(tensor.parts["weight"], tensor.format.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +32,8 @@ def locked(dest: Path) -> Iterator[None]:
     with _opened(dest) as file:
         try:
             _take(file)
+            if os.stat(dest / LOCK).st_ino != os.fstat(file.fileno()).st_ino:
+                raise OSError("the one before took the lock's file away, and another may have made it anew")
         except OSError:
             raise OnDeviceError(
                 f"{dest} is in use: another run writes to it.", "Wait for it, or choose another place."
@@ -40,6 +43,7 @@ def locked(dest: Path) -> Iterator[None]:
         finally:
             with suppress(OSError):
                 (dest / LOCK).unlink()
+                dest.rmdir()  # where nothing came of it
 
 
 def _opened(dest: Path) -> IO:
@@ -94,6 +98,8 @@ def admit(dest: Path, resume: bool) -> dict[str, Any] | None:
     record = read_record(dest)
     if resume and (record or not _occupied(dest)):
         return record
+    if record and not record.get("ended") and not (dest / state.FILE).exists():
+        return None  # it came to nothing that could be lost
     if record:
         ended = bool(record.get("ended"))
         hint = "Choose another name, or remove it first." if ended else "Go on with --resume, or choose another name."
@@ -154,9 +160,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def clear(dest: Path) -> None:
     """What only an unfinished run needs."""
-    for name in (state.FILE, f".{state.FILE}.partial"):
-        with suppress(OSError):
-            (dest / name).unlink()
+    for path in (dest / state.FILE, *dest.glob(".*.partial")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def digest_of_arrays(arrays: Mapping[str, np.ndarray]) -> str:

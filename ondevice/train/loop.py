@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..backends.base import A
-from ..errors import OnDeviceError, Unsupported
+from ..errors import BadOption, OnDeviceError, Unsupported
 from ..runtime.memory import peak_memory_bytes
 from ..runtime.session import Session
 from . import folder as place
@@ -28,7 +28,7 @@ from .batches import Batch, batches_of, rows_of, steps_an_epoch, steps_of_rows
 from .data import Data, Example
 from .events import Event, Finished, Saved, Started, StepDone, Validating
 from .learner import Learner, Teacher
-from .methods import Prompt, make_method
+from .methods import Method, Prompt, make_method
 from .objectives import make_objective
 from .planning import Plan, plan
 from .schedule import rate_at
@@ -82,7 +82,7 @@ class _Run:
         self.steps = settings.steps
         if self.steps is None:
             self.steps = math.ceil(settings.epochs * steps_an_epoch(data.train, settings))
-        begin = self.method.initial() if initial is None else dict(initial)
+        begin = self.method.initial() if initial is None else _fitting(initial, self.method)
         self.parameters = sum(values.size for values in begin.values())
         self.identity = self._identity(initial)
         if then:
@@ -91,6 +91,7 @@ class _Run:
         else:
             self.plan = plan(session, data, settings, self.parameters, memory)
         self.state = (states.load(dest, self.ops) if then else None) or self._fresh(begin)
+        self.whole = self.state  # behind the last step that is told and validated: what a checkpoint holds
         self.ended = (then or {}).get("ended")
         imitated = Teacher(teacher.decoder, settings.temperature, settings.hard) if teacher else None
         self.learner = Learner(self.method, self.plan.remat, imitated)
@@ -146,11 +147,12 @@ class _Run:
                     done = replace(done, validation_loss=(yield from self._validate()))
                 if self.dest:
                     self.metrics.add(done)
+                self.whole = self.state
                 yield done
                 if self._due(saving, step):
                     yield self._save()
         except (KeyboardInterrupt, GeneratorExit, _Stopped):
-            if self.dest and self.state.step:
+            if self.dest and self.whole.step:
                 self._save()
             raise
         yield self._end(early or self._stale())
@@ -263,9 +265,9 @@ class _Run:
         return by_steps or time.monotonic() - self.saved_at > 60 * saving.minutes
 
     def _save(self) -> Saved:
-        path = states.save(self.dest, self.state, self.ops)
+        path = states.save(self.dest, self.whole, self.ops)
         self.saved_at = time.monotonic()
-        return Saved(self.state.step, path)
+        return Saved(self.whole.step, path)
 
 
 class _Stopped(OnDeviceError):
@@ -274,6 +276,20 @@ class _Stopped(OnDeviceError):
 
 def _length(examples: Sequence[Example], row: Sequence[int]) -> int:
     return sum(examples[i].length for i in row)
+
+
+def _fitting(initial: Mapping[str, np.ndarray], method: Method) -> dict[str, np.ndarray]:
+    """Raises BadOption where these are not the method's parameters."""
+    wanted = {name: values.shape for name, values in method.initial().items()}
+    given = {name: values.shape for name, values in initial.items()}
+    if wanted != given:
+        odd = sorted(name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name))
+        raise BadOption(
+            f"What to begin with does not fit these settings: {odd[0]} is {given.get(odd[0], 'not there')}, and should "
+            f"be {wanted.get(odd[0], 'not there')} ({len(odd)} such).",
+            "Give the --method, --rank and --target that it was trained with.",
+        )
+    return dict(initial)
 
 
 def _check(session: Session, settings: Settings, teacher: Session | None) -> None:

@@ -73,6 +73,7 @@ def test_the_adapter_changes_what_is_said(call, tiny, tmp_path, capsys):
         (["--memory", "lots"], "is no size", 2),
         (["--layers", "0"], "leaves nothing to adapt", 2),
         (["--init", "nowhere"], "no adapter folder", 1),
+        (["--memory", "1M"], "Training needs about", 1),
         (["--max-length", "8"], "longer than --max-length", 1),
         (["--learning-rate", "1e6", "--schedule", "constant", "--clip", "0", "--method", "full"], "--learning-rate", 1),
     ],
@@ -83,6 +84,17 @@ def test_what_makes_no_sense(call, tiny, data_file, tmp_path, options, said, cod
     errors = done.err.splitlines()[-2:]
     assert errors[0].startswith("Error: ") and said in " ".join(errors)
     assert not (out / "adapter_model.safetensors").exists()
+    assert out.exists() == (code == 1 and "--schedule" in options), "nothing is left where nothing came of it"
+
+
+def test_beginning_with_an_adapter(call, tiny, data_file, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    call(tiny, data_file, "--out", first, "--steps", 20, "--learning-rate", "1e-2", "--no-keep-best")
+    call(tiny, data_file, "--out", second, "--steps", 2, "--init", first)
+    assert metrics(second)[0]["loss"] < 0.8 * metrics(first)[0]["loss"]
+    for options, said in ((["--rank", 4], "does not fit"), (["--alpha", 3], "Give --alpha 16")):
+        done = call(tiny, data_file, "--out", tmp_path / "third", "--init", first, *options, code=2)
+        assert said in done.err
 
 
 def test_a_loss_that_is_no_number_names_its_examples(call, tiny, data_file, tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ondevice.errors import OnDeviceError
-from ondevice.train import Saved, Saving, Settings, StepDone, load_data, train
+from ondevice.train import Saved, Saving, Settings, StepDone, Validating, load_data, train
 
 from .conftest import sums, write_lines
 
@@ -103,6 +103,18 @@ def test_goes_on_where_it_was(session, data, tmp_path):
     whole = list(train(session, data, SETTINGS))
     ours, theirs = events[-1].parameters, whole[-1].parameters
     assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+def test_given_up_while_validating(session, data, tmp_path):
+    """The step whose validation was cut short is made again."""
+    for event in train(session, data, SETTINGS, tmp_path / "out"):
+        if isinstance(event, Validating) and len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 4:
+            break
+    events = list(train(session, data, SETTINGS, tmp_path / "out", resume=True))
+    assert [e.step for e in events if isinstance(e, StepDone)] == [5, 6, 7, 8]
+    told = [e.validation_loss for e in train(session, data, SETTINGS) if isinstance(e, StepDone)]
+    steps = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [m["validation_loss"] for m in steps] == told
 
 
 @pytest.mark.parametrize("backend", ["cuda", "mlx"])
