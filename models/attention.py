@@ -53,6 +53,7 @@ def latent_attention(p: Scope, cfg: LatentConfig, x: A, step: Step) -> A:
     turning_q = p.ops.rope(turning_q, step, freqs, interleaved, scale)
     turning_k = p.ops.rope(turning_k.reshape(B, T, 1, cfg.turning), step, freqs, interleaved, scale)
     turning_k = turning_k.reshape(B, T, cfg.turning)
+    p.tap("q", q), p.tap("turning_q", turning_q), p.tap("latent", latent), p.tap("turning_k", turning_k)
     for name in ("k_up", "v_up"):
         if p.adapters(name):
             raise Unsupported(f"An adapter of latent attention's {name} is not applied here.", "Adapt other weights.")

@@ -147,7 +147,7 @@ def _standing_for(shape: tuple[int, ...], form: Dense | Affine | Blocks) -> Tens
 
 def idle_share(config: ModelConfig, name: str, tensor: Tensor) -> float:
     """Of an expert stack: what one token does not touch."""
-    if not name.startswith("layers.") or len(tensor.shape) < 3:
+    if ".moe." not in name or len(tensor.shape) < 3:
         return 0.0
     routed = config.layers[int(name.split(".")[1])].feed_forward
     return 1 - routed.per_token / routed.experts if isinstance(routed, MoEConfig) else 0.0
@@ -188,7 +188,7 @@ def _activations(config: ModelConfig, tensors: Mapping[str, Tensor], ops: Backen
             continue
         layer, half = name.split(".")[1:3]
         routed = config.layers[int(layer)].feed_forward
-        times = routed.per_token if isinstance(routed, MoEConfig) and len(tensor.shape) > 2 else 1
+        times = 1 if len(tensor.shape) == 2 else routed.per_token if half == "moe" else tensor.shape[0]
         made[f"{layer}.{half}"] = made.get(f"{layer}.{half}", 0) + times * tensor.shape[-2]
     width = STORAGE[ops.info().dtype].itemsize
     return tokens * (4 * config.width + max(made.values(), default=0)) * width + 2 * batch * config.vocab * 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from ondevice.runtime import memory
 from ondevice.runtime.session import open_session
 from ondevice.tools.inspect import routing
 from ondevice.tools.inspect.anatomy import Anatomy, anatomy, component
-from ondevice.tools.inspect.report import report
+from ondevice.tools.inspect.report import described, report
 from ondevice.tools.inspect.sources import open_source
 from ondevice.tools.inspect.text import check_template
 from tests.tiny_model import CHATML, write_tiny_model
@@ -37,6 +38,8 @@ def test_counts_are_those_of_transformers(name):
     found = from_config(twin.config.to_dict())
     assert found.whole.parameters == twin.num_parameters()
     assert sum(share.parameters for share in found.components()) == twin.num_parameters()
+    config = family_for(hf := twin.config.to_dict(), Path()).config(hf)
+    assert all(re.search(r"heads of \d|convolution of", described(layer)) for layer in config.layers)
     named = dict(twin.named_parameters())
     assert found.whole.biases == sum(p.numel() for name, p in named.items() if name.endswith((".bias", "proj_bias")))
 
@@ -83,7 +86,7 @@ def test_gpt_2_and_3(shape, count):
         ("layers.0.moe.shared.up", "shared experts"), ("layers.11.attn.qkv", "attention qkv"),
         ("layers.0.moe.shared_gate", "shared experts"), ("layers.0.moe.election", "router"),
         ("layers.0.moe.router.bias", "router"), ("layers.2.conv.taps", "convolution"),
-        ("layers.2.delta.norm", "norms"), ("layers.2.delta.rate", "gated delta"),
+        ("layers.2.delta.norm", "norms"), ("layers.2.latent.kv_down", "attention kv_down"), ("layers.2.delta.rate", "gated delta"),
     ],
 )  # fmt: skip
 def test_components(name, wanted):

@@ -14,6 +14,8 @@ import numpy as np
 from ...backends.base import A, AttentionSpec, Step
 from ...models.decoder import Decoder
 
+TAPS = {"attn": ("q", "k"), "latent": ("q", "turning_q", "latent", "turning_k")}  # of the two kinds of attention
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -28,10 +30,10 @@ def see(decoder: Decoder, ids: Sequence[int]) -> Seen:
     """One pass over the ids, watched."""
     ops, heard, before = decoder.ops, {}, decoder.listener
     blocks = range(len(decoder.config.layers))
-    wanted = {f"layers.{i}.attn.{part}" for i in blocks for part in ("q", "k")}
 
     def listen(name: str, x: A) -> None:
-        if name in wanted:
+        *_, mixer, part = name.rsplit(".", 2)
+        if part in TAPS.get(mixer, ()):
             heard[name] = np.array(ops.numpy(x), np.float32)[0]
 
     decoder.listener = listen
@@ -44,10 +46,23 @@ def see(decoder: Decoder, ids: Sequence[int]) -> Seen:
         decoder.listener = before
     attention = {}
     for i in blocks:
-        if f"layers.{i}.attn.k" in heard:
-            q, k = (heard[f"layers.{i}.attn.{part}"] for part in ("q", "k"))
+        seen = [[heard.get(f"layers.{i}.{mixer}.{part}") for part in parts] for mixer, parts in TAPS.items()]
+        plain, latent = (parts if parts[0] is not None else None for parts in seen)
+        if plain or latent:
+            q, k = plain or _latent(decoder, i, *latent)
             attention[i] = attention_weights(q, k, decoder.config.layers[i].mixer.spec, _sinks(decoder, i))
     return Seen(tuple(stream), attention)
+
+
+def _latent(
+    decoder: Decoder, layer: int, q: np.ndarray, turning_q: np.ndarray, latent: np.ndarray, turning_k: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Queries and keys [T, H, d] of latent attention: what is made from the latent, and behind it what turns, which all
+    heads share."""
+    up = decoder.ops.numpy(decoder.ops.dequantize(decoder.weights[f"layers.{layer}.latent.k_up"]))
+    k = np.einsum("tl,hnl->thn", latent, up)
+    turning = np.broadcast_to(turning_k[:, None], (*k.shape[:2], turning_k.shape[-1]))
+    return np.concatenate([q, turning_q], -1), np.concatenate([k, turning], -1)
 
 
 def _sinks(decoder: Decoder, layer: int) -> np.ndarray | None:

@@ -18,10 +18,12 @@ from ...tensors import Affine, Dense, blank
 EMBEDDINGS, HEAD, NORMS, ROUTER, EXPERTS = "embeddings", "head", "norms", "router", "experts"
 MIXERS = {
     "attn": "attention",
+    "latent": "attention",
     "mlp": "feed-forward",
     "conv": "convolution",
     "delta": "gated delta",
 }  # the parts of a layer that go by another name
+UNADAPTED = (".taps", ".k_up", ".v_up")  # a convolution's kernels; what latent attention takes whole
 BUFFERS = (".moe.election",)  # moved by a rule of its own while a model is trained: nobody counts it as a parameter
 
 
@@ -96,7 +98,7 @@ class Anatomy:
         """What LoRA of this rank trains: two thin matrices [rank, in] and [out, rank] beside each one that is adapted
         (Hu et al. 2021), for the usual choices of matrices. Embeddings, head and routers stay as they are."""
         matrices = [p for p in self.parts if p.layer is not None and len(p.shape) > 1 and not p.bias]
-        matrices = [p for p in matrices if not p.name.endswith(".taps")]  # a convolution's kernels
+        matrices = [p for p in matrices if not p.name.endswith(UNADAPTED)]
         counts = {p.name: math.prod(p.shape[:-2]) * rank * sum(p.shape[-2:]) for p in matrices}
         chosen = {"attention": [], "all linear": [], "experts too": []}
         for p in matrices:
@@ -122,7 +124,7 @@ def component(name: str) -> str:
     if path[0] == "moe":
         return _of_experts(path[1])
     group = MIXERS.get(path[0], path[0])
-    return f"{group} {path[-1]}" if path[0] == "attn" else group
+    return f"{group} {path[-1]}" if group == "attention" else group
 
 
 def _of_experts(part: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...backends.base import Backend
 from ...errors import BadOption, OnDeviceError
-from ...models.config import ConvolutionConfig, DeltaConfig, LayerConfig, MoEConfig
+from ...models.config import ConvolutionConfig, DeltaConfig, LatentConfig, LayerConfig, MoEConfig
 from ...models.parameters import Parameters, expected
 from ...runtime.memory import ROUND, Plan, Planner, memory_bytes
 from ...runtime.session import DEFAULT_CONTEXT
@@ -76,7 +76,8 @@ def _planner(source: Source, ops: Backend, kv_dtype: str | None) -> Planner:
         return Planner.of(source.config, parameters, ops, kv_dtype)
     shapes = expected(source.config)
     tensors = {name: blank(shape, promised(name, shape, source.hf)) for name, shape in shapes.items()}
-    return Planner(source.config, tensors, ops, kv_dtype, [name for name, shape in shapes.items() if len(shape) > 2])
+    apart = [name for name, shape in shapes.items() if len(shape) > 2]
+    return Planner(source.config, tensors, ops, kv_dtype, apart)
 
 
 def _text(source: Source) -> tuple[Tokens | None, tuple[Check, ...] | None, str]:
@@ -100,6 +101,8 @@ def _mixer(layer: LayerConfig) -> str:
         return f"convolution of {m.taps}"
     if isinstance(m, DeltaConfig):
         return f"gated delta, {m.heads} heads of {m.value_dim}"
+    if isinstance(m, LatentConfig):
+        return f"{m.heads} heads of {m.nope + m.turning} over a latent of {m.latent}"
     kv = f" ({m.kv_heads} kv)" if m.kv_heads != m.heads else ""
     return f"{m.heads} heads of {m.head_dim}{kv}" + (f", window {m.spec.window}" if m.spec.window else "")
 
