@@ -86,7 +86,8 @@ def test_gpt_2_and_3(shape, count):
         ("layers.0.moe.shared.up", "shared experts"), ("layers.11.attn.qkv", "attention qkv"),
         ("layers.0.moe.shared_gate", "shared experts"), ("layers.0.moe.election", "router"),
         ("layers.0.moe.router.bias", "router"), ("layers.2.conv.taps", "convolution"),
-        ("layers.2.delta.norm", "norms"), ("layers.2.latent.kv_down", "attention kv_down"), ("layers.2.delta.rate", "gated delta"),
+        ("layers.2.delta.norm", "norms"), ("layers.2.latent.kv_down", "attention kv_down"),
+        ("layers.2.delta.rate", "gated delta"),
     ],
 )  # fmt: skip
 def test_components(name, wanted):
