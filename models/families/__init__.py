@@ -52,11 +52,15 @@ class NameMap(dict):
 
     def written(self, name: str, quantized: bool) -> tuple[str, bool]:
         """Under which name one of ours is written, and whether transposed: Hugging Face's; a quantized one as mlx-lm
-        has it, experts stacked, where its name differs."""
+        has it, experts stacked, where its name differs. Raises Unsupported where it lies within another tensor only."""
         places = list(self.places(name))
         if quantized:
             places = [(n, views) for n, views in places if "{e}" not in n and not views] + places
-        spelled, views = next(place for place in places if set(place[1]) <= {"T"})
+        spelled, views = next((place for place in places if set(place[1]) <= {"T"}), (None, ()))
+        if spelled is None:
+            raise Unsupported(
+                f"{self.spell(name)} holds {name} and more, which is not written here.", "Use the model as it is."
+            )
         return spelled, bool(views) and not name.endswith(".bias")
 
     def spell(self, name: str) -> str:

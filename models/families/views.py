@@ -31,6 +31,12 @@ def viewed(tensor: Tensor, views: Sequence[str], shape: Sequence[int], bias: boo
     return Tensor(viewed_shape(tensor.shape, views, shape, bias), tensor.format, parts)
 
 
+def turned(tensor: Tensor) -> Tensor:
+    """A dense matrix, transposed."""
+    weight = np.ascontiguousarray(tensor.parts["weight"].swapaxes(-1, -2))
+    return Tensor(weight.shape, tensor.format, {"weight": weight})
+
+
 def viewed_shape(stored: Sequence[int], views: Sequence[str], shape: Sequence[int], bias: bool) -> tuple[int, ...]:
     """The shape that `viewed` gives; that of the stored tensor where it cannot be seen so."""
     try:

@@ -17,6 +17,7 @@ from ondevice.checkpoint import Spec, open_checkpoint, write_folder
 from ondevice.schemes import quantize_affine, to_float
 from ondevice.tensors import Blocks, dense
 from ondevice.testing.family import check_family
+from ondevice.tools.convert import convert, plan, plan_hf
 
 pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -145,3 +146,21 @@ def test_mxfp4_made_by_mlx_lm(published, tmp_path):
     utils.save_model(tmp_path / "saved", model)
     utils.save_config(config, tmp_path / "saved" / "config.json")
     check_family(tmp_path / "saved", published[0])
+
+
+@pytest.mark.parametrize("name", ["gpt2-untied", "granitemoe", "gpt_oss", "phi3"])
+def test_converted(name, tmp_path):
+    """Read and written again, matrices turned round where the family has them so."""
+    twin = twins.make(name)
+    twin.save_pretrained(tmp_path / "in")
+    with open_checkpoint(tmp_path / "in") as checkpoint:
+        convert(plan(checkpoint), tmp_path / "out")
+    check_family(tmp_path / "out", twin)
+
+
+def test_converted_gpt_2_is_read_by_transformers(tmp_path):
+    twin = twins.make("gpt2-untied")
+    twin.save_pretrained(tmp_path / "in")
+    with open_checkpoint(tmp_path / "in") as checkpoint:
+        convert(plan_hf(checkpoint), tmp_path / "out")
+    check_family(tmp_path / "in", type(twin).from_pretrained(tmp_path / "out").eval())

@@ -12,6 +12,7 @@ from typing import Any
 from ...checkpoint import Checkpoint, Spec, release, write_folder
 from ...errors import BadOption, Unsupported
 from ...models.families import NameMap, family_of
+from ...models.families.views import turned
 from ...models.parameters import Parameters
 from ...schemes import LEGACY_BITS, label, row, to_affine, to_dense
 from ...tensors import Affine, Blocks, Dense, Tensor
@@ -96,9 +97,10 @@ def _specs(
     shape, stored = parameters.shapes[name], parameters.stored(name)
     source = parameters.checkpoint[stored[0]].format
     target = _target(source, dtype, dequantize)
-    spelled = _spell(names, name, isinstance(target, Affine))
+    spelled, turn = names.written(name, isinstance(target, Affine))
     if "{e}" not in spelled:
-        yield source, Spec(spelled, shape, target, partial(_load, parameters, name, target))
+        shape = (*shape[:-2], shape[-1], shape[-2]) if turn else shape
+        yield source, Spec(spelled, shape, target, partial(_load, parameters, name, target, turn))
         return
     for e in range(shape[0]):
         load = partial(_load_expert, parameters, name, e, target)
@@ -115,15 +117,9 @@ def _target(source: Format, dtype: str | None, dequantize: bool) -> Dense | Affi
     return Dense(dtype)
 
 
-def _spell(names: NameMap, name: str, quantized: bool) -> str:
-    """Hugging Face's name; quantized experts go under the stacked one that mlx-lm reads, where there is one."""
-    spellings = names.spellings(name)
-    stacked = [spelling for spelling in spellings if "{e}" not in spelling]
-    return stacked[0] if quantized and stacked else spellings[0]
-
-
-def _load(parameters: Parameters, name: str, target: Format) -> Tensor:
+def _load(parameters: Parameters, name: str, target: Format, turn: bool) -> Tensor:
     made = _convert(parameters[name], target)
+    made = turned(made) if turn else made
     for stored in parameters.stored(name):
         release(parameters.checkpoint[stored])
     return made

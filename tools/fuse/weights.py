@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 
@@ -13,10 +13,10 @@ from ...checkpoint import Spec
 from ...errors import Unsupported
 from ...models.config import ModelConfig
 from ...models.decoder import Decoder
-from ...models.families.writing import specs
 from ...models.families import NameMap
+from ...models.families.writing import specs
 from ...models.parameters import Parameters
-from ...schemes import LEGACY_BITS, label, row, to_affine, to_dense
+from ...schemes import LEGACY_BITS, label, to_affine, to_dense
 from ...tensors import Affine, Blocks, Dense, Tensor, dense
 from .feedback import Inputs
 from .rounding import bits_of, rounded

@@ -1,0 +1,32 @@
+"""How one of our tensors goes into a file of its family: under which name, turned round or not, experts one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+
+from ...checkpoint import Spec
+from ...schemes import row
+from ...tensors import Affine, Blocks, Dense, Tensor
+from . import NameMap
+from .views import turned
+
+
+def specs(
+    names: NameMap, name: str, shape: Sequence[int], form: Dense | Affine | Blocks, load: Callable[[], Tensor]
+) -> Iterator[Spec]:
+    """What is written of `name`, which has `shape` and will be of `form`; load makes it, once for a stack of experts.
+    Raises Unsupported where it lies within another tensor only."""
+    spelled, turn = names.written(name, not isinstance(form, Dense))
+    if turn:
+        yield Spec(spelled, (*shape[:-2], shape[-1], shape[-2]), form, lambda: turned(load()))
+    elif "{e}" not in spelled:
+        yield Spec(spelled, tuple(shape), form, load)
+    else:
+        once = lru_cache(maxsize=1)(load)
+        for e in range(shape[0]):
+            yield Spec(spelled.replace("{e}", str(e)), tuple(shape[1:]), form, partial(_one, once, e))
+
+
+def _one(load: Callable[[], Tensor], expert: int) -> Tensor:
+    return row(load(), expert)
