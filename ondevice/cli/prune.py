@@ -25,7 +25,6 @@ FILE = click.Path(path_type=Path)
 @click.option("--heads", metavar="N|P%", help="Drop so many key/value heads of each layer, with their queries.")
 @click.option("--experts", metavar="N|P%", help="Drop so many experts of each layer.")
 @click.option("--sparsity", metavar="P%|N:M", help="Make so many weights zero: 50%, or 2 of every 4 as 2:4.")
-@click.option("--target", metavar="P%", help="Drop so much of all parameters: tokens and channels together.")
 @click.option("--method", type=click.Choice(["sparsegpt", "wanda", "magnitude"]), help="Of --sparsity.")
 @click.option("--calibration", metavar="FILE", type=FILE, help="A text or .jsonl to judge by; default: what the model "
     "itself says.")  # fmt: skip
@@ -69,7 +68,7 @@ def _options(given: dict):
 
     known = {field.name for field in fields(Options)}
     chosen = {name: value for name, value in given.items() if name in known and value not in (None, False)}
-    for name in ("vocabulary", "layers", "channels", "heads", "experts", "target"):
+    for name in ("vocabulary", "layers", "channels", "heads", "experts"):
         if name in chosen:
             chosen[name] = Amount.parse(chosen[name], f"--{name}")
     if "sparsity" in chosen:

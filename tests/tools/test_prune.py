@@ -70,9 +70,9 @@ def test_logits_of_kept_tokens_do_not_change(tmp_path, model, text, backend, tol
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_logits_of_the_real_model_do_not_change_by_a_bit(tmp_path, smollm2_gguf, backend):
-    (tmp_path / "text.txt").write_text("It was a bright cold day in April, and the clocks were striking thirteen.")
-    result = pruned(smollm2_gguf, tmp_path / "out", keep_vocabulary=tmp_path / "text.txt")
-    assert result.sizes["tokens"][1] in (320, 384)
+    (tmp_path / "text.txt").write_text("It was a bright cold day in April, and the clocks were striking. " * 9)
+    chosen = {"vocabulary": Amount(16384), "calibration": tmp_path / "text.txt", "tokens": 64, "length": 32}
+    pruned(smollm2_gguf, tmp_path / "out", **chosen)
     with open_session(smollm2_gguf, backend="reference") as session:
         old = session.tokenizer.vocabulary.ids
     kept = np.array([old[text] for text in load_tokenizer(tmp_path / "out").vocabulary.texts])

@@ -11,7 +11,7 @@ import numpy as np
 from ...errors import OnDeviceError, Unsupported
 from ...models.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, MoEConfig
 from ...schemes import LEGACY_BITS, label, take_rows, to_affine, to_dense
-from ...tensors import Blocks, Dense, Tensor
+from ...tensors import Blocks, Dense, Tensor, store
 
 Chosen = Mapping[int, np.ndarray]  # layer of the original -> indices that stay, ascending
 
@@ -83,7 +83,7 @@ class Cut:
             yield from mlp_picks(layer.feed_forward, rest, self.channels[i])
         if part == "attn" and i in self.heads:
             yield from attention_picks(layer.mixer, rest, self.heads[i])
-        if part == "moe" and i in self.experts:
+        if part == "moe" and i in self.experts and not rest.startswith("shared"):
             yield 0, self.experts[i]
 
 
@@ -145,22 +145,33 @@ def stored(tensor: Tensor, dtype: str | None) -> Tensor:
         return tensor
     if dtype is not None:
         return to_dense(tensor, dtype)
+    require_place(tensor)
+    return to_affine(tensor) if isinstance(form, Blocks) else tensor
+
+
+def require_place(tensor: Tensor) -> None:
+    form = tensor.format
     if isinstance(form, Blocks) and form.kind not in LEGACY_BITS:
         raise Unsupported(
             f"A folder has no exact place for {form.kind}.", "Add --dequantize to write what these codes stand for."
         )
-    return to_affine(tensor) if isinstance(form, Blocks) else tensor
+
+
+def rounded(values: np.ndarray, like: Tensor) -> Tensor:
+    """float32 values in the type of a tensor; bfloat16 in the place of a quantized one."""
+    dtype = like.format.dtype if isinstance(like.format, Dense) else "bfloat16"
+    return Tensor(values.shape, Dense(dtype), {"weight": store(values, dtype)})
 
 
 # ------------------------------------------------------------------------------------------------ config.json
 
 
 SIZES = {  # what a config.json calls it, in one family or another
-    "vocab": ("vocab_size",),
+    "tokens": ("vocab_size",),
     "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
     "channels": ("intermediate_size", "n_inner", "ffn_dim"),
     "heads": ("num_attention_heads", "n_head", "num_heads"),
-    "kv_heads": ("num_key_value_heads",),
+    "key heads": ("num_key_value_heads",),
     "experts": ("num_experts", "num_local_experts", "n_routed_experts"),
 }
 
@@ -168,13 +179,13 @@ SIZES = {  # what a config.json calls it, in one family or another
 def hugging_face(cut: Cut, hf: Mapping[str, Any], read) -> dict[str, Any]:
     """The config.json of what is left. read: the family's config.json -> ModelConfig, which must see the same.
     Raises Unsupported where this family's file cannot say it."""
-    old, new = _sizes(cut.config), _sizes(cut.made)
+    old, new = sizes(cut.config), sizes(cut.made)
     made = {key: _per_layer(key, value, cut) for key, value in hf.items()}
     for what, keys in SIZES.items():
         if old[what] != new[what]:
             made |= {key: new[what] for key in keys if hf.get(key) == old[what]}
     if cut.heads:
-        made |= {"head_dim": _attentions(cut.made)[0].head_dim, "num_key_value_heads": new["kv_heads"]}
+        made |= {"head_dim": _attentions(cut.made)[0].head_dim, "num_key_value_heads": new["key heads"]}
     windows = [attention.spec.window for attention in _attentions(cut.made)]
     kinds = ["sliding_attention" if window else "full_attention" for window in windows]
     for candidate in (made, made | {"layer_types": kinds}):
@@ -193,13 +204,14 @@ def _sees(read, hf: Mapping[str, Any], wanted: ModelConfig) -> bool:
         return False
 
 
-def _sizes(cfg: ModelConfig) -> dict[str, int | None]:
+def sizes(cfg: ModelConfig) -> dict[str, int | None]:
+    """How many there are of each kind of part, in a layer where layers have them; None: this model has none."""
     first = next(iter(_attentions(cfg)), None)
     plain = next((f.hidden for layer in cfg.layers if isinstance(f := layer.feed_forward, MLPConfig)), None)
     experts = next((f.experts for layer in cfg.layers if isinstance(f := layer.feed_forward, MoEConfig)), None)
     return {
-        "vocab": cfg.vocab, "layers": len(cfg.layers), "channels": plain, "heads": first and first.heads,
-        "kv_heads": first and first.kv_heads, "experts": experts,
+        "tokens": cfg.vocab, "layers": len(cfg.layers), "channels": plain, "heads": first and first.heads,
+        "key heads": first and first.kv_heads, "experts": experts,
     }  # fmt: skip
 
 

@@ -43,7 +43,7 @@ class Amount:
 
 @dataclass(frozen=True)
 class Sparsity:
-    """A share of weights to be zero, or n of every m neighbours (as GPUs have it: 2:4)."""
+    """A share of weights to be zero; n:m leaves n of every m neighbours (2:4 is what some GPUs are quick with)."""
 
     share: float
     n: int = 0
@@ -54,7 +54,7 @@ class Sparsity:
         """'50%' or '2:4'. Raises BadOption."""
         n, colon, m = text.partition(":")
         if colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m) <= 64:
-            return cls(int(n) / int(m), int(n), int(m))
+            return cls(1 - int(n) / int(m), int(n), int(m))
         amount = Amount.parse(text, "--sparsity")
         if amount.share is None:
             raise BadOption(f"--sparsity {text} makes no sense.", "Give a share or N:M, such as 50% or 2:4.")
@@ -68,7 +68,7 @@ class Sparsity:
 class Options:
     """What is to go. vocabulary: tokens that stay; keep_vocabulary: a text whose tokens stay. layers: whole layers to
     go, chosen here, or drop_layers: these. channels, heads, experts: of each layer. sparsity: of the matrices that
-    are left in place. target: of all parameters, by tokens and channels together (COMPACT).
+    are left in place.
 
     method: of sparsity. calibration: a text or .jsonl; None: what the model itself says, drawn with `seed`; `tokens`
     of it are run, `length` a window. repair: what stays is changed to make up for what goes. dequantize: take weights
@@ -83,7 +83,6 @@ class Options:
     heads: Amount | None = None
     experts: Amount | None = None
     sparsity: Sparsity | None = None
-    target: Amount | None = None
     method: str = "sparsegpt"
     calibration: Path | None = None
     tokens: int = 4096
@@ -99,14 +98,12 @@ class Options:
             raise BadOption("--vocabulary and --keep-vocabulary say two things.", "Give one of them.")
         if self.layers and self.drop_layers:
             raise BadOption("--layers and --drop-layers say two things.", "Give one of them.")
-        if self.target and self.structured:
-            raise BadOption("--target chooses what goes by itself.", "Give it alone, or say what goes without it.")
-        if self.sparsity and (self.structured or self.target):
+        if self.sparsity and self.structured:
             raise BadOption("--sparsity goes alone.", "Prune in two steps: first the structure, then --sparsity.")
-        if not (self.structured or self.sparsity or self.target):
+        if not (self.structured or self.sparsity):
             raise BadOption(
                 "Nothing is asked for.",
-                "Give --vocabulary, --layers, --channels, --heads, --experts, --sparsity or --target.",
+                "Give --vocabulary, --layers, --channels, --heads, --experts or --sparsity.",
             )
 
     @property

@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from ...checkpoint import Spec, release, write_folder
+from ...checkpoint import Spec, write_folder
 from ...errors import OnDeviceError
+from ...models.families.writing import specs
 from ...models.parameters import expected
-from ...schemes import row
 from ...tensors import Tensor
-from . import vocabulary
-from .cutting import Cut, hugging_face
+from . import depth, experts, sparsity, vocabulary, width
+from .cutting import Cut, hugging_face, sizes
 from .events import Progress, Result, Scores, Size
 from .options import Options
 from .subject import Subject
@@ -32,10 +32,11 @@ def prune(source: Path, dest: Path | None, options: Options) -> Iterator[Progres
     if dest is not None and (dest.exists() or dest.is_symlink()):
         raise OnDeviceError(f"{dest} exists already.", "Choose another name, or remove it first.")
     with Subject(source, options) as subject:
+        subject.check()
         cut, found = Cut.nothing(subject.config, "bfloat16" if options.dequantize else None), []
         for choose in _choosers(options):
             cut, scores = yield from choose(subject, cut)
-            found.append(scores)
+            found += [scores] if scores.rows else []
         result = yield from _write(subject, cut, dest)
         yield replace(result, scores=tuple(found), seconds=time.perf_counter() - started)
 
@@ -43,6 +44,16 @@ def prune(source: Path, dest: Path | None, options: Options) -> Iterator[Progres
 def _choosers(options: Options):
     if options.vocabulary or options.keep_vocabulary:
         yield _tokens
+    if options.layers or options.drop_layers:
+        yield depth.choose
+    if options.heads:
+        yield width.heads
+    if options.channels:
+        yield width.channels
+    if options.experts:
+        yield experts.choose
+    if options.sparsity:
+        yield sparsity.choose
 
 
 def _tokens(subject: Subject, cut: Cut) -> Choice:
@@ -60,34 +71,31 @@ def _write(subject: Subject, cut: Cut, dest: Path | None) -> Generator[Progress,
     if dest is not None:
         yield Progress("Writing", 0, 1)
         write_folder(dest, hf, specs, files)
+    old, new = sizes(cut.config), sizes(cut.made)
     before = Size(sum(subject.parameters[name].size for name in subject.parameters), subject.checkpoint.nbytes)
     after = Size(sum(int(np.prod(s.shape, dtype=np.int64)) for s in specs), sum(s.nbytes for s in specs))
-    return Result(dest, before, after, (), _sizes(cut))
+    if cut.tensors and subject.options.sparsity:
+        before, after = (
+            replace(size, nonzero=n) for size, n in zip((before, after), _nonzero(subject, cut), strict=True)
+        )
+    return Result(dest, before, after, (), {k: (old[k], new[k]) for k in old if old[k]})
+
+
+def _nonzero(subject: Subject, cut: Cut) -> tuple[int, int]:
+    """Numbers that are not zero, before and after."""
+    before = {name: int(np.count_nonzero(subject.numbers(name))) for name in subject.parameters}
+    changed = {name: int(np.count_nonzero(tensor.parts["weight"])) for name, tensor in cut.tensors.items()}
+    return sum(before.values()), sum((before | changed).values())
 
 
 def _specs(subject: Subject, cut: Cut) -> Iterator[Spec]:
     """What is written, in Hugging Face's names; a stack of experts is cut once for all of them."""
     for name, shape in expected(cut.made).items():
-        load = lru_cache(maxsize=1)(partial(_load, subject, cut, name))
-        form = load().format
-        load.cache_clear()
-        spellings = subject.family.names.spellings(name)
-        quantized = form.__class__.__name__ != "Dense"
-        spelled = next((s for s in spellings if quantized and "{e}" not in s), spellings[0])
-        if "{e}" not in spelled:
-            yield Spec(spelled, shape, form, load.__wrapped__)
-            continue
-        for e in range(shape[0]):
-            yield Spec(spelled.replace("{e}", str(e)), shape[1:], form, lambda load=load, e=e: row(load(), e))
+        load = partial(_load, subject, cut, name)
+        yield from specs(subject.family.names, name, shape, load().format, load)
 
 
 def _load(subject: Subject, cut: Cut, name: str) -> Tensor:
     made = cut.load(subject.parameters, name)
-    for stored in subject.parameters.stored(cut.original(name)):
-        release(subject.checkpoint[stored])
+    subject.release(cut.original(name))
     return made
-
-
-def _sizes(cut: Cut) -> dict[str, tuple[int, int]]:
-    old, new = cut.config, cut.made
-    return {"tokens": (old.vocab, new.vocab), "layers": (len(old.layers), len(new.layers))}

@@ -10,15 +10,17 @@ from pathlib import Path
 import numpy as np
 
 from ...checkpoint import open_checkpoint, release
-from ...errors import BadFile
 from ...models.families import family_of
 from ...models.parameters import Parameters
 from ...registry import create_backend
 from ...runtime.session import Session, open_session
 from ...runtime.tokenizer import Tokenizer, load_tokenizer
 from ...schemes import to_float
+from ...tensors import Dense
 from ..calibration import Sampling, samples
 from ..convert.side_files import side_files
+from ..quantize.matrices import require_finite
+from .cutting import require_dense, require_place
 from .events import Progress
 from .options import Options
 
@@ -69,14 +71,27 @@ class Subject(ExitStack):
                     self._windows = event
         return self._windows
 
+    def check(self) -> None:
+        """Whether the weights can be worked on as asked, before anything is. Raises Unsupported for quantized ones that
+        would have to change, BadFile, naming the tensor, where a number is NaN or infinite."""
+        o = self.options
+        changed = o.sparsity or o.channels or o.heads
+        for name in self.parameters:
+            tensor = self.parameters[name]
+            if changed and not o.dequantize:
+                require_dense(tensor)
+            if not o.dequantize:
+                require_place(tensor)
+            if isinstance(tensor.format, Dense):
+                require_finite(name, np.array(to_float(tensor)), self.parameters)
+            self.release(name)
+
     def numbers(self, name: str) -> np.ndarray:
-        """A parameter as float32, checked; its pages are given back."""
+        """A parameter as float32; its pages are given back."""
         values = np.array(to_float(self.parameters[name]))
+        self.release(name)
+        return values
+
+    def release(self, name: str) -> None:
         for stored in self.parameters.stored(name):
             release(self.checkpoint[stored])
-        if not np.isfinite(values).all():
-            raise BadFile(
-                f"{self.path}: {self.parameters.stored(name)[0]} holds numbers that are NaN or infinite.",
-                "Get the model again; training that diverged leaves such weights.",
-            )
-        return values
