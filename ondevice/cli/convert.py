@@ -55,6 +55,7 @@ def command(source, dest, to, kind, dtype, dequantize, model, only_plan, as_json
         work, run = _work(checkpoint, to, kind, dtype, dequantize)
         facts = {"source": str(checkpoint.path), "path": str(dest), "to": to, "tensors": len(work.specs)}
         facts |= {"source_bytes": checkpoint.nbytes, "bytes": work.nbytes, "formats": work.formats}
+        facts |= {"notes": list(work.notes)} if getattr(work, "notes", ()) else {}
         if only_plan:
             expected = estimate(work, dest)
             facts |= {"free_bytes": expected.free_bytes, "seconds": expected.seconds}
@@ -149,6 +150,8 @@ def _tell(facts: dict) -> None:
     made = ", ".join(f"{size / 1e6:.1f} MB {name}" for name, size in facts["formats"].items())
     console.answer(f"{facts['source']} ({facts['source_bytes'] / 1e6:.1f} MB) -> {facts['path']}")
     console.answer(f"{facts['tensors']} tensors, {facts['bytes'] / 1e6:.1f} MB: {made}")
+    for note in facts.get("notes", ()):
+        console.answer(f"Note: {note}")
     if "relative_errors" in facts:
         _tell_losses(facts)
     if planned:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ from .side_files import SAMPLING
 FLOATS = "epsilon", "freq_base", "freq_base_swa", "factor", "softcapping", "scale"  # how keys of such numbers end
 SCALINGS = ("linear", "yarn", "longrope")
 QUANTIZATION_VERSION = 2
+WINDOWED = frozenset({"gemma2", "gemma3", "cohere2", "olmo2", "gpt-oss"})  # those whose windows llama.cpp heeds
 UNREADABLE = "all: its metadata could not be read"
 FILE_TYPES = {  # llama.cpp's general.file_type, by the type of most of the weights
     "float32": 0, "float16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12,
@@ -37,7 +38,12 @@ KEPT = ("general.", "tokenizer.")  # keys that another GGUF's metadata hand on
 def architecture_keys(family: Family, config: ModelConfig, hf: Mapping) -> dict[str, Any]:
     """The keys behind the architecture's name, with it. hf: the config.json."""
     mixers = [layer.mixer for layer in config.layers]
-    attention = next(mixer for mixer in mixers if isinstance(mixer, AttentionConfig))
+    attention = next((mixer for mixer in mixers if isinstance(mixer, AttentionConfig)), None)
+    if attention is None:
+        raise Unsupported(
+            f"GGUF's form of {family.name} is not written here: none of its layers is plain attention.",
+            "Keep it as a folder: --to hf or --to mlx.",
+        )
     everywhere = all(isinstance(mixer, AttentionConfig) for mixer in mixers)
     kv_heads = [mixer.kv_heads if isinstance(mixer, AttentionConfig) else 0 for mixer in mixers]
     keys = {**gguf.KEYS, **family.gguf.keys}
@@ -138,8 +144,33 @@ def faults(
         back = family.config(family.gguf.config(metadata, preview))
     except OnDeviceError as error:
         return [UNREADABLE, error.message.rstrip(".")]
+    if family.gguf.architecture not in WINDOWED:  # llama.cpp lets it see everything, whatever stands in the file
+        config, back = without_windows(config), without_windows(back)
     found = [*differences(config, back, config.context), *_strange(family.gguf.architecture, preview.specs)]
     return list(dict.fromkeys(re.sub(r"^layers\[\d+\]\.|^blk\.\d+\.", "", fault) for fault in found))
+
+
+def without_windows(config: ModelConfig) -> ModelConfig:
+    """The same model, in which every layer of attention sees the whole text."""
+    layers = tuple(
+        replace(layer, mixer=replace(layer.mixer, spec=replace(layer.mixer.spec, window=None)))
+        if isinstance(layer.mixer, AttentionConfig)
+        else layer
+        for layer in config.layers
+    )
+    return replace(config, layers=layers)
+
+
+def notes(family: Family, config: ModelConfig) -> tuple[str, ...]:
+    """What llama.cpp will do otherwise, though the file says all."""
+    mixers = [layer.mixer for layer in config.layers if isinstance(layer.mixer, AttentionConfig)]
+    windows = {mixer.spec.window for mixer in mixers} - {None}
+    if not windows or min(windows) >= config.context or family.gguf.architecture in WINDOWED:
+        return ()
+    return (
+        f"llama.cpp pays no heed to the sliding window of {min(windows)} tokens in the architecture "
+        f"{family.gguf.architecture}: behind longer texts it computes something else.",
+    )
 
 
 def _strange(architecture: str, names: Iterable[str]) -> list[str]:

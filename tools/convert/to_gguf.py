@@ -22,7 +22,7 @@ from ...runtime.tokenizer import gguf_tokenizer
 from ...schemes import take_rows, to_float
 from ...tensors import Blocks, Dense, Tensor, dense
 from .blocks import BLOCK, TYPES, Loss, nearest, to_type
-from .gguf_metadata import UNREADABLE, architecture_keys, faults, general_keys, rope_divisors, sampling_keys
+from .gguf_metadata import UNREADABLE, architecture_keys, faults, general_keys, notes, rope_divisors, sampling_keys
 from .planning import Format, Plan
 
 ROPE = "rope_freqs.weight"
@@ -31,10 +31,12 @@ FULL = ("router", "norm")  # small and delicate: llama.cpp keeps them, and every
 
 @dataclass(frozen=True)
 class GgufPlan(Plan):
-    """A conversion to GGUF, ready to run. losses: by tensor, filled while it is written."""
+    """A conversion to GGUF, ready to run. losses: by tensor, filled while it is written. notes: what whoever uses the
+    file should know."""
 
     metadata: Mapping[str, Any] = field(default_factory=dict)
     losses: dict[str, Loss] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def loss(self) -> Loss:
@@ -61,7 +63,7 @@ def plan_gguf(checkpoint: Checkpoint, kind: str | None = None) -> GgufPlan:
         metadata = _metadata(checkpoint, architecture, config, hf, specs) | tokenizer
         wrong = faults(architecture, config, metadata, specs, checkpoint.path)
         if not wrong:
-            return GgufPlan(checkpoint, hf, specs, sources, metadata, losses)
+            return GgufPlan(checkpoint, hf, specs, sources, metadata, losses, notes(architecture, config))
         refused[architecture.gguf.architecture] = wrong
     raise _no_place(checkpoint.path, refused)
 
@@ -76,7 +78,9 @@ def _no_place(path: Path, refused: Mapping[str, list[str]]) -> Unsupported:
 
 def _architectures(family: Family) -> list[Family]:
     """The family itself if llama.cpp has a name for it, else those that it may pass for: as a Mistral is a Llama."""
-    return [family] if family.gguf else [f for _, f in sorted(families().items()) if f.gguf]
+    if family.gguf:
+        return [family]
+    return sorted((f for f in families().values() if f.gguf), key=lambda f: (f.name != "llama", f.name))
 
 
 def convert_gguf(plan: GgufPlan, dest: str | Path, written: Callable[[Spec], None] = lambda spec: None) -> None:
