@@ -85,6 +85,10 @@ class NativeKernels(NativeGradients, NumpyKernels):
         return self._pairwise(self.machine.add, self.machine.add_number, np.add, a, b)
 
     def mul(self, a: np.ndarray, b: np.ndarray | float) -> np.ndarray:
+        if not isinstance(b, float) and a.size and b.shape == (*a.shape[:-1], 1):  # each row by a number: one expert's
+            rows = b.size
+            x, gates = self.plain(a).reshape(rows, 1, -1), self.plain(b).reshape(rows, 1)
+            return self.call(self.machine.combine, x, gates, shape=a.shape)
         return self._pairwise(self.machine.multiply, self.machine.multiply_number, np.multiply, a, b)
 
     def _pairwise(self, pair: Callable, number: Callable, fallback: Callable, a: Any, b: Any) -> np.ndarray:

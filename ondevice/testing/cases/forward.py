@@ -18,6 +18,8 @@ def arithmetic(pair: Pair) -> None:
     pair.same("add", lambda ops, x, y, row: (x + 0.5, 0.5 + x), x, y, row)
     pair.same("mul", lambda ops, x, y, row: x * y, x, y, row)
     pair.same("mul", lambda ops, x, y, row: (x * row, row * x), x, y, row)
+    column = pair.normal(2, 3, 1)
+    pair.same("mul", lambda ops, x, column: (x * column, x.reshape(6, 8) * column.reshape(6, 1)), x, column)
     pair.same("mul", lambda ops, x, y, row: (x * -2.5, -2.5 * x), x, y, row)
 
 
