@@ -176,6 +176,7 @@ def _legacy(kind: str) -> Callable[[np.ndarray], Decoded]:
 
 MXFP4_ZERO = 12  # codes are twice the eight magnitudes of a 4-bit float, plus this: whole numbers from 0 to 24
 _HALVES = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.int8)
+_MXFP4_MIDDLES = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5], np.float32)  # between neighbours
 _MXFP4_CODES = np.concatenate([MXFP4_ZERO + _HALVES, MXFP4_ZERO - _HALVES]).astype(np.uint8)
 
 
@@ -192,6 +193,31 @@ def mxfp4_blocks(codes: np.ndarray, exponents: np.ndarray) -> np.ndarray:
     blocks = np.empty(exponents.shape, LAYOUT["MXFP4"])
     blocks["e"], blocks["qs"] = exponents, neighbours[..., :16] | neighbours[..., 16:] << 4
     return blocks.view(np.uint8).reshape(*exponents.shape[:-1], -1)
+
+
+def mxfp4_parts(tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse, as MLX has it: codes uint32 [..., I / 8] and exponents uint8 [..., I / 32]."""
+    blocks = np.ascontiguousarray(tensor.parts["weight"]).view(LAYOUT["MXFP4"])
+    codes = _flat(_fields(blocks["qs"], 4), blocks.shape)
+    return pack(codes.reshape(tensor.shape), 4), blocks["e"].reshape(*tensor.shape[:-1], -1)
+
+
+def quantize_mxfp4(values: np.ndarray) -> Tensor:
+    """float32 values [..., I] -> MXFP4 (OCP Microscaling Formats, version 1.0), bit for bit as MLX's `mx.quantize` with
+    mode "mxfp4": the least power of two that reaches each block's largest number; what lies in the middle goes towards
+    zero. Raises Unsupported when I is not a multiple of 32."""
+    columns = values.shape[-1]
+    if columns % 32:
+        raise Unsupported(f"Rows of {columns} numbers cannot be cut in groups of 32.", "Keep this tensor dense.")
+    groups = values.astype(np.float32, copy=False).reshape(*values.shape[:-1], -1, 32)
+    share, exponents = np.frexp(np.abs(groups).max(-1) / np.float32(6))
+    exponents = np.where(share > 0, exponents - (share == 0.5), 0)
+    scaled = np.ldexp(groups, -exponents[..., None])
+    magnitudes = np.searchsorted(_MXFP4_MIDDLES, np.abs(scaled)).astype(np.uint8)
+    codes = magnitudes | np.where((scaled < 0) & (magnitudes > 0), np.uint8(8), np.uint8(0))
+    stored = np.clip(exponents + 127, 0, 254).astype(np.uint8)
+    blocks = mxfp4_blocks(codes[..., ::2] | codes[..., 1::2] << 4, stored)
+    return Tensor(tuple(values.shape), Blocks("MXFP4"), {"weight": blocks})
 
 
 def _q2_k(b: np.ndarray) -> Decoded:

@@ -1,7 +1,7 @@
 """Writing a Hugging Face folder: streamed tensor by tensor, in a temporary sibling that is renamed when all is there.
 
 Dense tensors are plain safetensors; Affine ones follow MLX's convention (weight, scales, biases, and what they are in
-config.json's `quantization`), so that mlx-lm reads the folder.
+config.json's `quantization`), and so do MXFP4 blocks (weight, scales), so that mlx-lm reads the folder.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 import os
 import secrets
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..errors import OnDeviceError, Unsupported
-from ..schemes import row_bytes
+from ..schemes import mxfp4_parts, row_bytes
 from ..tensors import STORAGE, Affine, Blocks, Dense, Tensor
 from .files import release
 from .folder import INDEX
@@ -29,6 +28,7 @@ from .safetensors import DTYPES
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}  # our dtype -> safetensors' name
 SHARD_BYTES = 5 << 30
+MXFP4 = Blocks("MXFP4")
 WIDEST = 10**15  # stands for any offset when room for a header is set aside
 
 
@@ -51,6 +51,9 @@ class Spec:
         if isinstance(form, Dense):
             return {name: (form.dtype, self.shape)}
         module, _, last = name.rpartition(".")
+        if form == MXFP4 and last == "weight":
+            *rows, columns = self.shape
+            return {name: ("uint32", (*rows, columns // 8)), f"{module}.scales": ("uint8", (*rows, columns // 32))}
         if not isinstance(form, Affine) or last != "weight":
             raise Unsupported(f"{name} ({form}) has no place in a safetensors file.", "Convert it to a dense type.")
         *rows, columns = self.shape
@@ -239,7 +242,8 @@ def _stored(spec: Spec) -> Iterator[tuple[str, str, np.ndarray]]:
     if (tensor.shape, form) != (spec.shape, planned):
         raise ValueError(f"{spec.name} came as {form} {tensor.shape}, not as planned")
     parts = Spec(spec.name, spec.shape, form, spec.load).parts
-    for (name, (dtype, _)), part in zip(parts.items(), tensor.parts.values(), strict=True):
+    arrays = mxfp4_parts(tensor) if form == MXFP4 else tensor.parts.values()
+    for (name, (dtype, _)), part in zip(parts.items(), arrays, strict=True):
         yield name, dtype, part
     release(tensor)
 
@@ -260,16 +264,16 @@ def _with_quantization(config: Mapping[str, Any], specs: Sequence[Spec]) -> dict
     each module that differs by name. It stands under both names, as mlx-lm writes it."""
     plain = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
     settings = {
-        spec.name.removesuffix(".weight"): (spec.format.bits, spec.format.group_size)
-        for spec in specs
-        if isinstance(spec.format, Affine)
+        spec.name.removesuffix(".weight"): _setting(spec.format) for spec in specs if not isinstance(spec.format, Dense)
     }
     if not settings:
         return plain
-    usual = Counter(settings.values()).most_common(1)[0][0]
-    block = _setting(*usual) | {name: _setting(*own) for name, own in settings.items() if own != usual}
+    usual = max(settings.values(), key=list(settings.values()).count)
+    block = usual | {name: own for name, own in settings.items() if own != usual}
     return plain | {"quantization": block, "quantization_config": block}
 
 
-def _setting(bits: int, group_size: int) -> dict[str, Any]:
-    return {"group_size": group_size, "bits": bits, "mode": "affine"}
+def _setting(form: Affine | Blocks) -> dict[str, Any]:
+    if form == MXFP4:
+        return {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+    return {"group_size": form.group_size, "bits": form.bits, "mode": "affine"}

@@ -20,6 +20,9 @@ UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "
 @click.argument("model")
 @click.argument("dest", type=click.Path(path_type=Path))
 @click.option("--method", type=click.Choice(METHODS), help="Default: auto, which gives bits where they matter most.")
+@click.option(
+    "--mode", type=click.Choice(["affine", "mxfp4"]), help="MLX's kinds of code; mxfp4: 4-bit floats, as rtn."
+)
 @click.option("--bits", type=click.Choice(BITS), help="For every matrix (auto: on average); default: 4.")
 @click.option("--group-size", type=click.Choice(["32", "64", "128"]), help="Numbers that share a scale; default: 64.")
 @click.option("--target-size", metavar="SIZE", help="Of all weights, such as 80MB (auto).")
@@ -41,6 +44,8 @@ def command(model, dest, target_size, backend, requantize, as_json, **given):
     given["target_bytes"] = _bytes(target_size) if target_size else None
     for name in ("bits", "group_size"):
         given[name] = given[name] and int(given[name])
+    if given["mode"] == "mxfp4":
+        given["method"] = given["method"] or "rtn"
     options = Options(**{name: value for name, value in given.items() if value is not None}, requantize=requantize)
     source = fetch(model)
     with _Bars() as show:

@@ -8,6 +8,7 @@ import os
 import numpy as np
 import pytest
 import twins
+from safetensors import safe_open
 from small_models import write_llama
 from wide_models import LLAMA, MOE, parameters, write_model
 
@@ -21,6 +22,7 @@ from ondevice.tensors import Affine, floats
 from ondevice.tools.calibration import samples
 from ondevice.tools.quantize import Options, quantize
 from ondevice.tools.quantize.calibrated import Rounding
+from ondevice.tools.quantize.matrices import matrices
 
 IDS = np.arange(3, 23, dtype=np.int32)[None]
 
@@ -56,6 +58,44 @@ def test_rtn_is_mlx_quantize_bit_for_bit(tmp_path, bits, group, dtype):
             assert np.array_equal(floats(after[name].parts[part], dtype), np.array(theirs.astype(mx.float32)))
     assert result.nbytes == sum(after[name].nbytes for name in after)
     assert result.bpw == pytest.approx(8 * result.nbytes / sum(after[name].size for name in after))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_mxfp4_is_mlx_quantize_bit_for_bit(tmp_path, dtype):
+    mx = pytest.importorskip("mlx.core")
+    source = write_model(tmp_path / "in", dtype=dtype)
+    result = quantize(source, tmp_path / "out", Options("rtn", mode="mxfp4"))
+    before, written = parameters(source), safetensors(tmp_path / "out")
+    for name in matrices(before):
+        values = mx.array(to_float(before[name])).astype(getattr(mx, dtype))
+        weight, exponents = mx.quantize(values, group_size=32, bits=4, mode="mxfp4")
+        module = before.stored(name)[0].removesuffix(".weight")
+        assert np.array_equal(written[f"{module}.weight"], np.array(weight))
+        assert np.array_equal(written[f"{module}.scales"], np.array(exponents))
+        theirs = mx.dequantize(weight, exponents, group_size=32, bits=4, mode="mxfp4").astype(mx.float32)
+        assert np.array_equal(to_float(parameters(tmp_path / "out")[name]), np.array(theirs))
+    assert result.nbytes == verify(tmp_path / "out").nbytes
+    block = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    assert block == {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+
+
+def safetensors(folder):
+    """The arrays of a folder by their names in the file, as MLX's convention has them."""
+    with safe_open(folder / "model.safetensors", "numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys() if "norm" not in name}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "mlx"])
+@pytest.mark.parametrize("hf", [LLAMA, MOE], ids=["llama", "moe"])
+def test_mxfp4_runs_everywhere(tmp_path, hf, backend):
+    pytest.importorskip({"cpu": "numpy", "cuda": "torch", "mlx": "mlx.core"}[backend])
+    quantize(write_model(tmp_path / "in", hf, "float32"), tmp_path / "out", Options("rtn", mode="mxfp4"))
+    wanted = logits(tmp_path / "out")
+    assert np.abs(logits(tmp_path / "out", backend) - wanted).max() < 1e-3 * np.abs(wanted).max()
+    if backend == "mlx":
+        utils, mx = pytest.importorskip("mlx_lm.utils"), pytest.importorskip("mlx.core")
+        theirs = np.array(utils.load_model(tmp_path / "out")[0](mx.array(IDS)))
+        assert np.abs(theirs - wanted).max() < 1e-2 * np.abs(wanted).max()
 
 
 def test_a_group_that_does_not_divide_a_row_is_recorded_by_tensor(tmp_path):
@@ -279,6 +319,7 @@ def test_a_destination_that_exists(tmp_path):
 @pytest.mark.parametrize(
     "wrong",
     [{"method": "magic"}, {"bits": 7}, {"group_size": 48}, {"method": "rtn", "target_bpw": 4.0},
+     {"mode": "fp4"}, {"mode": "mxfp4"}, {"mode": "mxfp4", "method": "rtn", "bits": 8},
      {"target_bpw": 4.0, "target_bytes": 10**6}],
 )  # fmt: skip
 def test_options_that_make_no_sense(wrong):

@@ -15,6 +15,7 @@ METHODS = {  # name -> one line of help
     "search": "scale and zero point of each group by weighted error",
     "rtn": "nearest value, as mx.quantize",
 }
+MODES = ("affine", "mxfp4")
 GROUPS = (128, 64, 32)
 
 
@@ -24,9 +25,9 @@ class Options:
     `auto`, what they would take is the size that it keeps to, unless target_bytes or target_bpw (of the whole model)
     says another.
 
-    calibration: a text or .jsonl; None: what the model itself says, drawn with `seed`; `tokens` of it, `length` a
-    window; `sensitivity_tokens` of those for the choice of bits. requantize: take weights that are quantized already
-    as they come.
+    mode: affine, or mxfp4 (4-bit floats, 32 to a power of two), which knows rtn alone. calibration: a text or .jsonl;
+    None: what the model itself says, drawn with `seed`; `tokens` of it, `length` a window; `sensitivity_tokens` of
+    those for the choice of bits. requantize: take weights that are quantized already as they come.
     """
 
     method: str = "auto"
@@ -40,10 +41,15 @@ class Options:
     sensitivity_tokens: int = 4096
     seed: int = 0
     requantize: bool = False
+    mode: str = "affine"
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise BadOption(f"There is no method {self.method!r}.", f"Choose from {', '.join(METHODS)}.")
+        if self.mode not in MODES:
+            raise BadOption(f"There is no mode {self.mode!r}.", f"Choose from {', '.join(MODES)}.")
+        if self.mode == "mxfp4" and (self.method != "rtn" or self.bits != 4):
+            raise BadOption("mxfp4 has 4 bits and no scales to choose.", "Use it with --method rtn, without --bits.")
         if self.bits not in AFFINE_BITS:
             raise BadOption(f"{self.bits} bits are not supported.", f"Choose from {', '.join(map(str, AFFINE_BITS))}.")
         if self.group_size not in GROUPS:

@@ -16,7 +16,7 @@ from ...models.families import NameMap, family_of
 from ...models.parameters import Parameters
 from ...registry import create_backend
 from ...runtime.session import Session, open_session
-from ...tensors import Affine
+from ...tensors import Affine, Blocks
 from ..calibration import Sampling, samples
 from .allocation import allocate, choices, require_reachable
 from .calibrated import Rounding
@@ -78,6 +78,8 @@ class _Job:
 
     def nearest(self) -> Result:
         plan, notes = uniform(self.parameters, self.family.names, self.options)
+        if self.options.mode == "mxfp4":
+            plan = dict.fromkeys(plan, Blocks("MXFP4"))
         return self._write(plan, lambda name: nearest(numbers(self.parameters, name), plan[name]), notes)
 
     def calibrated(self, backend: str | Backend) -> Result:

@@ -19,7 +19,7 @@ from ...tensors import Affine, Blocks, Dense, Tensor
 from ..convert.side_files import side_files
 
 Make = Callable[[str], Tensor]  # our name -> what it has become
-Plan = Mapping[str, Affine | Dense]  # our name -> what it becomes, where it is not left as it is
+Plan = Mapping[str, Affine | Blocks | Dense]  # our name -> what it becomes, where it is not left as it is
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def write(
 def _specs(parameters: Parameters, names: NameMap, plan: Plan, make: Make) -> Iterator[Spec]:
     for name in parameters:
         planned = plan.get(name)
-        spelled, turned = place(names, name, isinstance(planned, Affine))
+        spelled, turned = place(names, name, isinstance(planned, Affine | Blocks))
         load = partial(make, name) if planned else partial(_kept, parameters, name, turned)
         made = planned or load().format
         shape = parameters.shapes[name]
