@@ -154,6 +154,8 @@ def test_what_makes_no_sense(lora, opened, tmp_path):
         fused(session, tmp_path / "fused", None)
     with pytest.raises(OnDeviceError, match="exists already"):
         fused(session, tmp_path, None)
+    with pytest.raises(OnDeviceError, match="no folder"):
+        fused(session, tmp_path / "nowhere" / "fused", None)
     for options in ({"dtype": "int8"}, {"dtype": "float32", "bits": 4}, {"bits": 7}, {"share": 0}):
         with pytest.raises(BadOption):
             Options(**options)

@@ -99,6 +99,8 @@ def fuse(session: Session, dest: Path, options: Options) -> Iterator[Progress | 
     started = time.perf_counter()
     if dest.exists() or dest.is_symlink():
         raise OnDeviceError(f"{dest} exists already.", "Choose another name, or remove it first.")
+    if not dest.absolute().parent.is_dir():
+        raise OnDeviceError(f"There is no folder {dest.absolute().parent} to write to.", "Create it first.")
     if not session.attached:
         raise BadOption("There is no adapter to fuse.", "Give one.")
     weights = Weights(session.parameters, session.config, [(a.adapter, a.weight) for a in session.attached])
