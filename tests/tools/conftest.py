@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("models", "files")]
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("models", "files", "runtime")]
 
 
 @pytest.fixture

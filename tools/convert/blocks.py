@@ -55,7 +55,7 @@ def keeps_codes(tensor: Tensor, kind: str) -> bool:
     if not isinstance(form, Affine) or form.group_size % BLOCK:
         return False
     if kind not in SYMMETRIC:
-        return form.bits <= LEGACY_BITS[kind] and kind in LEGACY_BITS
+        return form.bits <= LEGACY_BITS.get(kind, 0)
     if form.bits != LEGACY_BITS.get(kind):
         return False
     scales, biases = (floats(tensor.parts[name], form.dtype) for name in ("scales", "biases"))

@@ -30,7 +30,7 @@ WINDOWED = frozenset({"gemma2", "gemma3", "cohere2", "olmo2", "gpt-oss"})  # tho
 UNREADABLE = "all: its metadata could not be read"
 FILE_TYPES = {  # llama.cpp's general.file_type, by the type of most of the weights
     "float32": 0, "float16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12,
-    "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "bfloat16": 32,
+    "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "bfloat16": 32, "MXFP4": 38,
 }  # fmt: skip
 KEPT = ("general.", "tokenizer.")  # keys that another GGUF's metadata hand on
 
