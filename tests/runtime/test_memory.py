@@ -151,7 +151,7 @@ from ondevice.runtime import memory
 from ondevice.runtime.engine import GenerateOptions
 from ondevice.runtime.session import open_session
 plans = []
-memory.Planner.require = lambda self, context, what: plans.append(self.plan(context).total)
+memory.Planner.require = lambda self, context, *rest: plans.append(self.plan(context).total)
 session = open_session({str(smollm2_gguf)!r}, context=2048, backend="cpu", exact={exact})
 session.tokenizer.encode("a")
 list(session.generate([100 + i for i in range(2040)], GenerateOptions(max_tokens=8)))

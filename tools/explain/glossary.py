@@ -52,7 +52,7 @@ TERMS: Mapping[str, Mapping[str, Term]] = {
     "layer": {
         "en": Term("Layer", "One step of the model: attention, then a feed-forward part; each adds to the stream."),
         "pt": Term(
-            "Camada", "Um passo do modelo: atenção e depois uma parte feed-forward; cada uma soma algo à corrente."
+            "Camada", "Um passo do modelo: atenção e depois uma parte feed-forward; cada uma soma algo ao fluxo."
         ),
     },
     "stream": {
@@ -60,7 +60,7 @@ TERMS: Mapping[str, Mapping[str, Term]] = {
             "Residual stream", "The vector that travels through all layers at each token, and that each adds to."
         ),
         "pt": Term(
-            "Corrente residual", "O vetor que atravessa todas as camadas em cada token, e ao qual cada uma soma algo."
+            "Fluxo residual", "O vetor que atravessa todas as camadas em cada token, e ao qual cada uma soma algo."
         ),
     },
     "attention": {
@@ -82,7 +82,8 @@ TERMS: Mapping[str, Mapping[str, Term]] = {
             "Attention sink", "A token, mostly the first, at which heads look when they have nothing to look for."
         ),
         "pt": Term(
-            "Ralo de atenção", "Um token, quase sempre o primeiro, para o qual as cabeças olham quando nada procuram."
+            "Sumidouro de atenção",
+            "Um token, quase sempre o primeiro, para o qual as cabeças olham quando nada procuram.",
         ),
     },
     "logit": {
@@ -104,7 +105,7 @@ TERMS: Mapping[str, Mapping[str, Term]] = {
             "Logit lens", "What the model would say if it stopped at a layer: the head applied to the stream there."
         ),
         "pt": Term(
-            "Lente de logits", "O que o modelo diria se parasse numa camada: a saída final aplicada à corrente dali."
+            "Lente de logits", "O que o modelo diria se parasse numa camada: a saída final aplicada ao fluxo dali."
         ),
     },
 }
@@ -140,7 +141,7 @@ WORDS: Mapping[str, Mapping[str, str]] = {  # labels of what is shown
         "token, um lugar de descanso.",
         "heads_note": "Cabeças que olham com mais força:", "head_row": "camada {layer}, cabeça {head}",
         "near_note": "Tokens cujos embeddings apontam quase para o mesmo lado.",
-        "likeness_note": "Quanto as correntes se parecem em {first} e {other}: 1 no início, menos onde o "
+        "likeness_note": "Quanto os fluxos se parecem em {first} e {other}: 1 no início, menos onde o "
         "contexto conta.",
         "stage0": "embedding", "layer": "camada", "answer": "resposta", "rank": "lugar",
         "all": "todas", "heads": "cabeças",
