@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 
@@ -114,8 +115,11 @@ def test_rows_that_no_group_divides_stay_as_they_are(tmp_path):
     assert after["layers.0.mlp.up"].quantized
 
 
-@pytest.mark.parametrize("hf", [LLAMA, LLAMA | {"tie_word_embeddings": False}, MOE], ids=["tied", "untied", "moe"])
-@pytest.mark.parametrize("method", ["rtn", "search", "awq", "gptq", "auto"])
+UNTIED = LLAMA | {"tie_word_embeddings": False}
+PAIRS = [(LLAMA, "rtn"), (LLAMA, "search"), (UNTIED, "gptq"), (UNTIED, "awq"), (MOE, "rtn"), (MOE, "auto")]
+
+
+@pytest.mark.parametrize(("hf", "method"), PAIRS)
 def test_what_is_written_runs_everywhere(tmp_path, hf, method):
     quantize(write_model(tmp_path / "in", hf, "float32"), tmp_path / "out", short(method, bits=8, group_size=32))
     wanted = logits(tmp_path / "out")
@@ -206,22 +210,30 @@ class Killed(BaseException):
     pass
 
 
+@pytest.fixture(scope="module")
+def unharmed(tmp_path_factory):
+    """A model and what `auto` makes of it."""
+    folder = tmp_path_factory.mktemp("unharmed")
+    write_model(folder / "in")
+    return folder, quantize(folder / "in", folder / "whole", short())
+
+
 @pytest.mark.parametrize("stage", ["Sampling", "Measuring", "Rounding", "Writing"])
-def test_killed_it_goes_on_where_it_was(tmp_path, stage):
-    source, seen = write_model(tmp_path / "in"), []
+def test_killed_it_goes_on_where_it_was(tmp_path, unharmed, stage):
+    (folder, whole), seen = unharmed, []
+    source = folder / "in"
 
     def kill(event):
         if event.stage == stage and event.done > event.total / 3:
             raise Killed
 
-    whole = quantize(source, tmp_path / "whole", short())
     with pytest.raises(Killed):
         quantize(source, tmp_path / "out", short(), kill)
-    assert sorted(os.listdir(tmp_path)) == [*[".out.quantize"][: stage != "Sampling"], "in", "whole"]
+    assert os.listdir(tmp_path) == [".out.quantize"][: stage != "Sampling"]
     result = quantize(source, tmp_path / "out", short(), lambda event: seen.append(event.stage))
-    assert sorted(os.listdir(tmp_path)) == ["in", "out", "whole"]
+    assert os.listdir(tmp_path) == ["out"]
     assert result.tensors == whole.tensors
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    weights = [(made / "model.safetensors").read_bytes() for made in (folder / "whole", tmp_path / "out")]
     assert weights[0] == weights[1]
     assert ("Sampling" in seen) == (stage == "Sampling") and ("Measuring" in seen) == (
         stage in ("Sampling", "Measuring")
@@ -308,6 +320,20 @@ def test_calibration_that_is_too_short(tmp_path):
     with pytest.raises(BadOption, match="less than one calibration window"):
         quantize(source, tmp_path / "out", short(calibration=tmp_path / "text.txt"))
     assert sorted(os.listdir(tmp_path)) == ["in", "text.txt"]
+
+
+def test_a_full_disk_leaves_no_destination_and_what_is_done(tmp_path, monkeypatch):
+    source, save = write_model(tmp_path / "in"), np.savez
+
+    def full(path, **arrays):
+        if "layers.1" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(path, **arrays)
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OnDeviceError, match="No space left") as caught:
+        quantize(source, tmp_path / "out", short("gptq"))
+    assert "goes on" in caught.value.hint and sorted(os.listdir(tmp_path)) == [".out.quantize", "in"]
 
 
 def test_a_destination_that_exists(tmp_path):
