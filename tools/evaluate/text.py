@@ -23,6 +23,7 @@ from ...models.decoder import Decoder
 from ...runtime.session import Session
 
 ROWS = 64  # predictions whose logits are held at once: bounds memory whatever the vocabulary
+BLOCK = 8  # of them, looked at by one thread at a time: their numbers stay in its cache
 CONTEXT = 16  # tokens shown in front of one that went wrong
 
 
@@ -195,7 +196,7 @@ def _score(
     for at in range(0, len(window) - 1, ROWS):
         rows = np.arange(at, min(at + ROWS, len(window) - 1), dtype=np.int32)
         targets = np.array(window[at + 1 : at + 1 + len(rows)])
-        blocks = [block for block in np.array_split(np.arange(len(rows)), pool._max_workers) if len(block)]
+        blocks = np.array_split(np.arange(len(rows)), -(-len(rows) // BLOCK))
         wanted = None
         if against:
             logits = _logits(against.decoder, reference, rows)
@@ -221,15 +222,23 @@ def _logits(decoder: Decoder, states: A, rows: np.ndarray) -> np.ndarray:
 
 
 def _compare(logits: np.ndarray, targets: np.ndarray, wanted: np.ndarray | None) -> tuple:
-    logprobs = log_softmax(logits)
-    losses, likeliest, _ = _measured(logprobs, targets)
     if wanted is None:
-        return losses, likeliest, None
-    return losses, likeliest, (np.exp(wanted) * (wanted - logprobs)).sum(-1, dtype=np.float64).astype(np.float32)
+        return _measured(logits, targets)
+    logprobs = log_softmax(logits)
+    apart = np.subtract(wanted, logprobs)
+    apart *= np.exp(wanted)
+    losses, likeliest, _ = _measured(logits, targets)
+    return losses, likeliest, apart.sum(-1, dtype=np.float64).astype(np.float32)
 
 
-def _measured(logprobs: np.ndarray, targets: np.ndarray) -> tuple:
-    return -logprobs[np.arange(len(targets)), targets], logprobs.argmax(-1).astype(np.int32), None
+def _measured(logits: np.ndarray, targets: np.ndarray) -> tuple:
+    """Losses and likeliest ids; log-probabilities will do, too."""
+    rows, likeliest = np.arange(len(targets)), logits.argmax(-1)
+    shifted = logits - logits[rows, likeliest][:, None]
+    losses = -shifted[rows, targets]
+    np.exp(shifted, out=shifted)
+    losses += np.log(shifted.sum(-1, dtype=np.float64)).astype(np.float32)
+    return losses, likeliest.astype(np.int32), None
 
 
 def _together(parts) -> tuple:
