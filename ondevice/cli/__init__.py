@@ -24,6 +24,7 @@ COMMANDS = {  # name -> one line of help; the module of the same name holds `com
     "convert": "Between GGUF, Hugging Face and MLX.",
     "quantize": "A model in fewer bits.",
     "prune": "A model with less in it: tokens, layers, channels, heads, experts, weights.",
+    "shrink": "A model made to fit a size, the best of several ways.",
     "lora-train": "Teach a model from examples.",
     "average": "Several adapters into one, as in federated learning.",
     "fuse": "Work an adapter into its model.",

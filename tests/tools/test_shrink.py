@@ -1,0 +1,92 @@
+"""shrink: the best of several plans within a size, with a report; bad input."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from wide_models import LLAMA, write_model
+
+from ondevice.cli import main
+from ondevice.errors import BadOption, OnDeviceError
+from ondevice.runtime.session import open_session
+from ondevice.tools.shrink import Options, Outcome, Result, shrink
+from ondevice.tools.shrink.plans import proposals
+from ondevice.tools.shrink.report import frontier
+
+
+@pytest.fixture
+def text(tmp_path):
+    draw = np.random.default_rng(1)
+    words = ["the", "and", "hand", "on", "in", "cold", "day", "other", "that", "thin"]
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(draw.choice(words, 600)))
+    return path
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_model(tmp_path / "in", LLAMA | {"num_hidden_layers": 10})
+
+
+def outcome(plan, nbytes, loss):
+    return Outcome(plan, nbytes, 1, loss, 1.0, 1.0)
+
+
+def test_the_best_plan_becomes_the_folder(tmp_path, model, text):
+    target = 120_000
+    *_, result = shrink(model, tmp_path / "out", Options(target, calibration=text, tokens=1024, length=64))
+    made = [o for o in result.outcomes if not o.failed]
+    assert isinstance(result, Result) and len(made) > 1
+    assert all(o.nbytes <= target for o in made)
+    best = min(made, key=lambda o: o.loss)
+    assert result.chosen == best.plan
+    with open_session(tmp_path / "out", backend="reference") as session:
+        assert session.checkpoint.nbytes == best.nbytes
+        assert session.tokenizer.decode(session.tokenizer.encode("the day")) == "the day"
+    report = (tmp_path / "out" / "REPORT.md").read_text()
+    assert all(o.plan in report for o in result.outcomes) and f"**{best.plan}**" in report
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out", "text.txt"}
+
+
+def test_without_time_one_plan_is_tried(tmp_path, model, text):
+    *_, result = shrink(model, tmp_path / "out", Options(120_000, 1e-4, calibration=text, tokens=1024, length=64))
+    assert len(result.outcomes) == 1 and result.left
+
+
+def test_a_size_that_no_plan_reaches(tmp_path, model, text):
+    with pytest.raises(BadOption, match="2 bits for every matrix take"):
+        list(shrink(model, tmp_path / "out", Options(10_000, calibration=text, tokens=1024, length=64)))
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "text.txt"}
+
+
+def test_an_existing_folder_is_left_alone(tmp_path, model, text):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OnDeviceError, match="exists already"):
+        list(shrink(model, tmp_path / "out", Options(120_000, calibration=text)))
+
+
+def test_few_bits_bring_smaller_models_into_question(model):
+    with open_session(model, backend="reference") as session:
+        many, few = proposals(session.config, 10**6), proposals(session.config, 10**5)
+    assert many[0].name == few[0].name == "bits alone"
+    assert not any("layers" in plan.cuts for plan in many)
+    assert any("layers" in plan.cuts for plan in few)
+
+
+def test_the_frontier_is_what_nothing_smaller_beats():
+    points = [outcome("a", 30, 0.3), outcome("b", 20, 0.5), outcome("c", 25, 0.6), outcome("d", 40, 0.3)]
+    assert [o.plan for o in frontier(points)] == ["b", "a"]
+
+
+def test_the_command(tmp_path, model, text, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["shrink", str(model), str(tmp_path / "out"), "--target-size", "120kB", "--calibration", str(text),
+              "--tokens", "1024", "--budget", "0.001", "--json"])  # fmt: skip
+    assert stop.value.code == 0
+    assert json.loads(capsys.readouterr().out)["chosen"] == "bits alone"
+    with pytest.raises(SystemExit) as stop:
+        main(["shrink", str(model), str(tmp_path / "no"), "--target-size", "big"])
+    assert stop.value.code == 2
+    assert "is not a size" in capsys.readouterr().err
