@@ -10,7 +10,7 @@ from ...errors import Unsupported
 from ..config import LatentConfig, ModelConfig, MoEConfig, plain_mlp, routed
 from ..fields import contradiction, flag, layer_count, number, one_of, optional, whole
 from ..ropes import RopeConfig, mscale, rope
-from . import LLAMA, Family, experts
+from . import LLAMA, Family, Gguf, experts, gguf
 
 MLP, ATTENTION = "model.layers.{i}.mlp", "model.layers.{i}.self_attn"
 MODULES = {
@@ -79,5 +79,58 @@ def _experts(hf: Mapping) -> MoEConfig:
     return moe
 
 
-deepseek_v2 = Family("deepseek_v2", ("deepseek_v2",), config, NAMES, models="DeepSeek V2 Lite, DeepSeek Coder V2 Lite")
-deepseek_v3 = Family("deepseek_v3", ("deepseek_v3",), config, NAMES, models="DeepSeek V3, Moonlight")
+GGUF_PARTS = {
+    "q": "attn_q", "q_down": "attn_q_a", "q_norm": "attn_q_a_norm", "q_up": "attn_q_b", "o": "attn_output",
+    "kv_down": "attn_kv_a_mqa", "kv_norm": "attn_kv_a_norm",
+}  # fmt: skip
+GGUF_NAMES = gguf.NAMES | {
+    "layers.{i}.latent.k_up": ("blk.{i}.attn_k_b.weight|T", "blk.{i}.attn_kv_b.weight|first"),
+    "layers.{i}.latent.v_up": ("blk.{i}.attn_v_b.weight", "blk.{i}.attn_kv_b.weight|last"),
+    "layers.{i}.moe.election": "blk.{i}.exp_probs_b.bias",
+    **{f"layers.{{i}}.latent.{ours}": f"blk.{{i}}.{its}.weight" for ours, its in GGUF_PARTS.items()},
+}
+KEYS = {
+    "q_lora_rank": "attention.q_lora_rank",
+    "kv_lora_rank": "attention.kv_lora_rank",
+    "qk_rope_head_dim": "rope.dimension_count",
+    "first_k_dense_replace": "leading_dense_block_count",
+    "n_routed_experts": "expert_count",
+    "n_shared_experts": "expert_shared_count",
+    "routed_scaling_factor": "expert_weights_scale",
+    "norm_topk_prob": "expert_weights_norm",
+    "n_group": "expert_group_count",
+    "topk_group": "expert_group_used_count",
+}
+SIGMOID = 2  # llama.cpp's number of that gate
+
+
+def _from_gguf(metadata: Mapping, checkpoint, *kind: str) -> dict:
+    hf = gguf.config(metadata, checkpoint, *kind, keys=KEYS)
+    key, value = (
+        whole(metadata, f"deepseek2.attention.{part}_length_mla", metadata.get(f"deepseek2.attention.{part}_length"))
+        for part in ("key", "value")
+    )
+    del hf["partial_rotary_factor"]
+    hf |= {"qk_nope_head_dim": key - whole(hf, "qk_rope_head_dim"), "v_head_dim": value, "rope_interleave": True}
+    if rule := hf.get("rope_scaling"):
+        sharper = number(metadata, "deepseek2.rope.scaling.yarn_log_multiplier", 0.0, least=0.0) * 10
+        hf["rope_scaling"] = rule | {"mscale": sharper, "mscale_all_dim": sharper}
+    groups = {"n_group": hf.get("n_group", 1), "topk_group": hf.get("topk_group", 1)}
+    return hf | groups | {"head_dim": None}
+
+
+def _gguf(third: bool, *kind: str) -> Gguf:
+    def ours(metadata: Mapping) -> bool:
+        return (metadata.get("deepseek2.expert_gating_func") == SIGMOID) == third
+
+    return Gguf("deepseek2", GGUF_NAMES, lambda m, checkpoint: _from_gguf(m, checkpoint, *kind), keys=KEYS, when=ours)
+
+
+deepseek_v2 = Family(
+    "deepseek_v2", ("deepseek_v2",), config, NAMES, _gguf(False, "deepseek_v2", "DeepseekV2ForCausalLM"),
+    models="DeepSeek V2 Lite, DeepSeek Coder V2 Lite",
+)  # fmt: skip
+deepseek_v3 = Family(
+    "deepseek_v3", ("deepseek_v3",), config, NAMES, _gguf(True, "deepseek_v3", "DeepseekV3ForCausalLM"),
+    models="DeepSeek V3, Moonlight",
+)  # fmt: skip

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...errors import Unsupported
-from ...tensors import Dense, Tensor
+from ...schemes import to_float
+from ...tensors import Dense, Tensor, dense
 
 ROWS = {  # of the rows that a stored tensor has for each expert or head: those that are ours, n of `total`
     "first": lambda n, total: slice(n),
@@ -21,12 +21,12 @@ ROWS = {  # of the rows that a stored tensor has for each expert or head: those 
 
 
 def viewed(tensor: Tensor, views: Sequence[str], shape: Sequence[int], bias: bool) -> Tensor:
-    """What of a stored tensor is ours, which has `shape`; bias: its last axis is of rows, not of columns. Raises
-    Unsupported for a transposed tensor that is quantized: its groups run along the wrong axis."""
+    """What of a stored tensor is ours, which has `shape`; bias: its last axis is of rows, not of columns. A quantized
+    tensor that is transposed becomes float32, for its groups run along the wrong axis."""
     if not views:
         return tensor
     if "T" in views and not isinstance(tensor.format, Dense):
-        raise Unsupported("A quantized tensor cannot be transposed.", "Fetch the model unquantized, or as mlx-lm's.")
+        tensor = dense(to_float(tensor))
     parts = {key: np.ascontiguousarray(_view(part, views, shape, bias)) for key, part in tensor.parts.items()}
     return Tensor(viewed_shape(tensor.shape, views, shape, bias), tensor.format, parts)
 

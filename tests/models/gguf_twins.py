@@ -16,7 +16,7 @@ import twins
 ARCHITECTURES = {  # model type -> llama.cpp's name, where they differ
     "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "qwen2_moe": "qwen2moe", "mixtral": "llama", "mistral": "llama",
     "gpt_neox": "gptneox", "cohere": "command-r", "olmo3": "olmo2", "granitemoeshared": "granitemoe",
-    "gpt_oss": "gpt-oss",
+    "gpt_oss": "gpt-oss", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2",
 }  # fmt: skip
 PERMUTED = ("llama", "smollm3", "granite", "granitemoe")  # q and k as Llama's
 GRANITE = {
@@ -32,6 +32,18 @@ KEYS = {  # architecture -> its own metadata: an attribute of the config -> the 
         "sliding_window": "attention.sliding_window",
         "attn_logit_softcapping": "attn_logit_softcapping",
         "final_logit_softcapping": "final_logit_softcapping",
+    },
+    "deepseek2": {
+        "q_lora_rank": "attention.q_lora_rank",
+        "kv_lora_rank": "attention.kv_lora_rank",
+        "qk_head_dim": "attention.key_length_mla",
+        "v_head_dim": "attention.value_length_mla",
+        "first_k_dense_replace": "leading_dense_block_count",
+        "n_shared_experts": "expert_shared_count",
+        "routed_scaling_factor": "expert_weights_scale",
+        "norm_topk_prob": "expert_weights_norm",
+        "n_group": "expert_group_count",
+        "topk_group": "expert_group_used_count",
     },
     "gemma3": {"sliding_window": "attention.sliding_window"},
     "gptneox": {"use_parallel_residual": "use_parallel_residual"},
@@ -93,7 +105,10 @@ def _metadata(writer: gguf.GGUFWriter, config: Any, architecture: str) -> None:
         inner = config.block_multiple_of * -(-(2 * config.intermediate_size // 3) // config.block_multiple_of)
     writer.add_feed_forward_length(inner if architecture in ("gpt2", "lfm2") else config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    if architecture not in ("gpt2", "gptneox"):
+    if architecture == "deepseek2":
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType(1 + (config.model_type == "deepseek_v3")))
+        writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
+    elif architecture not in ("gpt2", "gptneox"):
         kinds = getattr(config, "layer_types", None) or []
         attends = [config.num_key_value_heads * (kind != "conv") for kind in kinds]
         writer.add_head_count_kv(attends if "conv" in kinds else config.num_key_value_heads)
@@ -127,6 +142,8 @@ def _rope(writer: gguf.GGUFWriter, config: Any, head_dim: int) -> None:
     if rule["rope_type"] in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(rule["rope_type"]))
         writer.add_rope_scaling_factor(rule["factor"])
+    if "mscale_all_dim" in rule:
+        writer.add_rope_scaling_yarn_log_mul(0.1 * rule["mscale_all_dim"])
     if "beta_fast" in rule:
         writer.add_rope_scaling_yarn_beta_fast(rule["beta_fast"])
     if rule["rope_type"] in ("yarn", "longrope"):
@@ -142,6 +159,11 @@ def _tensors(twin: Any, architecture: str) -> dict[str, np.ndarray]:
         expert = re.search(r"experts\.(\d+)\.", name)
         if expert:
             experts.setdefault(_rename(name.replace(expert[0], "experts."), architecture), []).append(values)
+        elif "kv_b_proj" in name:
+            by_head = values.reshape(config.num_attention_heads, -1, values.shape[-1])
+            k, v = np.split(by_head, [config.qk_nope_head_dim], axis=1)
+            found[_rename(name.replace("kv_b", "k_b"), architecture)] = np.ascontiguousarray(k.swapaxes(1, 2))
+            found[_rename(name.replace("kv_b", "v_b"), architecture)] = np.ascontiguousarray(v)
         elif ".experts." in name and architecture == "gpt-oss":
             found |= _clamped_experts(name, values)
         elif "input_linear" in name:
@@ -199,6 +221,7 @@ def _map(architecture: str) -> gguf.TensorNameMap:
 
 
 def _rename(name: str, architecture: str) -> str:
+    name = name.replace("e_score_correction_bias", "e_score_correction.bias")
     return _map(architecture).get_name(name, try_suffixes=(".weight", ".bias"))
 
 

@@ -251,7 +251,19 @@ def opens_or_says_why(path: Path) -> bool:
     return False
 
 
-@pytest.mark.parametrize("name", ["llama-rope3", "qwen3-window", "gemma3-full", "qwen3_moe-some"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama-rope3",
+        "qwen3-window",
+        "gemma3-full",
+        "qwen3_moe-some",
+        "phi3-long",
+        "deepseek_v3",
+        "gpt_oss-yarn",
+        "gpt2",
+    ],
+)
 @pytest.mark.parametrize("older", [False, True])
 def test_spoilt_configs(name, older, twin_folder, tmp_path):
     _, original = twin_folder(name)
@@ -304,7 +316,7 @@ def test_frequencies_unlike_llama_3(tmp_path):
     assert "unlike Llama 3" in refusal(tmp_path / "odd.gguf", Unsupported).message
 
 
-@pytest.mark.parametrize("name", ["llama-linear", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["llama-linear", "gemma3", "qwen3_moe", "deepseek_v2-yarn"])
 def test_spoilt_gguf_metadata(name, tmp_path):
     """Every value of the metadata, in turn, as another number, a word, a list, or not there."""
     twin = twins.make(name)

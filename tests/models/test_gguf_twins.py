@@ -10,6 +10,7 @@ from ondevice.testing.family import check_family
 
 LLAMA3 = twins.LLAMA3 | {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
 GEMMA = {"num_hidden_layers": 7, "query_pre_attn_scalar": 8, "sliding_window": 3}
+EVEN_YARN = twins.YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}  # llama.cpp knows one for both
 FILES = {
     "llama": ("llama", {}),
     "llama-untied": ("llama", {"tie_word_embeddings": False}),
@@ -47,6 +48,9 @@ FILES = {
     "qwen2_moe": ("qwen2_moe", {}),
     "olmoe": ("olmoe", {}),
     "gpt_oss": ("gpt_oss-yarn", {}),
+    "deepseek_v2": ("deepseek_v2", {}),
+    "deepseek_v2-yarn": ("deepseek_v2-yarn", {"rope_parameters": EVEN_YARN}),
+    "deepseek_v3": ("deepseek_v3", {}),
     "granitemoe": ("granitemoe", {}),
     "granitemoe-shared": ("granitemoe-shared", {}),
 }  # fmt: skip
