@@ -152,7 +152,7 @@ def _text(r: Report) -> None:
         console.answer(f"\ntokens      unknown: {r.untold}")
         return
     named = ", ".join(f"{role} {text} ({id})" for role, (id, text) in r.tokens.roles.items())
-    stops = ", ".join(f"{text} ({id})" for id, text in r.tokens.stops)
+    stops = ", ".join(f"{text.replace(' ', '·')} ({id})" for id, text in r.tokens.stops)
     console.answer(f"\ntokens      {r.tokens.size}, {r.tokens.special} of them special: {named}")
     console.answer(f"answers     end at {stops or 'nothing'}")
     if not r.template:
