@@ -231,6 +231,10 @@ class dashboard:
         if self.live is None and line:
             status(line)
 
+    def say(self, text: str) -> None:
+        """A line that stays, above the view."""
+        self.live.console.print(text, markup=False, highlight=False) if self.live else status(text)
+
     def note(self, text: str) -> None:
         """What goes on between two shows."""
         self.hint = text

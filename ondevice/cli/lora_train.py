@@ -131,7 +131,7 @@ def _follow(run: Any, backend: str) -> Finished:
             for event in run:
                 if isinstance(event, Started):
                     tracker.start(event)
-                    console.status(_plan(event, backend))
+                    view.say(_plan(event, backend))
                 elif isinstance(event, StepDone):
                     tracker.add(event)
                     view.show(event.step, tracker.total, tracker.facts(), tracker.line(), event.loss)
@@ -143,7 +143,7 @@ def _follow(run: Any, backend: str) -> Finished:
                     finished = event
         except KeyboardInterrupt:
             run.close()
-            console.status(f"Stopped behind step {tracker.step}; --resume goes on from there.")
+            view.say(f"Stopped behind step {tracker.step}; --resume goes on from there.")
             raise
     return finished
 
