@@ -26,8 +26,9 @@ class Options:
     says another.
 
     mode: affine, or mxfp4 (4-bit floats, 32 to a power of two), which knows rtn alone. calibration: a text or .jsonl;
-    None: what the model itself says, drawn with `seed`; `tokens` of it, `length` a window; `sensitivity_tokens` of
-    those for the choice of bits. requantize: take weights that are quantized already as they come.
+    None: what the model itself says, drawn with `seed`; `tokens` of it, `length` a window (None: 512, but 256 of its
+    own text, which comes token by token); `sensitivity_tokens` of those for the choice of bits. requantize: take
+    weights that are quantized already as they come.
     """
 
     method: str = "auto"
@@ -37,7 +38,7 @@ class Options:
     target_bpw: float | None = None
     calibration: Path | None = None
     tokens: int = 8192
-    length: int = 512
+    length: int | None = None
     sensitivity_tokens: int = 4096
     seed: int = 0
     requantize: bool = False
@@ -60,6 +61,11 @@ class Options:
             raise BadOption(f"{self.method} takes --bits, not a target.", "Use --method auto, which chooses bits.")
         if self.target_bytes is not None and self.target_bpw is not None:
             raise BadOption("Two targets were given.", "Give --target-size or --target-bpw.")
+
+    @property
+    def window(self) -> int:
+        """Tokens of a calibration window."""
+        return self.length or (512 if self.calibration else 256)
 
     @property
     def targeted(self) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ... import noise
 from ...backends.base import Backend
 from ...checkpoint import Checkpoint, open_checkpoint
 from ...errors import OnDeviceError, Unsupported
@@ -130,7 +131,7 @@ class _Job:
         if kept is not None:
             return kept["ids"]
         options = self.options
-        for event in samples(session, options.calibration, options.tokens, options.length, options.seed):
+        for event in samples(session, options.calibration, options.tokens, options.window, options.seed):
             if isinstance(event, Sampling):
                 self.progress(Progress("Sampling", event.done, event.total, "tokens"))
         work.keep("samples", {"ids": event})
@@ -153,7 +154,8 @@ class _Job:
 
     def _measured(self, ops: Backend, ids: np.ndarray) -> Measured:
         windows = max(1, self.options.sensitivity_tokens // ids.shape[1])
-        for event in measure(self.config, self.parameters, ops, ids[:windows], self.options.seed):
+        chosen = noise.generator(self.options.seed, "sensitivity windows").permutation(len(ids))[:windows]
+        for event in measure(self.config, self.parameters, ops, ids[chosen], self.options.seed):
             if isinstance(event, tuple):
                 self.progress(Progress("Measuring", *event, "steps"))
         return event
