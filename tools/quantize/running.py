@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from ...models.families import NameMap, family_of
 from ...models.parameters import Parameters
 from ...registry import create_backend
 from ...runtime.session import Session, open_session
-from ...tensors import Affine, Blocks
+from ...tensors import Affine, Blocks, Tensor
 from ..calibration import Sampling, samples
 from .allocation import allocate, choices, require_reachable
 from .calibrated import Rounding
@@ -100,17 +101,20 @@ class _Job:
         for done, total in rounding.run(ops, ids, work):
             self.progress(Progress("Rounding", done, total, "stages"))
         plan = {**plan, **rounding.changed}
-        result = self._write(plan, lambda name: self._made(work, plan, name), (*notes, *rounding.notes))
+        result = self._write(plan, self._kept(work, plan), (*notes, *rounding.notes))
         work.remove()
         return result
 
-    def _made(self, work: Work, plan: Mapping[str, Affine], name: str):
-        stage = ".".join(name.split(".")[:2]) if name.startswith("layers.") else name
-        for prefix in (stage, "head"):  # a tied embedding may have been rounded last
-            found = work.tensors(prefix, self.parameters, plan)
-            if name in found:
-                return found[name]
-        raise KeyError(name)
+    def _kept(self, work: Work, plan: Mapping[str, Affine]) -> Callable[[str], Tensor]:
+        """What finds a finished tensor in the work; one stage is held at a time."""
+        stage = lru_cache(maxsize=1)(lambda prefix: work.tensors(prefix, self.parameters, plan))
+
+        def made(name: str) -> Tensor:
+            prefix = ".".join(name.split(".")[:2]) if name.startswith("layers.") else name
+            found = stage(prefix)
+            return found[name] if name in found else stage("head")[name]  # a tied embedding may be rounded last
+
+        return made
 
     def _write(self, plan: Mapping[str, Affine], make, notes: tuple[str, ...]) -> Result:
         def written(done: int, total: int) -> None:
