@@ -46,7 +46,7 @@ def test_dates_are_learnt(smollm2_gguf, tmp_path):
     with open_session(smollm2_gguf, backend="cpu", context=256) as session:
         before = share_right(session, splits["test"][:40])
         data = load_data(tmp_path / "data", session, 128)
-        settings = Settings(batch_size=8, steps=220, learning_rate=1e-3)
+        settings = Settings(batch_size=8, steps=80, learning_rate=1e-3)
         list(train(session, data, settings, tmp_path / "adapter"))
         session.adapt([(tmp_path / "adapter", 1.0)])
         after = share_right(session, splits["test"])
