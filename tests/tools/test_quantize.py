@@ -273,7 +273,15 @@ def test_finished_stages_are_not_rounded_again(tmp_path, monkeypatch):
 def test_an_expert_that_met_no_token_is_rounded_all_the_same_and_said(tmp_path):
     router = np.zeros((4, 64), np.float32)
     source = write_model(tmp_path / "in", MOE, layers_0_moe_router=router)  # equal scores elect the lower id
-    result = quantize(source, tmp_path / "out", short(bits=6, group_size=32))
+    options = short(bits=6, group_size=32)
+
+    def kill(event):
+        if event.stage == "Rounding" and event.done == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        quantize(source, tmp_path / "out", options, kill)
+    result = quantize(source, tmp_path / "out", options)  # what was said of finished stages is said again
     idle = [note for note in result.notes if "experts met no calibration token" in note]
     assert len(idle) == 3 and all("model.layers.0.mlp" in note and "2 of 4" in note for note in idle)
     before, after = (to_float(parameters(tmp_path / name)["layers.0.moe.up"])[3] for name in ("in", "out"))

@@ -38,8 +38,12 @@ class Rounding:
         for done, stage in enumerate(stream(self.config, self.parameters, ops, ids), 1):
             made = work.tensors(stage.prefix, self.parameters, self.plan)
             if made is None:
+                said = len(self.notes)
                 made = self.stage(stage)
+                work.keep_record(f"{stage.prefix}.notes", self.notes[said:])
                 work.keep_tensors(stage.prefix, made)
+            else:
+                self.notes += work.record(f"{stage.prefix}.notes") or []
             self.changed |= {name: tensor.format for name, tensor in made.items() if name not in self.plan}
             if stage.prefix != "head":
                 for name, tensor in made.items():

@@ -14,9 +14,9 @@ from ...checkpoint import Spec, write_folder
 from ...errors import Unsupported
 from ...models.families import Family, NameMap
 from ...models.parameters import Parameters
+from ...runtime.side_files import side_files
 from ...schemes import label, row, to_dense
 from ...tensors import Affine, Blocks, Dense, Tensor
-from ..convert.side_files import side_files
 
 Make = Callable[[str], Tensor]  # our name -> what it has become
 Plan = Mapping[str, Affine | Blocks | Dense]  # our name -> what it becomes, where it is not left as it is
