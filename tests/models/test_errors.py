@@ -284,6 +284,9 @@ ODD_METADATA = (
 )  # fmt: skip
 
 
+SLOWLY = pytest.param("deepseek_v2-yarn", marks=pytest.mark.slow)
+
+
 class SpoilingWriter(gguf.GGUFWriter):
     """Writes something else than it is told for one key, or leaves it out."""
 
@@ -316,7 +319,7 @@ def test_frequencies_unlike_llama_3(tmp_path):
     assert "unlike Llama 3" in refusal(tmp_path / "odd.gguf", Unsupported).message
 
 
-@pytest.mark.parametrize("name", ["llama-linear", "gemma3", "qwen3_moe", "deepseek_v2-yarn"])
+@pytest.mark.parametrize("name", ["llama-linear", "gemma3", "qwen3_moe", SLOWLY])
 def test_spoilt_gguf_metadata(name, tmp_path):
     """Every value of the metadata, in turn, as another number, a word, a list, or not there."""
     twin = twins.make(name)
