@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from test_prune import logits, pruned
+from twins import make
 from wide_models import LLAMA, MOE, parameters, write_model
 
 from ondevice.cli import main
 from ondevice.errors import BadFile, BadOption, OnDeviceError
 from ondevice.schemes import to_float
 from ondevice.tools.prune import Amount, Options, Sparsity
+from ondevice.tools.prune.cutting import Cut
 from ondevice.tools.prune.elimination import eliminate
+from ondevice.tools.prune.running import write
 from ondevice.tools.prune.sparsity import _by_inputs
+from ondevice.tools.prune.subject import Subject
 from ondevice.tools.quantize import Options as QuantizeOptions
 from ondevice.tools.quantize import quantize
 
@@ -72,6 +77,32 @@ def test_lists_by_layer_in_the_config_are_cut_too(tmp_path):
     pruned(source, tmp_path / "out", drop_layers=(1,))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["layer_types"] == [kinds[i] for i in (0, 2, 3)]
     assert close(logits(tmp_path / "out", IDS), transformers_logits(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("what", ["layers", "channels", "heads"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi3", "gemma2", "qwen2", "starcoder2", "granite", "mixtral"])
+def test_other_families_are_cut_as_transformers_has_them(tmp_path, family, what):
+    """Every kind of projection (separate, fused, grouped, transposed) and of config.json."""
+    torch = pytest.importorskip("torch")
+    twin = make(family)
+    twin.save_pretrained(tmp_path / "in")
+    with Subject(tmp_path / "in", Options(drop_layers=(1,))) as subject:
+        layers = subject.config.layers
+        kept = {
+            "layers": tuple(i for i in range(len(layers)) if i != 1),
+            "channels": {i: np.arange(3, layer.feed_forward.hidden) for i, layer in enumerate(layers)},
+            "heads": {i: np.arange(1, layer.mixer.kv_heads) for i, layer in enumerate(layers)},
+        }[what]
+        cut = replace(Cut.nothing(subject.config), **{what: kept})
+        refused = (family, what) in {("gpt2", "heads"), ("gpt_neox", "heads"), ("mixtral", "channels")}
+        if refused:
+            with pytest.raises(OnDeviceError):
+                list(write(subject, cut, tmp_path / "out"))
+            return
+        list(write(subject, cut, tmp_path / "out"))
+    loaded = type(twin).from_pretrained(tmp_path / "out", dtype="float32").eval()
+    wanted = loaded(torch.tensor(IDS[:, :17]), use_cache=False).logits.detach().numpy()
+    assert close(logits(tmp_path / "out", IDS[:, :17]), wanted)
 
 
 # ---- channels and heads

@@ -106,6 +106,8 @@ def attention_picks(cfg: AttentionConfig, part: str, heads: np.ndarray) -> Itera
         yield 0, spread(heads, 2 * group * d)
     elif part in ("q", "q.bias") or (part.startswith("q_norm") and cfg.qk_norm == "width"):
         yield 0, queries
+    elif part == "sinks":
+        yield 0, spread(heads, group)
     elif part in ("k", "v", "k.bias", "v.bias") or (part.startswith("k_norm") and cfg.qk_norm == "width"):
         yield 0, keys
     elif part in ("qkv", "qkv.bias"):
@@ -175,6 +177,8 @@ SIZES = {  # what a config.json calls it, in one family or another
     "experts": ("num_experts", "num_local_experts", "n_routed_experts"),
 }
 
+SHARED_WIDTH = ("gpt2", "gpt_neox", "stablelm", "olmoe", "lfm2")  # whose classes know no head_dim of its own
+
 
 def hugging_face(cut: Cut, hf: Mapping[str, Any], read) -> dict[str, Any]:
     """The config.json of what is left. read: the family's config.json -> ModelConfig, which must see the same.
@@ -183,7 +187,11 @@ def hugging_face(cut: Cut, hf: Mapping[str, Any], read) -> dict[str, Any]:
     made = {key: _per_layer(key, value, cut) for key, value in hf.items()}
     for what, keys in SIZES.items():
         if old[what] != new[what]:
-            made |= {key: new[what] for key in keys if hf.get(key) == old[what]}
+            made |= {key: new[what] for key in keys if key in hf and hf[key] in (old[what], None)}
+    if cut.heads and hf.get("model_type") in SHARED_WIDTH:
+        raise Unsupported(
+            f"Heads of {hf['model_type']} models share the whole width, in transformers at least.", "Leave --heads out."
+        )
     if cut.heads:
         made |= {"head_dim": _attentions(cut.made)[0].head_dim, "num_key_value_heads": new["key heads"]}
     windows = [attention.spec.window for attention in _attentions(cut.made)]

@@ -37,7 +37,7 @@ def prune(source: Path, dest: Path | None, options: Options) -> Iterator[Progres
         for choose in _choosers(options):
             cut, scores = yield from choose(subject, cut)
             found += [scores] if scores.rows else []
-        result = yield from _write(subject, cut, dest)
+        result = yield from write(subject, cut, dest)
         yield replace(result, scores=tuple(found), seconds=time.perf_counter() - started)
 
 
@@ -61,19 +61,20 @@ def _tokens(subject: Subject, cut: Cut) -> Choice:
     return replace(cut, tokens=kept), scores
 
 
-def _write(subject: Subject, cut: Cut, dest: Path | None) -> Generator[Progress, None, Result]:
+def write(subject: Subject, cut: Cut, dest: Path | None) -> Generator[Progress, None, Result]:
+    """The cut model at `dest` (None: nowhere), and what has become of its size."""
     hf, files = subject.hf_config, subject.files
     if cut.tokens is not None:
         hf = renamed_ids(hf, {int(id): at for at, id in enumerate(cut.tokens)})
         files = rewritten(Merges(files), files, cut.tokens)
     hf = hugging_face(cut, hf, subject.family.config)
-    specs = list(_specs(subject, cut))
+    written = list(_specs(subject, cut))
     if dest is not None:
         yield Progress("Writing", 0, 1)
-        write_folder(dest, hf, specs, files)
+        write_folder(dest, hf, written, files)
     old, new = sizes(cut.config), sizes(cut.made)
     before = Size(sum(subject.parameters[name].size for name in subject.parameters), subject.checkpoint.nbytes)
-    after = Size(sum(int(np.prod(s.shape, dtype=np.int64)) for s in specs), sum(s.nbytes for s in specs))
+    after = Size(sum(int(np.prod(s.shape, dtype=np.int64)) for s in written), sum(s.nbytes for s in written))
     if cut.tensors and subject.options.sparsity:
         before, after = (
             replace(size, nonzero=n) for size, n in zip((before, after), _nonzero(subject, cut), strict=True)

@@ -14,11 +14,11 @@ from ...models.families import family_of
 from ...models.parameters import Parameters
 from ...registry import create_backend
 from ...runtime.session import Session, open_session
+from ...runtime.side_files import side_files
 from ...runtime.tokenizer import Tokenizer, load_tokenizer
 from ...schemes import to_float
 from ...tensors import Dense
 from ..calibration import Sampling, samples
-from ..convert.side_files import side_files
 from ..quantize.matrices import require_finite
 from .cutting import require_dense, require_place
 from .events import Progress
