@@ -20,8 +20,8 @@ from ...errors import OnDeviceError, Unsupported
 from ...models.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
 from ...models.families import Family, gguf
 from ...models.ropes import RopeConfig
+from ...runtime.side_files import SAMPLING
 from ...tensors import Dense, Tensor
-from .side_files import SAMPLING
 
 FLOATS = "epsilon", "freq_base", "freq_base_swa", "factor", "softcapping", "scale"  # how keys of such numbers end
 SCALINGS = ("linear", "yarn", "longrope")

@@ -14,9 +14,9 @@ from ...errors import BadOption, Unsupported
 from ...models.families import NameMap, family_of
 from ...models.families.views import turned
 from ...models.parameters import Parameters
+from ...runtime.side_files import side_files
 from ...schemes import LEGACY_BITS, label, row, to_affine, to_dense
 from ...tensors import Affine, Blocks, Dense, Tensor
-from .side_files import side_files
 
 Format = Dense | Affine | Blocks
 FLOATS = ("float32", "float16", "bfloat16")

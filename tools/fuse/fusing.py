@@ -15,10 +15,10 @@ from ...checkpoint import write_folder
 from ...errors import BadOption, OnDeviceError
 from ...models.decoder import Decoder
 from ...runtime.session import Session
+from ...runtime.side_files import side_files
 from ...schemes import AFFINE_BITS, label
 from ..calibration import Sampling, samples
 from ..convert.planning import FLOATS
-from ..convert.side_files import side_files
 from .drift import Drift, drift
 from .weights import Weights
 
