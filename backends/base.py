@@ -322,8 +322,8 @@ class Backend(ABC):
         """x [..., I], weight [O, I], bias [O] -> x . weight^T + bias, [..., O]"""
 
     def adapted_linear(self, x: A, weight: W, bias: W | None, down: W, up: W, scale: float) -> A:
-        """linear(x, weight, bias) + linear(linear(x, down) * scale, up): a LoRA adapter (Hu et al. 2021), down [r, I] and
-        up [O, r]. Composed here; a backend may do it in one."""
+        """linear(x, weight, bias) + linear(linear(x, down) * scale, up): a LoRA adapter (Hu et al. 2021), down [r, I]
+        and up [O, r]. Composed here; a backend may do it in one."""
         low = self.linear(x, down)
         return self.linear(x, weight, bias) + self.linear(low if scale == 1.0 else low * scale, up)
 

@@ -7,7 +7,7 @@ computed again rather than kept: memory is scarcer than time on the machines thi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -24,7 +24,7 @@ class NumpyGradients:
 
     # By operation: which of its inputs' numbers the gradient of each input reads. The tape lets go of the others; of
     # operations that are not listed it keeps all.
-    READS: dict[str, tuple[tuple[int, ...], ...]] = {
+    READS: ClassVar[dict[str, tuple[tuple[int, ...], ...]]] = {
         "add": ((), ()),
         "mul": ((1,), (0,)),
         "reshape": ((),),

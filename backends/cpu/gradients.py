@@ -1,7 +1,7 @@
 """Derivatives on the native kernels; what has none of its own is NumPy's, from the reference.
 
-All products are float32 with float32 sums, over dense and quantized weights alike; a quantized weight is unpacked a strip
-at a time inside the product, forward and backward, and never written out.
+All products are float32 with float32 sums, over dense and quantized weights alike; a quantized weight is unpacked a
+strip at a time inside the product, forward and backward, and never written out.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class NativeGradients:
         self, x: np.ndarray, weight: Any, *, back: bool = False, turned: bool = False, scale: float = 1.0,
         more: tuple[np.ndarray, Any, float] | None = None, bias: Any = None,
     ) -> np.ndarray:  # fmt: skip
-        """scale * x . weight^T (`back`: . weight), plus the same of `more` = (x, weight, scale), plus bias. x [..., depth];
-        `turned`: [depth, tokens]."""
+        """scale * x . weight^T (`back`: . weight), plus the same of `more` = (x, weight, scale), plus bias.
+        x [..., depth]; `turned`: [depth, tokens]."""
         x, w = self.plain(x), self._matrix(weight)
         x2, w2, scale2 = more or (None, None, 1.0)
         width = weight.shape[1] if back else weight.shape[0]

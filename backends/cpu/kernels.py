@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from .gradients import NativeGradients
 from .recording import NotRecordable, Recording
 from .weights import NativeWeight, native_array, numbers
 
+LARGE = 1 << 18  # numbers
+
 
 class NativeKernels(NativeGradients, NumpyKernels):
     """Arrays are contiguous float32; anything else is copied on the way in. `recording`: calls are written down there
@@ -33,6 +36,7 @@ class NativeKernels(NativeGradients, NumpyKernels):
         super().__init__("float32")
         self.machine, self.exact = machine, exact
         self.recording: Recording | None = None
+        self.arena = _native.Arena()
         self._tables: dict[Any, np.ndarray] = {}
 
     # ---- calling
@@ -50,7 +54,9 @@ class NativeKernels(NativeGradients, NumpyKernels):
         return out
 
     def empty(self, shape: Sequence[int]) -> np.ndarray:
-        return np.empty(shape, np.float32)
+        """A float32 array; from the arena if it is one of the large ones that come and go while differentiating."""
+        large = self.differentiating and math.prod(shape) >= LARGE
+        return self.arena.empty(shape) if large else np.empty(shape, np.float32)
 
     def plain(self, x: np.ndarray) -> np.ndarray:
         """x as the kernels take it."""

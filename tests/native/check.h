@@ -67,6 +67,7 @@ void check_elementwise(const Kernels&, Pool&);
 void check_linear(const Kernels&, Pool&);
 void check_attention(const Kernels&, Pool&);
 void check_recurrence(const Kernels&, Pool&);
+void check_training(const Kernels&, Pool&);
 void check_pool();
 
 }  // namespace ondevice::cpu

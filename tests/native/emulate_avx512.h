@@ -46,8 +46,20 @@ static inline simde__m512 cvtph_ps(__m256i a) {
     return both<simde__m512>([&](int i) { return _mm256_cvtph_ps(half_of<__m128i>(a, i)); });
 }
 
+// Quarters: two of a, then two of b, by two bits of `which` each.
+static inline simde__m512 shuffle_f32x4(simde__m512 a, simde__m512 b, int which) {
+    float from[2][16], out[16];
+    std::memcpy(from[0], &a, sizeof(a));
+    std::memcpy(from[1], &b, sizeof(b));
+    for (int i = 0; i < 4; i++) std::memcpy(out + 4 * i, from[i / 2] + 4 * (which >> 2 * i & 3), 16);
+    simde__m512 whole;
+    std::memcpy(&whole, out, sizeof(whole));
+    return whole;
+}
+
 }  // namespace emulated
 
+#define _mm512_shuffle_f32x4 emulated::shuffle_f32x4
 #define _mm512_cvtps_epi32 emulated::cvtps_epi32
 #define _mm512_srai_epi32 emulated::srai_epi32
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32

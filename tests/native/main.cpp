@@ -37,6 +37,7 @@ int main(int count, char** names) {
             check_linear(*kernels, pool);
             check_attention(*kernels, pool);
             check_recurrence(*kernels, pool);
+            check_training(*kernels, pool);
             std::printf("%s, %d threads: done\n", kernels->name, threads);
         }
     }

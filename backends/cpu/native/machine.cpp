@@ -11,36 +11,84 @@ namespace ondevice::cpu {
 namespace {
 
 constexpr size_t kHuge = 2 << 20;
+constexpr int64_t kPage = 64 << 10;  // the largest that Linux is built with
 
-size_t alignment(int64_t bytes) { return static_cast<size_t>(bytes) >= kHuge ? kHuge : kLine; }
+#if defined(__linux__)
+
+// Whole pages of its own, so that what is given back is the system's again and not a hole in the heap.
+void* take_pages(size_t bytes) {
+    const size_t all = bytes + kHuge;
+    void* data = mmap(nullptr, all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data == MAP_FAILED) throw std::bad_alloc();
+    auto* begin = static_cast<uint8_t*>(data);
+    const size_t before = (kHuge - reinterpret_cast<uintptr_t>(data) % kHuge) % kHuge;
+    if (before) munmap(begin, before);
+    munmap(begin + before + bytes, kHuge - before);
+    madvise(begin + before, bytes, MADV_HUGEPAGE);
+    return begin + before;
+}
+
+constexpr bool kPages = true;
+void give_pages(void* data, size_t bytes) { munmap(data, bytes); }
+
+#else
+
+constexpr bool kPages = false;
+void* take_pages(size_t) { return nullptr; }
+void give_pages(void*, size_t) {}
+
+#endif
+
+size_t whole_pages(int64_t bytes) { return static_cast<size_t>(round_up(bytes, kPage)); }
 
 }  // namespace
 
 Buffer::Buffer(int64_t bytes) : bytes_(bytes) {
-    data_ = ::operator new(static_cast<size_t>(bytes), std::align_val_t{alignment(bytes)});
-#if defined(__linux__)
-    if (alignment(bytes) == kHuge) madvise(data_, static_cast<size_t>(bytes), MADV_HUGEPAGE);
-#endif
+    if (kPages && static_cast<size_t>(bytes) >= kHuge) data_ = take_pages(whole_pages(bytes));
+    else data_ = ::operator new(static_cast<size_t>(bytes), std::align_val_t{kLine});
 }
 
-Buffer::~Buffer() { ::operator delete(data_, std::align_val_t{alignment(bytes_)}); }
+Buffer::~Buffer() {
+    if (kPages && static_cast<size_t>(bytes_) >= kHuge) give_pages(data_, whole_pages(bytes_));
+    else ::operator delete(data_, std::align_val_t{kLine});
+}
 
 uint8_t* Arena::take(int64_t bytes) {
+    used_ += bytes;
+    most_ = used_ > most_ ? used_ : most_;
     auto& free = free_[bytes];
-    if (free.empty()) {
-        all_.push_back(std::make_unique<Buffer>(bytes));
-        sizes_[all_.back()->as()] = bytes;
-        return all_.back()->as();
+    if (!free.empty()) {
+        uint8_t* data = free.back();
+        free.pop_back();
+        return data;
     }
-    uint8_t* data = free.back();
-    free.pop_back();
+    if (bounded_) make_room(bytes);
+    auto made = std::make_unique<Buffer>(bytes);
+    uint8_t* data = made->as();
+    all_[data] = std::move(made);
+    held_ += bytes;
     return data;
+}
+
+// The largest idle buffers go first.
+void Arena::make_room(int64_t bytes) {
+    for (auto size = free_.rbegin(); size != free_.rend() && held_ + bytes > most_; ++size)
+        for (; !size->second.empty() && held_ + bytes > most_; held_ -= size->first) {
+            all_.erase(size->second.back());
+            size->second.pop_back();
+        }
+}
+
+void Arena::give(uint8_t* data) {
+    const int64_t bytes = all_.at(data)->size();
+    used_ -= bytes;
+    free_[bytes].push_back(data);
 }
 
 bool Arena::owns(const void* data) const {
     auto* address = static_cast<uint8_t*>(const_cast<void*>(data));
-    const auto next = sizes_.upper_bound(address);
-    return next != sizes_.begin() && address < std::prev(next)->first + std::prev(next)->second;
+    const auto next = all_.upper_bound(address);
+    return next != all_.begin() && address < std::prev(next)->first + std::prev(next)->second->size();
 }
 
 void Plan::append(Node node) {

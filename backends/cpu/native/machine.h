@@ -32,18 +32,27 @@ class Buffer {
     int64_t bytes_;
 };
 
-// Buffers of one plan: what Python lets go of while recording is used again by later calls, for replay runs them in the
-// same order.
+// Buffers that are used again once Python has let go of them, which saves the system from clearing fresh pages: in a plan,
+// whose replay runs its calls in the same order, and from step to step in training. If `bounded`, what lies idle is given
+// back before more than ever was in use at once would be held; a plan points to its buffers for good.
 class Arena {
   public:
+    explicit Arena(bool bounded) : bounded_(bounded) {}
+    Arena(const Arena&) = delete;
+    Arena& operator=(const Arena&) = delete;
+
     uint8_t* take(int64_t bytes);
     bool owns(const void* data) const;
-    void give(uint8_t* data) { free_[sizes_.at(data)].push_back(data); }
+    void give(uint8_t* data);
+    int64_t held() const { return held_; }
 
   private:
-    std::vector<std::unique_ptr<Buffer>> all_;
-    std::map<uint8_t*, int64_t> sizes_;
+    void make_room(int64_t bytes);
+
+    const bool bounded_;
+    std::map<uint8_t*, std::unique_ptr<Buffer>> all_;
     std::map<int64_t, std::vector<uint8_t*>> free_;
+    int64_t held_ = 0, used_ = 0, most_ = 0;  // bytes: of all buffers, of those in use, of these at any time
 };
 
 // Recorded kernel calls, in order.
@@ -57,7 +66,7 @@ class Plan {
     void run(Pool& pool) const;
     size_t size() const { return nodes_.size(); }
 
-    const std::shared_ptr<Arena> arena = std::make_shared<Arena>();
+    const std::shared_ptr<Arena> arena = std::make_shared<Arena>(false);
 
   private:
     std::vector<Node> nodes_;

@@ -404,16 +404,16 @@ int64_t draw_one(Machine& machine, In scores, double temperature, int64_t top_k,
     return id;
 }
 
-// An array in the recorded plan's arena; its memory is free for later calls once Python has let go of it.
+// An array in an arena; its memory is free for later calls once Python has let go of it.
 template <class T>
-nb::ndarray<nb::numpy, T> arena_array(const Plan& plan, const std::vector<size_t>& shape) {
+nb::ndarray<nb::numpy, T> arena_array(const std::shared_ptr<Arena>& arena, const std::vector<size_t>& shape) {
     struct Lease {
         std::shared_ptr<Arena> arena;
         uint8_t* data;
     };
     size_t bytes = sizeof(T);
     for (size_t n : shape) bytes *= n;
-    auto* lease = new Lease{plan.arena, plan.arena->take(round_up(static_cast<int64_t>(bytes), kLine))};
+    auto* lease = new Lease{arena, arena->take(round_up(static_cast<int64_t>(bytes), kLine))};
     nb::capsule owner(lease, [](void* p) noexcept {
         auto* gone = static_cast<Lease*>(p);
         gone->arena->give(gone->data);
@@ -454,8 +454,16 @@ NB_MODULE(_native, m) {
         .def(nb::init<>())
         .def("__len__", &Plan::size)
         .def("owns", [](const Plan& self, const nb::ndarray<nb::ro>& a) { return self.arena->owns(a.data()); })
-        .def("empty", &arena_array<float>, "shape"_a, "A float32 array for a recorded result.")
-        .def("empty_ids", &arena_array<int32_t>, "shape"_a, "An int32 array for a recorded result.");
+        .def("empty", [](const Plan& self, const std::vector<size_t>& shape) { return arena_array<float>(self.arena, shape); },
+             "shape"_a, "A float32 array for a recorded result.")
+        .def("empty_ids",
+             [](const Plan& self, const std::vector<size_t>& shape) { return arena_array<int32_t>(self.arena, shape); },
+             "shape"_a, "An int32 array for a recorded result.");
+    nb::class_<Arena>(m, "Arena", "Buffers for results that come and go.")
+        .def("__init__", [](Arena* self) { new (self) Arena(true); })
+        .def_prop_ro("held", &Arena::held, "Bytes, in use or not.")
+        .def("empty", [](std::shared_ptr<Arena> self, const std::vector<size_t>& shape) { return arena_array<float>(self, shape); },
+             "shape"_a, "A float32 array.");
 
     m.def("dense", &dense, "array"_a.noconvert(), "dtype"_a, "rows"_a, "columns"_a);
 

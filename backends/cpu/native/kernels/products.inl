@@ -130,6 +130,13 @@ static int64_t strip_of(const Products& p, int64_t threads) {
 
 static int64_t products_room(int64_t strip) { return kDepth * strip + kRows * strip + kTall * (kDepth + kRows); }
 
+// How far to go through the sum at a time: in equal parts, of whole units of tiles.
+static int64_t depth_of(const Term& t, int64_t cuts) {
+    const int64_t unit = t.weight.tiles && !t.back ? t.weight.tiles->unit() : kRows;
+    const int64_t step = round_up((t.depth() + cuts - 1) / cuts, unit);
+    return step < kDepth ? step : kDepth;
+}
+
 // One strip of the result, for tokens [token, token + tokens).
 static void product_strip(const Products& p, int64_t token, int64_t tokens, int64_t from, int64_t count, int64_t strip,
                           float* panels) {
@@ -137,8 +144,9 @@ static void product_strip(const Products& p, int64_t token, int64_t tokens, int6
     bool add = p.add;
     for (int i = 0; i < p.count; i++) {
         const Term& t = p.terms[i];
-        for (int64_t k = 0; k < t.depth(); k += kDepth, add = true) {
-            const int64_t depth = t.depth() - k < kDepth ? t.depth() - k : kDepth;
+        const int64_t cuts = (t.depth() + kDepth - 1) / kDepth, step = depth_of(t, cuts);
+        for (int64_t k = 0; k < t.depth(); k += step, add = true) {
+            const int64_t depth = t.depth() - k < step ? t.depth() - k : step;
             unpack_strip(t, k, depth, from, count, room, panels);
             for (int64_t at = token; at < token + tokens; at += kTall) {
                 const int64_t some = token + tokens - at < kTall ? token + tokens - at : kTall;
