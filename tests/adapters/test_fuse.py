@@ -185,6 +185,22 @@ def test_feedback_keeps_what_rounding_alone_erases(quantized, model, opened, cre
     assert lost[1] < 0.2 * effect < 0.5 * effect < lost[0]
 
 
+def test_feedback_goes_from_every_column_to_all_behind_it():
+    """Beside the plain loop, in float64; 192 columns in groups of 64."""
+    from ondevice.tools.fuse.feedback import _inverse_factor, fed_back
+
+    draw = np.random.default_rng(1)
+    values, x = (draw.normal(size=size).astype(np.float32) for size in ((5, 192), (300, 192)))
+    x[:, 100:] += x[:, :92]  # columns far apart go together
+    upper, (scales, biases) = _inverse_factor(x), (np.full((5, 3), 0.25, np.float32), np.full((5, 3), -2, np.float32))
+    left, codes = values.astype(np.float64), np.empty(values.shape)
+    for j in range(192):
+        codes[:, j] = np.clip(np.rint((left[:, j] + 2) / 0.25), 0, 15)
+        error = (left[:, j] - (codes[:, j] * 0.25 - 2)) / upper[j, j]
+        left[:, j + 1 :] -= np.outer(error, upper[j, j + 1 :])
+    assert (fed_back(values, (scales, biases), 4, [upper]) == codes).mean() > 0.99
+
+
 def test_drift_is_the_divergence_of_predictions(opened, created):
     session = opened("llama", created("cpu"))
     other = opened("llama", created("cpu"))
