@@ -31,6 +31,8 @@ def prune(source: Path, dest: Path | None, options: Options) -> Iterator[Progres
     started = time.perf_counter()
     if dest is not None and (dest.exists() or dest.is_symlink()):
         raise OnDeviceError(f"{dest} exists already.", "Choose another name, or remove it first.")
+    if dest is not None and not dest.absolute().parent.is_dir():
+        raise OnDeviceError(f"There is no folder {dest.absolute().parent} to write to.", "Create it first.")
     with Subject(source, options) as subject:
         subject.check()
         cut, found = Cut.nothing(subject.config, "bfloat16" if options.dequantize else None), []

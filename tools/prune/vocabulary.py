@@ -121,5 +121,7 @@ def _scores(subject: Subject, kept: set[int], weights: np.ndarray) -> Scores:
     gone = [id for id in np.argsort(-weights, kind="stable").tolist() if id not in kept]
     share = sum(weights[id] for id in gone) / total
     rows = [Score("all that go", float(share), len(kept), subject.config.vocab)]
-    rows += [Score(repr(subject.tokenizer.piece(id)), float(weights[id] / total), 0) for id in gone[:SHOWN]]
+    rows += [
+        Score(repr(subject.tokenizer.piece(id)), float(weights[id] / total), 0) for id in gone[:SHOWN] if weights[id]
+    ]
     return Scores("tokens", "share of the text", tuple(rows))
