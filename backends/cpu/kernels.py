@@ -19,7 +19,7 @@ from .gradients import NativeGradients
 from .recording import NotRecordable, Recording
 from .weights import NativeWeight, native_array, numbers
 
-LARGE = 1 << 18  # numbers
+LARGE = 1 << 14  # numbers
 
 
 class NativeKernels(NativeGradients, NumpyKernels):
