@@ -162,7 +162,7 @@ class Parameters:
 
     def _fault(self, name: str, found: str, count: int) -> str | None:
         """What is wrong with one tensor of the checkpoint, one of `count` that make up ours."""
-        tensor, shape = _kernels(name, self.checkpoint[found]), self.shapes[name]
+        tensor, shape = self.checkpoint[found], self.shapes[name]
         if views := self._views[name]:
             seen = viewed_shape(tensor.shape, views, shape, name.endswith(".bias"))
             return None if seen == shape else f"{found} is {list(tensor.shape)}, which does not hold {list(shape)}"
@@ -180,7 +180,7 @@ class Parameters:
     def __getitem__(self, name: str) -> Tensor:
         """The tensor in Hugging Face's arrangement ([out, in]), whatever file it came from."""
         shape, views = self.shapes[name], self._views[name]
-        parts = [_kernels(name, self.checkpoint[n]) for n in self._where[name]]
+        parts = [self.checkpoint[n] for n in self._where[name]]
         parts = [viewed(part, views, shape, name.endswith(".bias")) for part in parts]
         tensor = parts[0] if len(parts[0].shape) == len(shape) else stack(parts)
         arrange = self._family.gguf.arrange if self.checkpoint.kind == "gguf" else None
@@ -200,14 +200,6 @@ class Parameters:
                 release(self.checkpoint[stored])
             progress(tensor.nbytes)
         return weights
-
-
-def _kernels(name: str, tensor: Tensor) -> Tensor:
-    """A convolution's kernels as [C, taps]; files have [C, 1, taps], MLX's [C, taps, 1]."""
-    if not name.endswith(".taps") or len(tensor.shape) != 3 or 1 not in tensor.shape[1:] or tensor.quantized:
-        return tensor
-    shape = (tensor.shape[0], max(tensor.shape[1:]))
-    return Tensor(shape, tensor.format, {"weight": tensor.parts["weight"].reshape(shape)})
 
 
 def _some(items: list[str], most: int = 12) -> str:

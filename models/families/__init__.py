@@ -13,6 +13,7 @@ from ...errors import Unsupported
 from ...registry import broken_families, did_you_mean, families
 from ...tensors import Tensor
 from ..config import ModelConfig
+from .views import WRITTEN
 
 if TYPE_CHECKING:
     from ...checkpoint import Checkpoint
@@ -50,18 +51,19 @@ class NameMap(dict):
         """The names alone."""
         return tuple(spelled for spelled, _ in self.places(name))
 
-    def written(self, name: str, quantized: bool) -> tuple[str, bool]:
-        """Under which name one of ours is written, and whether transposed: Hugging Face's; a quantized one as mlx-lm
-        has it, experts stacked, where its name differs. Raises Unsupported where it lies within another tensor only."""
+    def written(self, name: str, quantized: bool) -> tuple[str, tuple[str, ...]]:
+        """Under which name one of ours is written, and how it lies there (for views.stored): Hugging Face's; a
+        quantized one as mlx-lm has it, experts stacked, where its name differs. Raises Unsupported where it lies within
+        another tensor only."""
         places = list(self.places(name))
         if quantized:
             places = [(n, views) for n, views in places if "{e}" not in n and not views] + places
-        spelled, views = next((place for place in places if set(place[1]) <= {"T"}), (None, ()))
+        spelled, views = next((place for place in places if set(place[1]) <= WRITTEN), (None, ()))
         if spelled is None:
             raise Unsupported(
                 f"{self.spell(name)} holds {name} and more, which is not written here.", "Use the model as it is."
             )
-        return spelled, bool(views) and not name.endswith(".bias")
+        return spelled, () if name.endswith(".bias") else views
 
     def spell(self, name: str) -> str:
         """The first of them, or our own name where this map has none."""

@@ -12,17 +12,15 @@ from ..ropes import rope
 from . import LLAMA, Family, Gguf, experts, gguf
 
 OWN = {
-    "norm": "model.embedding_norm.weight",
-    "attn_norm": "operator_norm", "mlp_norm": "ffn_norm", "attn.o": "self_attn.out_proj",
-    "attn.q_norm": "self_attn.q_layernorm", "attn.k_norm": "self_attn.k_layernorm",
-    "conv.in": "conv.in_proj", "conv.taps": "conv.conv", "conv.out": "conv.out_proj",
-    "mlp.gate": "feed_forward.w1", "mlp.up": "feed_forward.w3", "mlp.down": "feed_forward.w2",
+    "attn_norm": "operator_norm.weight", "mlp_norm": "ffn_norm.weight", "attn.o": "self_attn.out_proj.weight",
+    "attn.q_norm": "self_attn.q_layernorm.weight", "attn.k_norm": "self_attn.k_layernorm.weight",
+    "conv.in": "conv.in_proj.weight", "conv.taps": "conv.conv.weight|kernels", "conv.out": "conv.out_proj.weight",
+    "mlp.gate": "feed_forward.w1.weight", "mlp.up": "feed_forward.w3.weight", "mlp.down": "feed_forward.w2.weight",
 }  # fmt: skip
 MLP = "model.layers.{i}.feed_forward"
 MOE = {"layers.{i}.moe.router": f"{MLP}.gate.weight", "layers.{i}.moe.election": f"{MLP}.expert_bias"}
-NAMES = LLAMA | experts(MLP, "w1", "w3", "w2") | MOE | {
-    ours if ours == "norm" else f"layers.{{i}}.{ours}": its if ours == "norm" else f"model.layers.{{i}}.{its}.weight"
-    for ours, its in OWN.items()
+NAMES = LLAMA | experts(MLP, "w1", "w3", "w2") | MOE | {"norm": "model.embedding_norm.weight"} | {
+    f"layers.{{i}}.{ours}": f"model.layers.{{i}}.{its}" for ours, its in OWN.items()
 }  # fmt: skip
 
 

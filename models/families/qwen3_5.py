@@ -13,7 +13,8 @@ from . import LLAMA, Family, experts, shared_expert
 
 DELTA = {
     "qkv": "in_proj_qkv.weight", "gate": "in_proj_z.weight", "a": "in_proj_a.weight", "b": "in_proj_b.weight",
-    "taps": "conv1d.weight", "rate": "A_log", "shift": "dt_bias", "norm": "norm.weight", "out": "out_proj.weight",
+    "taps": "conv1d.weight|kernels", "rate": "A_log", "shift": "dt_bias", "norm": "norm.weight",
+    "out": "out_proj.weight",
 }  # fmt: skip
 MLP = "model.layers.{i}.mlp"
 MOE = experts(MLP) | shared_expert(MLP) | {"layers.{i}.moe.router": f"{MLP}.gate.weight"}

@@ -1,6 +1,7 @@
 """How a checkpoint may hold one of our tensors within another: transposed, or as some of its rows.
 
-A name map says so behind the tensor's name: `….c_attn.weight|T`, `….input_linear.weight|first`.
+A name map says so behind the tensor's name: `….c_attn.weight|T`, `….input_linear.weight|first`; `|kernels` are a
+convolution's, ours [C, taps], in files [C, 1, taps], in MLX's [C, taps, 1].
 """
 
 from __future__ import annotations
@@ -31,10 +32,22 @@ def viewed(tensor: Tensor, views: Sequence[str], shape: Sequence[int], bias: boo
     return Tensor(viewed_shape(tensor.shape, views, shape, bias), tensor.format, parts)
 
 
-def turned(tensor: Tensor) -> Tensor:
-    """A dense matrix, transposed."""
-    weight = np.ascontiguousarray(tensor.parts["weight"].swapaxes(-1, -2))
-    return Tensor(weight.shape, tensor.format, {"weight": weight})
+WRITTEN = {"T", "kernels"}  # those that can be undone
+
+
+def stored(tensor: Tensor, views: Sequence[str]) -> Tensor:
+    """A dense tensor of ours as files have it: `viewed`, undone."""
+    if not views:
+        return tensor
+    shape, weight = stored_shape(tensor.shape, views), tensor.parts["weight"]
+    weight = weight.swapaxes(-1, -2) if "T" in views else weight.reshape(shape)
+    return Tensor(shape, tensor.format, {"weight": np.ascontiguousarray(weight)})
+
+
+def stored_shape(shape: Sequence[int], views: Sequence[str]) -> tuple[int, ...]:
+    if "T" in views:
+        return (*shape[:-2], shape[-1], shape[-2])
+    return (shape[0], 1, *shape[1:]) if "kernels" in views else tuple(shape)
 
 
 def viewed_shape(stored: Sequence[int], views: Sequence[str], shape: Sequence[int], bias: bool) -> tuple[int, ...]:
@@ -49,6 +62,9 @@ def _view(part: np.ndarray, views: Sequence[str], shape: Sequence[int], bias: bo
     for view in views:
         if view == "row":  # a matrix of one row, stored as a vector
             part = part.reshape(1, -1)
+            continue
+        if view == "kernels":
+            part = part if bias or part.ndim < 3 else part.reshape(len(part), -1)
             continue
         if view == "T":
             part = part if bias else part.swapaxes(-1, -2)

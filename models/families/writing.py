@@ -1,4 +1,4 @@
-"""How one of our tensors goes into a file of its family: under which name, turned round or not, experts one by one."""
+"""How one of our tensors goes into a file of its family: under which name, laid out how, experts one by one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...checkpoint import Spec
 from ...schemes import row
 from ...tensors import Affine, Blocks, Dense, Tensor
 from . import NameMap
-from .views import turned
+from .views import stored, stored_shape
 
 
 def specs(
@@ -17,11 +17,9 @@ def specs(
 ) -> Iterator[Spec]:
     """What is written of `name`, which has `shape` and will be of `form`; load makes it, once for a stack of experts.
     Raises Unsupported where it lies within another tensor only."""
-    spelled, turn = names.written(name, not isinstance(form, Dense))
-    if turn:
-        yield Spec(spelled, (*shape[:-2], shape[-1], shape[-2]), form, lambda: turned(load()))
-    elif "{e}" not in spelled:
-        yield Spec(spelled, tuple(shape), form, load)
+    spelled, views = names.written(name, not isinstance(form, Dense))
+    if "{e}" not in spelled:
+        yield Spec(spelled, stored_shape(shape, views), form, lambda: stored(load(), views))
     else:
         once = lru_cache(maxsize=1)(load)
         for e in range(shape[0]):

@@ -18,6 +18,7 @@ from ..adapters import LowRank as Update
 from ..checkpoint import Spec, write_folder
 from ..checkpoint.write import write_file
 from ..errors import BadOption
+from ..models.families.views import stored
 from ..runtime.session import Session
 from ..runtime.side_files import side_files
 from ..tensors import Dense, Tensor, dense, floats, store
@@ -88,9 +89,8 @@ def _dtype(session: Session, name: str) -> str:
 
 def _specs(session: Session, name: str, values: np.ndarray) -> Iterator[Spec]:
     """One tensor, or one an expert where the family's files have it so."""
-    (spelled, transposed), dtype = session.family.names.written(name, quantized=False), _dtype(session, name)
-    values = np.ascontiguousarray(values.swapaxes(-1, -2)) if transposed else values
-    values = values[:, None] if name.endswith(".taps") else values  # as Hugging Face has a convolution: [C, 1, taps]
+    (spelled, views), dtype = session.family.names.written(name, quantized=False), _dtype(session, name)
+    values = stored(dense(values), views).parts["weight"]
     parts = {spelled: values}
     if "{e}" in spelled:
         parts = {spelled.replace("{e}", str(e)): one for e, one in enumerate(values)}

@@ -15,6 +15,7 @@ from ..checkpoint import Spec, folder, open_checkpoint, write_folder
 from ..checkpoint.files import read_object
 from ..errors import Unsupported
 from ..models.families import Family, family_for, family_of
+from ..models.families.views import stored_shape
 from ..models.parameters import expected
 from ..runtime.side_files import side_files
 from ..tensors import Dense, Tensor, dense
@@ -32,10 +33,10 @@ def untrained(source: Path, seed: int) -> Iterator[Path]:
     config = family.config(hf)
     specs = []
     for name, shape in expected(config).items():
-        spelled, transposed = family.names.written(name, quantized=False)
+        spelled, views = family.names.written(name, quantized=False)
         if "{e}" in spelled or ".delta." in name:
             raise Unsupported("Models with experts or states are not trained from scratch.", "Take another config.")
-        shape = shape[::-1] if transposed else shape
+        shape = stored_shape(shape, views)
         specs.append(Spec(spelled, shape, Dense("float32"), partial(_drawn, name, shape, seed, config.norm_offset)))
     with tempfile.TemporaryDirectory(prefix="ondevice-scratch-") as temporary:
         dest = Path(temporary) / "model"

@@ -143,7 +143,8 @@ def test_every_tensor_with_bits_of_its_own(name, tmp_path, quantize_folder):
     transformers = pytest.importorskip("transformers")
     import mlx.core as mx
 
-    twins.make(name, hidden_size=128, intermediate_size=64, num_attention_heads=4, head_dim=32).save_pretrained(tmp_path / "dense")
+    sizes = {"hidden_size": 128, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 32}
+    twins.make(name, **sizes).save_pretrained(tmp_path / "dense")
     quantize_folder(tmp_path / "dense", tmp_path / "mixed", MIXED)
     for to, dtype in (("mlx", None), ("hf", "float32")):
         args = ["--to", to, *(["--dtype", dtype] if dtype else [])]
@@ -168,6 +169,17 @@ def test_to_hf_leaves_nothing_quantized(tmp_path, without_tokenizer):
         tool.convert(tool.plan_hf(checkpoint, "float32"), tmp_path / "dense")
     with open_checkpoint(tmp_path / "dense") as checkpoint:
         assert set(tool.plan_hf(checkpoint).formats) == {"float32"}
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5", "gpt2"])
+def test_transformers_reads_what_is_laid_out_otherwise_in_files(name, tmp_path, without_tokenizer):
+    """A convolution's kernels have an axis more there; GPT-2's matrices lie the other way round."""
+    transformers = pytest.importorskip("transformers")
+    twins.make(name).save_pretrained(tmp_path / "in")
+    run(tmp_path / "in", tmp_path / "out", "float32")
+    loaded, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    check_family(tmp_path / "in", loaded.eval())
 
 
 # ------------------------------------------------------------------------------------------------ K-quants

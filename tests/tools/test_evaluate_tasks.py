@@ -150,7 +150,8 @@ def test_requests_are_answered_as_by_transformers(folder, session):
     ours = OnDeviceLM(session, batch_size=3)
     theirs = HFLM(pretrained=str(folder / "model"), dtype="float32", device="cpu", batch_size=2, max_length=40)
     long = "the end of the day and then on and on in the rain " * 4
-    pairs = [Request(*pair) for pair in (("in the", " rain"), ("", "then"), (long, " and"), ("a ", " b"), ("a", " longer"))]
+    asked = (("in the", " rain"), ("", "then"), (long, " and"), ("a ", " b"), ("a", " longer"))
+    pairs = [Request(*pair) for pair in asked]
     for (one, greedy), (other, same) in zip(ours.loglikelihood(pairs), theirs.loglikelihood(pairs), strict=True):
         assert one == pytest.approx(other, rel=1e-4) and greedy == same
     texts = [Request(text) for text in ("short", long, "x")]

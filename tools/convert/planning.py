@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from ...checkpoint import Checkpoint, Spec, release, write_folder
 from ...errors import BadOption, Unsupported
 from ...models.families import NameMap, family_of
-from ...models.families.views import turned
+from ...models.families.views import stored, stored_shape
 from ...models.parameters import Parameters
 from ...runtime.side_files import side_files
 from ...schemes import LEGACY_BITS, label, row, to_affine, to_dense
@@ -94,13 +94,12 @@ def _specs(
     parameters: Parameters, names: NameMap, name: str, dtype: str | None, dequantize: bool
 ) -> Iterator[tuple[Format, Spec]]:
     """What one parameter is written as: one tensor, or one an expert where the family's files have it so."""
-    shape, stored = parameters.shapes[name], parameters.stored(name)
-    source = parameters.checkpoint[stored[0]].format
+    shape, held = parameters.shapes[name], parameters.stored(name)
+    source = parameters.checkpoint[held[0]].format
     target = _target(source, dtype, dequantize)
-    spelled, turn = names.written(name, isinstance(target, Affine))
+    spelled, views = names.written(name, isinstance(target, Affine))
     if "{e}" not in spelled:
-        shape = (*shape[:-2], shape[-1], shape[-2]) if turn else shape
-        yield source, Spec(spelled, shape, target, partial(_load, parameters, name, target, turn))
+        yield source, Spec(spelled, stored_shape(shape, views), target, partial(_load, parameters, name, target, views))
         return
     for e in range(shape[0]):
         load = partial(_load_expert, parameters, name, e, target)
@@ -117,18 +116,17 @@ def _target(source: Format, dtype: str | None, dequantize: bool) -> Dense | Affi
     return Dense(dtype)
 
 
-def _load(parameters: Parameters, name: str, target: Format, turn: bool) -> Tensor:
-    made = _convert(parameters[name], target)
-    made = turned(made) if turn else made
-    for stored in parameters.stored(name):
-        release(parameters.checkpoint[stored])
+def _load(parameters: Parameters, name: str, target: Format, views: Sequence[str]) -> Tensor:
+    made = stored(_convert(parameters[name], target), views)
+    for source in parameters.stored(name):
+        release(parameters.checkpoint[source])
     return made
 
 
 def _load_expert(parameters: Parameters, name: str, expert: int, target: Format) -> Tensor:
-    stored = parameters.stored(name)
-    several = len(stored) > 1
-    source = parameters.checkpoint[stored[expert]] if several else row(parameters[name], expert)
+    held = parameters.stored(name)
+    several = len(held) > 1
+    source = parameters.checkpoint[held[expert]] if several else row(parameters[name], expert)
     made = _convert(source, target)
     release(source)
     return made

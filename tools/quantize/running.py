@@ -35,7 +35,7 @@ from .options import Options
 from .rounding import nearest
 from .sensitivity import Measured, measure
 from .work import Work
-from .writing import Result, place, write
+from .writing import Result, write
 
 VERSION = 1  # of the method: what an older one has left is not gone on with
 
@@ -189,9 +189,9 @@ def uniform(parameters: Parameters, names: NameMap, options: Options) -> tuple[d
     for name in matrices(parameters):
         columns = parameters.shapes[name][-1]
         group = fitted_group(columns, options.group_size)
-        spelled, turned = place(names, name, quantized=True)
-        if group is None or turned:
-            why = "it is stored transposed" if turned else f"no group divides its rows of {columns}"
+        spelled, views = names.written(name, quantized=True)
+        if group is None or views:
+            why = "it is stored transposed" if views else f"no group divides its rows of {columns}"
             notes.append(f"{spelled} stays as it is: {why}.")
         else:
             plan[name] = Affine(options.bits, group, scale_dtype(parameters[name]))

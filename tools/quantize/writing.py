@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
-import numpy as np
-
 from ...checkpoint import Spec, write_folder
-from ...errors import Unsupported
 from ...models.families import Family, NameMap
+from ...models.families.views import stored, stored_shape
 from ...models.parameters import Parameters
 from ...runtime.side_files import side_files
 from ...schemes import label, row, to_dense
@@ -61,11 +59,10 @@ def write(
 def _specs(parameters: Parameters, names: NameMap, plan: Plan, make: Make) -> Iterator[Spec]:
     for name in parameters:
         planned = plan.get(name)
-        spelled, turned = place(names, name, isinstance(planned, Affine | Blocks))
-        load = partial(make, name) if planned else partial(_kept, parameters, name, turned)
+        spelled, views = names.written(name, isinstance(planned, Affine | Blocks))
+        load = partial(make, name) if planned else partial(_kept, parameters, name, views)
         made = planned or load().format
-        shape = parameters.shapes[name]
-        shape = (*shape[:-2], shape[-1], shape[-2]) if turned else shape
+        shape = stored_shape(parameters.shapes[name], views)
         if "{e}" not in spelled:
             yield Spec(spelled, shape, made, load)
             continue
@@ -74,21 +71,7 @@ def _specs(parameters: Parameters, names: NameMap, plan: Plan, make: Make) -> It
             yield Spec(spelled.replace("{e}", str(e)), shape[1:], made, lambda load=load, e=e: row(load(), e))
 
 
-def place(names: NameMap, name: str, quantized: bool) -> tuple[str, bool]:
-    """`NameMap.written`. Raises Unsupported where ours lies within another tensor only."""
-    try:
-        return names.written(name, quantized)
-    except StopIteration:
-        raise Unsupported(
-            f"{names.spell(name)} holds {name} and more, which is not written here yet.", "Choose another model."
-        ) from None
-
-
-def _kept(parameters: Parameters, name: str, turned: bool) -> Tensor:
+def _kept(parameters: Parameters, name: str, views: Sequence[str]) -> Tensor:
     """As it is; a GGUF's blocks, which have no place in a folder, dense."""
     tensor = parameters[name]
-    tensor = to_dense(tensor, "bfloat16") if isinstance(tensor.format, Blocks) else tensor
-    if not turned:
-        return tensor
-    weight = np.ascontiguousarray(tensor.parts["weight"].swapaxes(-1, -2))
-    return Tensor(weight.shape, tensor.format, {"weight": weight})
+    return stored(to_dense(tensor, "bfloat16") if isinstance(tensor.format, Blocks) else tensor, views)
