@@ -13,7 +13,7 @@ import click
 
 from ..train.settings import Settings
 from . import console
-from .model_options import model_argument, runtime_options
+from .model_options import model_argument, runtime_options, size
 
 if TYPE_CHECKING:
     from ..train import Data, Finished, Started, StepDone
@@ -68,7 +68,7 @@ def command(
     from ..train import Saving, load_data, train
     from ..train.folder import admit, locked
 
-    settings, room = _settings(options, from_scratch), _bytes(memory)
+    settings, room = _settings(options, from_scratch), size("--memory", memory) if memory else None
     with locked(out):
         admit(out, resume)  # said before anything is read
     opened = {"backend": backend, "exact": exact, "threads": threads, "say": console.status}
@@ -213,22 +213,6 @@ def _initial(adapter: str | None, session: Any, settings: Settings) -> dict | No
     from ..train.artifacts import factors_of
 
     return None if adapter is None else factors_of(adapter, session, settings)
-
-
-def _bytes(size: str | None) -> int | None:
-    """700M, 4G, or plain bytes."""
-    from ..errors import BadOption
-
-    if size is None:
-        return None
-    units = {"K": 10**3, "M": 10**6, "G": 10**9}
-    number, unit = size.upper().removesuffix("B"), 1
-    if number[-1:] in units:
-        number, unit = number[:-1], units[number[-1]]
-    try:
-        return int(float(number) * unit)
-    except ValueError:
-        raise BadOption(f"--memory {size!r} is no size.", "Give for example 700M or 4G.") from None
 
 
 def _draw(out: Path) -> None:

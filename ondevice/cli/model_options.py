@@ -77,6 +77,21 @@ def adapter_option() -> Callable:
     )  # fmt: skip
 
 
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def size(option: str, text: str) -> int:
+    """80MB, 700M, 1.2 GiB, 75000000 -> bytes. Raises BadOption, naming the option."""
+    import re
+
+    from ..errors import BadOption
+
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmg]?i?)b?\s*", text.lower())
+    if not found or found[2] not in UNITS or float(found[1]) <= 0:
+        raise BadOption(f"{option} {text!r} is no size.", "Write it such as 80MB, 1.2GB or 500MiB.")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
 def adapter_choice(text: str) -> tuple[str, float]:
     """PATH[:WEIGHT] -> (path, weight). Raises BadOption for weights that make no sense."""
     import math

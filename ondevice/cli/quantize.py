@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from . import console
+from .model_options import size
 from .pull import fetch
 
 METHODS = ("auto", "gptq", "awq", "search", "rtn")
 BITS = ("2", "3", "4", "5", "6", "8")
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
 @click.command("quantize")
@@ -41,7 +40,7 @@ def command(model, dest, target_size, backend, requantize, as_json, **given):
     2 to 8 bits, in MLX's format: it runs here and in mlx-lm. Interrupted, the same command goes on where it was."""
     from ..tools.quantize import Options, quantize
 
-    given["target_bytes"] = _bytes(target_size) if target_size else None
+    given["target_bytes"] = size("--target-size", target_size) if target_size else None
     for name in ("bits", "group_size"):
         given[name] = given[name] and int(given[name])
     if given["mode"] == "mxfp4":
@@ -49,7 +48,7 @@ def command(model, dest, target_size, backend, requantize, as_json, **given):
     options = Options(**{name: value for name, value in given.items() if value is not None}, requantize=requantize)
     source = fetch(model)
     try:
-        with _Bars() as show:
+        with console.stages() as show:
             result = quantize(source, dest, options, show, backend)
     except KeyboardInterrupt:
         if options.method != "rtn":
@@ -57,36 +56,6 @@ def command(model, dest, target_size, backend, requantize, as_json, **given):
         raise
     facts = asdict(result) | {"source": str(source)}
     console.json(facts) if as_json else _tell(facts)
-
-
-def _bytes(text: str) -> int:
-    """80MB, 1.2 GiB, 75000000 -> bytes"""
-    from ..errors import BadOption
-
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", text)
-    if not found or found[2].lower() not in UNITS or float(found[1]) <= 0:
-        raise BadOption(f"--target-size {text!r} is not a size.", "Write it such as 80MB, 1.2GB or 500MiB.")
-    return int(float(found[1]) * UNITS[found[2].lower()])
-
-
-class _Bars:
-    """One progress line a stage."""
-
-    def __init__(self):
-        self.stage, self.line = "", None
-
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __call__(self, event) -> None:
-        if event.stage != self.stage:
-            self.__exit__()
-            self.stage, self.line = event.stage, console.progress(event.stage, event.unit).__enter__()
-        self.line.update(event.done, event.total)
-
-    def __exit__(self, *_) -> None:
-        if self.line:
-            self.line.__exit__()
 
 
 def _tell(facts: dict) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from . import console
+from .model_options import size
 from .pull import fetch
 
 
@@ -28,9 +29,10 @@ def command(model, dest, target_size, as_json, **given):
     """Write MODEL as the new folder DEST whose weights take no more than --target-size: ways to prune and quantize it
     are tried on a text, the best is kept, and REPORT.md in it says what each gave."""
     from ..tools.shrink import Options, Outcome, shrink
-    from .quantize import _bytes
 
-    options = Options(_bytes(target_size), **{name: value for name, value in given.items() if value is not None})
+    options = Options(
+        size("--target-size", target_size), **{name: value for name, value in given.items() if value is not None}
+    )
     source = fetch(model)
     with console.stages() as show:
         for event in shrink(source, dest, options):
