@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import IDS
+from conftest import IDS, says
 
 from ondevice.adapters import Modules, read_adapter, write_adapter
 from ondevice.errors import BadFile, Unsupported
@@ -104,7 +104,6 @@ def test_says_what_mlx_lm_says(kind, fine_tuned, opened, created, tmp_path):
     ],
 )  # fmt: skip
 def test_peft_to_mlx_lm(name, settings, lora, model, opened, created, tmp_path):
-    from conftest import says
 
     adapted, folder = lora(name, **settings)
     session = opened(name, created("cpu"))

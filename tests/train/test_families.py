@@ -54,7 +54,9 @@ def losses(folder, data, settings, backend="cpu") -> list[float]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_weights(twin_folder, ids, kind):
-    settings = Settings(method="full", steps=4, learning_rate=3e-3, batch_size=4)
+    # the twin of delta rules has gradients so steep that a weight which AdamW moves the other way tells in the loss
+    rate = 1e-4 if kind == "qwen3_5" else 3e-3
+    settings = Settings(method="full", steps=4, learning_rate=rate, batch_size=4)
     folder = twin_folder(kind)
     ours = losses(folder, ids, settings)
     assert ours[-1] < ours[0] - 0.02
