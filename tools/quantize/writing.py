@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 from ...checkpoint import Spec, write_folder
 from ...models.families import Family, NameMap
-from ...models.families.views import stored, stored_shape
+from ...models.families.writing import specs
 from ...models.parameters import Parameters
 from ...runtime.side_files import side_files
-from ...schemes import label, row, to_dense
+from ...schemes import label, to_dense
 from ...tensors import Affine, Blocks, Dense, Tensor
 
 Make = Callable[[str], Tensor]  # our name -> what it has become
@@ -59,19 +59,11 @@ def write(
 def _specs(parameters: Parameters, names: NameMap, plan: Plan, make: Make) -> Iterator[Spec]:
     for name in parameters:
         planned = plan.get(name)
-        spelled, views = names.written(name, isinstance(planned, Affine | Blocks))
-        load = partial(make, name) if planned else partial(_kept, parameters, name, views)
-        made = planned or load().format
-        shape = stored_shape(parameters.shapes[name], views)
-        if "{e}" not in spelled:
-            yield Spec(spelled, shape, made, load)
-            continue
-        load = lru_cache(maxsize=1)(load)  # a stack is made once for all of its experts
-        for e in range(shape[0]):
-            yield Spec(spelled.replace("{e}", str(e)), shape[1:], made, lambda load=load, e=e: row(load(), e))
+        load = partial(make, name) if planned else partial(_kept, parameters, name)
+        yield from specs(names, name, parameters.shapes[name], planned or load().format, load)
 
 
-def _kept(parameters: Parameters, name: str, views: Sequence[str]) -> Tensor:
+def _kept(parameters: Parameters, name: str) -> Tensor:
     """As it is; a GGUF's blocks, which have no place in a folder, dense."""
     tensor = parameters[name]
-    return stored(to_dense(tensor, "bfloat16") if isinstance(tensor.format, Blocks) else tensor, views)
+    return to_dense(tensor, "bfloat16") if isinstance(tensor.format, Blocks) else tensor
