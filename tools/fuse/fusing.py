@@ -19,6 +19,7 @@ from ...runtime.side_files import side_files
 from ...schemes import AFFINE_BITS, label
 from ..calibration import Sampling, samples
 from ..convert.planning import FLOATS
+from ..progress import Progress
 from .drift import Drift, drift
 from .weights import Weights
 
@@ -50,16 +51,6 @@ class Options:
             raise BadOption(f"{self.bits} bits are not supported.", f"Choose from {', '.join(map(str, AFFINE_BITS))}.")
         if not self.share > 0:
             raise BadOption(f"A share of {self.share} makes no sense.", "Give a number above 0, such as 0.25.")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a stage has come; unit: of done and total, for people."""
-
-    stage: str
-    done: float
-    total: float
-    unit: str = ""
 
 
 @dataclass(frozen=True)

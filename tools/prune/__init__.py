@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .events import Progress, Result, Score, Scores, Size
+from ..progress import Progress
+from .events import Result, Score, Scores, Size
 from .options import SPARSE, Amount, Options, Sparsity
 from .running import prune
 

@@ -16,8 +16,9 @@ from ...backends.base import A, Step
 from ...errors import BadOption
 from ...models.decoder import Decoder
 from ..evaluate.text import log_softmax
+from ..progress import Progress
 from .cutting import Cut
-from .events import Progress, Score, Scores
+from .events import Score, Scores
 from .subject import Subject
 
 TRIED = 8  # layers a round, those that turn the stream least

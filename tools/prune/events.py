@@ -8,16 +8,6 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a stage has come; unit: of done and total, for people."""
-
-    stage: str
-    done: float
-    total: float
-    unit: str = ""
-
-
-@dataclass(frozen=True)
 class Score:
     """What speaks for a part of the model, and how much of it stays."""
 

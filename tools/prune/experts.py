@@ -11,8 +11,9 @@ import numpy as np
 from ...errors import BadOption
 from ...models.config import MoEConfig
 from ..calibration import Stage, stream
+from ..progress import Progress
 from .cutting import Cut
-from .events import Progress, Score, Scores
+from .events import Score, Scores
 from .subject import Subject
 
 Choice = Generator[Progress, None, tuple[Cut, Scores]]

@@ -15,9 +15,10 @@ from ...errors import OnDeviceError
 from ...models.families.writing import specs
 from ...models.parameters import expected
 from ...tensors import Tensor
+from ..progress import Progress
 from . import depth, experts, sparsity, vocabulary, width
 from .cutting import Cut, hugging_face, sizes
-from .events import Progress, Result, Scores, Size
+from .events import Result, Scores, Size
 from .options import Options
 from .subject import Subject
 from .tokens import Merges, renamed_ids, rewritten

@@ -13,11 +13,12 @@ from dataclasses import replace
 import numpy as np
 
 from ..calibration import stream
+from ..progress import Progress
 from ..quantize.gptq import DAMPING, inverse_factor
 from ..quantize.matrices import matrices
 from ..quantize.statistics import Inputs
 from .cutting import Cut, rounded
-from .events import Progress, Score, Scores
+from .events import Score, Scores
 from .options import Sparsity
 from .subject import Subject
 

@@ -19,9 +19,9 @@ from ...runtime.tokenizer import Tokenizer, load_tokenizer
 from ...schemes import to_float
 from ...tensors import Dense
 from ..calibration import Sampling, samples
+from ..progress import Progress
 from ..quantize.matrices import require_finite
 from .cutting import require_dense, require_place
-from .events import Progress
 from .options import Options
 
 

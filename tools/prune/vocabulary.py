@@ -15,7 +15,8 @@ from ...errors import BadOption
 from ...runtime.session import Session
 from ..calibration import samples
 from ..evaluate.text import log_softmax
-from .events import Progress, Score, Scores
+from ..progress import Progress
+from .events import Score, Scores
 from .subject import Subject
 from .tokens import Merges, closed, required
 

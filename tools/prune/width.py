@@ -13,10 +13,11 @@ import numpy as np
 from ...errors import BadOption
 from ...models.config import AttentionConfig, LayerConfig, MLPConfig
 from ..calibration import Stage, stream
+from ..progress import Progress
 from ..quantize.statistics import Inputs
 from .cutting import Cut, rounded
 from .elimination import Eliminated, eliminate
-from .events import Progress, Score, Scores
+from .events import Score, Scores
 from .options import Amount
 from .subject import Subject
 

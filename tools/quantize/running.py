@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from ...registry import create_backend
 from ...runtime.session import Session, open_session
 from ...tensors import Affine, Blocks, Tensor
 from ..calibration import Sampling, samples
+from ..progress import Progress
 from .allocation import allocate, choices, require_reachable
 from .calibrated import Rounding
 from .matrices import (
@@ -38,16 +39,6 @@ from .work import Work
 from .writing import Result, write
 
 VERSION = 1  # of the method: what an older one has left is not gone on with
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a stage has come; unit: of done and total, for people."""
-
-    stage: str
-    done: float
-    total: float
-    unit: str = ""
 
 
 Told = Callable[[Progress], None]
