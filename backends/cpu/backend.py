@@ -12,7 +12,7 @@ import numpy as np
 from ...errors import BadOption
 from ...registry import did_you_mean
 from ...tensors import Tensor
-from ..base import FEATURES, A, Backend, Cache, Footprint, Info, LayerCache, Step, W, cache_dtype
+from ..base import FEATURES, A, Cache, Footprint, Info, LayerCache, Step, cache_dtype
 from ..reference import HostCache, NumpyKernels
 from ..tape import Array, TapedBackend
 from . import GET_KERNELS, NO_KERNELS, compiled
@@ -97,11 +97,6 @@ class CpuBackend(TapedBackend):
     def positions(self, step: Step, tokens: int) -> A:
         recording = self.kernels.recording
         return super().positions(step, tokens) if recording is None else Array(self, recording.positions(step, tokens))
-
-    def adapted_linear(self, x: A, weight: W, bias: W | None, down: W, up: W, scale: float) -> A:
-        if self.kernels.differentiating:
-            return super().adapted_linear(x, weight, bias, down, up, scale)
-        return Backend.adapted_linear(self, x, weight, bias, down, up, scale)  # as inference does products
 
     def compile(self, fn: Callable[[A, Step], A], state: Sequence[Any] = ()) -> Callable[[A, Step], A]:
         from .recording import Replayed

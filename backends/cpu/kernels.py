@@ -17,7 +17,7 @@ from . import _native
 from .arguments import ACTIVATIONS, native_mask, native_step
 from .gradients import NativeGradients
 from .recording import NotRecordable, Recording
-from .weights import NativeWeight, native_array, numbers
+from .weights import NativeWeight, adapter, native_array, numbers
 
 LARGE = 1 << 14  # numbers
 
@@ -28,8 +28,19 @@ class NativeKernels(NativeGradients, NumpyKernels):
 
     # The operations that a plan can hold.
     RECORDED = frozenset(
-        {"add", "mul", "reshape", "take", "piece", "embed", "linear", "rms_norm", "layer_norm", "act", "gated"}
-        | {"softcap", "rope", "attention", "gates", "expert_linear", "combine", "short_convolution", "gated_delta"}
+        {"add", "mul", "reshape", "take", "piece", "embed", "linear", "adapted_linear", "rms_norm", "layer_norm"}
+        | {
+            "act",
+            "gated",
+            "softcap",
+            "rope",
+            "attention",
+            "gates",
+            "expert_linear",
+            "combine",
+            "short_convolution",
+            "gated_delta",
+        }
     )
 
     def __init__(self, machine: _native.Machine, exact: bool):
@@ -76,7 +87,7 @@ class NativeKernels(NativeGradients, NumpyKernels):
         return NativeWeight(self.machine, tensor)
 
     def release(self, weight: NativeWeight) -> None:
-        weight.native = weight.numbers = None
+        weight.native = weight.numbers = weight.adapter = None
 
     def values(self, weight: NativeWeight | np.ndarray | None) -> np.ndarray | None:
         return numbers(self.machine, weight) if isinstance(weight, NativeWeight) else weight
@@ -132,10 +143,20 @@ class NativeKernels(NativeGradients, NumpyKernels):
         return self.call(self.machine.embed, self._matrix(weight), 0, ids, shape=(*ids.shape, columns))
 
     def linear(self, x: np.ndarray, weight: Any, bias: Any = None) -> np.ndarray:
-        x, bias, shape = self.plain(x), self.vector(bias), (*x.shape[:-1], weight.shape[0])
+        return self._linear(self.plain(x), weight, bias)
+
+    def adapted_linear(self, x: np.ndarray, weight: Any, bias: Any, down: Any, up: Any, scale: float) -> np.ndarray:
+        """One call: the adapter's products are float32, whatever the weight's own is."""
+        if self.differentiating:
+            return super().adapted_linear(x, weight, bias, down, up, scale)
+        return self._linear(self.plain(x), weight, bias, adapter(self.machine, down, up, scale, self.exact))
+
+    def _linear(self, x: np.ndarray, weight: Any, bias: Any, change: _native.Adapter | None = None) -> np.ndarray:
+        bias, shape = self.vector(bias), (*x.shape[:-1], weight.shape[0])
         if self.exact or self.differentiating or isinstance(weight, np.ndarray) or not weight.native.tiled:
-            return self.call(self.machine.linear_float, x, self._matrix(weight), 0, bias, shape=shape)
-        return self.call(self.machine.linear_int8, self._int8(x), weight.native, 0, bias, shape=shape)
+            return self.call(self.machine.linear_float, x, self._matrix(weight), bias, change, shape=shape)
+        plain = None if change is None else x
+        return self.call(self.machine.linear_int8, self._int8(x), weight.native, bias, plain, change, shape=shape)
 
     def _matrix(self, weight: NativeWeight | np.ndarray) -> _native.Weight:
         return native_array(weight) if isinstance(weight, np.ndarray) else weight.native

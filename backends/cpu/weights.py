@@ -23,12 +23,13 @@ K_TILES = {  # kind -> group, what is taken from each code (None: biases are sto
 class NativeWeight:
     """What `prepare` returns. Vectors are float32 `numbers`; matrices [O, I] and stacks [E, O, I] are `native`."""
 
-    __slots__ = ("native", "numbers", "quantized", "shape")
+    __slots__ = ("adapter", "native", "numbers", "quantized", "shape")
 
     def __init__(self, machine: _native.Machine, tensor: Tensor):
         self.shape = tensor.shape
         self.numbers: np.ndarray | None = None
         self.native: _native.Weight | None = None
+        self.adapter: tuple[NativeWeight, float, _native.Adapter] | None = None  # see `adapter`
         self.quantized = tensor.quantized
         if len(tensor.shape) < 2:
             self.numbers = np.ascontiguousarray(schemes.to_float(tensor))
@@ -116,3 +117,38 @@ def numbers(machine: _native.Machine, weight: NativeWeight) -> np.ndarray:
         machine.embed(weight.native, expert, ids, part)
     machine.plan = plan
     return out
+
+
+def adapter(
+    machine: _native.Machine, down: NativeWeight | np.ndarray, up: NativeWeight | np.ndarray, scale: float, exact: bool
+) -> _native.Adapter:
+    """scale * up [O, r] . down [r, I] as the kernels add it to a product; kept, of weights. Unless `exact`, in float16
+    (half the bytes to read for a token), each half less a power of two that brings it near 1: what is lost is less than
+    what int8 activations lose by a factor of some ten."""
+    kept = up.adapter if isinstance(up, NativeWeight) else None
+    if kept is not None and kept[0] is down and kept[1] == scale:
+        return kept[2]
+    a, b = (w if isinstance(w, np.ndarray) else numbers(machine, w) for w in (down, up))
+    dtype, below = ("float32", (0, 0)) if exact else ("float16", (_magnitude(a), _magnitude(b)))
+    narrow, wide = (np.ldexp(half, -n).astype(STORAGE[dtype]) for half, n in zip((a, b), below, strict=True))
+    made = _native.Adapter(
+        _native.dense(np.ascontiguousarray(narrow), dtype, *a.shape),
+        _native.panels(_panels(wide), dtype, len(b)),
+        float(np.ldexp(scale, sum(below))),
+    )
+    if isinstance(up, NativeWeight):
+        up.adapter = down, scale, made
+    return made
+
+
+def _magnitude(numbers: np.ndarray) -> int:
+    """The power of two next above all numbers."""
+    return int(np.frexp(np.abs(numbers).max(initial=0.0))[1])
+
+
+def _panels(matrix: np.ndarray) -> np.ndarray:
+    """[O, I] -> [O / 16, I, 16], missing rows 0"""
+    rows, columns = matrix.shape
+    whole = np.zeros((-(-rows // 16) * 16, columns), matrix.dtype)
+    whole[:rows] = matrix
+    return np.ascontiguousarray(whole.reshape(-1, 16, columns).swapaxes(1, 2))

@@ -110,6 +110,20 @@ def test_decoding_with_an_adapter_stays_recorded(settings, lora, opened, created
     assert cpu.compiled.startswith("a plan of"), cpu.compiled
 
 
+def test_an_adapter_costs_no_more_calls(lora, opened, created):
+    """Low ranks are added where the product is made; several adapters are one."""
+    cpu = created("cpu")
+    if "compile" not in cpu.features:
+        pytest.skip("there are no native kernels here")
+    session, calls = opened("llama", cpu), []
+    folders = [lora("llama", seed, **FIRST)[1] for seed in (1, 3)]
+    for count in range(3):
+        session.adapt([(folder, 1.0) for folder in folders[:count]])
+        greedy(session)
+        calls.append(cpu.compiled)
+    assert calls[0] == calls[1] == calls[2] and calls[0].startswith("a plan of"), calls
+
+
 @pytest.mark.parametrize("backend_name", ["cpu", "cuda"])
 def test_over_quantized_weights(backend_name, lora, model, created, tmp_path):
     """As PEFT over what the quantized weights stand for."""

@@ -91,6 +91,64 @@ std::vector<double> product(const std::vector<double>& x, const double* w, const
     return y;
 }
 
+template <class E>
+struct Adapter {  // a LowRank and its memory
+    std::vector<E> down, panels;
+    std::vector<double> a, b;  // what down and up stand for
+    int64_t rank;
+
+    Adapter(int64_t rank, int64_t rows, int64_t columns) : panels(round_up(rows, kRows) * rank), rank(rank) {
+        const auto stored = [](float v, std::vector<double>& numbers) {
+            E e;
+            narrow(v, &e);
+            numbers.push_back(widen(e));
+            return e;
+        };
+        for (float v : normal(rank * columns)) down.push_back(stored(v, a));
+        const auto up = normal(rows * rank);
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = 0; i < rank; i++)
+                panels[(r / kRows * rank + i) * kRows + r % kRows] = stored(up[r * rank + i], b);
+    }
+    LowRank of(const float* x, Number type, int64_t rows, int64_t columns) const {
+        return {x, Matrix{down.data(), type, rank, columns, nullptr, 0},
+                Matrix{panels.data(), type, rows, rank, nullptr, 0, true}, 0.5f};
+    }
+    // y += up . (down . x) / 2
+    void add(const std::vector<double>& x, int64_t tokens, int64_t rows, int64_t columns, std::vector<double>& y) const {
+        const auto more = product(product(x, a.data(), nullptr, tokens, rank, columns), b.data(), nullptr, tokens, rows, rank);
+        for (size_t i = 0; i < y.size(); i++) y[i] += 0.5 * more[i];
+    }
+};
+
+// Products with an adapter beside one without and one with another.
+template <class E>
+void adapted(const Kernels& k, Pool& pool, Number type, int64_t rank, int64_t tokens, int64_t rows, int64_t columns) {
+    const Packed w = packed(4, 32, Number::f16, true, 1, rows, columns, pool);
+    const Matrix matrix{nullptr, Number::f32, rows, columns, &w.tiles, 0};
+    const Adapter<E> first(rank, rows, columns), second(rank + 5, rows, columns);
+    auto x = normal(tokens * columns), bias = normal(rows);
+    const std::vector<double> exact(x.begin(), x.end());
+    const Int8 q(k, x.data(), tokens, columns, pool);
+    std::vector<float> y(static_cast<size_t>(tokens * rows)), plain(y.size()), z(y.size());
+    k.linear_int8(LinearInt8{q.view,
+                             {Product{matrix, bias.data(), y.data(), first.of(x.data(), type, rows, columns)},
+                              Product{matrix, nullptr, plain.data()},
+                              Product{matrix, nullptr, z.data(), second.of(x.data(), type, rows, columns)}}, 3}, pool);
+    auto want = product(q.numbers, w.numbers.data(), bias.data(), tokens, rows, columns);
+    first.add(exact, tokens, rows, columns, want);
+    close("adapted linear_int8", y.data(), want, 1e-5);
+    want = product(q.numbers, w.numbers.data(), nullptr, tokens, rows, columns);
+    close("linear_int8 between adapted ones", plain.data(), want, 1e-5);
+    second.add(exact, tokens, rows, columns, want);
+    close("adapted linear_int8", z.data(), want, 1e-5);
+    const Product product1{matrix, bias.data(), y.data(), first.of(x.data(), type, rows, columns)};
+    k.linear_float(LinearFloat{x.data(), tokens, product1}, pool);
+    want = product(exact, w.numbers.data(), bias.data(), tokens, rows, columns);
+    first.add(exact, tokens, rows, columns, want);
+    close("adapted linear_float", y.data(), want, 1e-5);
+}
+
 void tiles(const Kernels& k, Pool& pool, int bits, int group, Number type, bool biased, int64_t rows, int64_t units) {
     const int64_t columns = units * (group < kBlock ? kBlock : group), experts = 2;
     const Packed w = packed(bits, group, type, biased, experts, rows, columns, pool);
@@ -212,6 +270,12 @@ void check_linear(const Kernels& k, Pool& pool) {
             dense<half>(k, pool, Number::f16, rows, columns, 2 * whole(0, 3));
             dense<bfloat>(k, pool, Number::bf16, rows, columns, 2 * whole(0, 3));
         }
+    for (int64_t tokens : {1, 2, 5, 31, 100})
+        for (int64_t rank : {1, 8, 19}) {
+            adapted<float>(k, pool, Number::f32, rank, tokens, 37, 96);
+            adapted<half>(k, pool, Number::f16, rank, tokens, 53, 96);
+        }
+    adapted<float>(k, pool, Number::f32, 16, 230, 16, 32);  // more tokens than a panel serves
     poison(k, pool);
 }
 

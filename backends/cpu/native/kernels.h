@@ -84,6 +84,7 @@ struct Matrix {
     int64_t rows, columns;
     const Tiles* tiles;  // if not null, the rest is unused but rows and columns
     int64_t expert;      // of the tiles
+    bool panels = false;  // dense numbers lie in panels [rows / 16][columns][16]: of a LowRank's `up` alone
 };
 
 // out [count, columns]
@@ -108,10 +109,18 @@ struct Quantize {
     Quantized to;
 };
 
+// What an adapter adds to a product: scale up . (down . x), down [rank, columns], up [rows, rank] in panels.
+struct LowRank {
+    const float* x;  // [tokens, columns]; null: there is none
+    Matrix down, up;
+    float scale;
+};
+
 struct Product {  // out [tokens, rows] = x . weight^T + bias
     Matrix weight;
     const float* bias;
     float* out;
+    LowRank change{};
 };
 
 constexpr int kProducts = 4;

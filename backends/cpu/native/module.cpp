@@ -78,6 +78,16 @@ std::shared_ptr<Weight> dense(nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>
     return weight;
 }
 
+// panels [rows / 16][columns][16]: see Matrix
+std::shared_ptr<Weight> panels(nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu> a, const std::string& dtype,
+                               int64_t rows) {
+    require(a.ndim() == 3 && a.shape(2) == kRows && static_cast<int64_t>(a.shape(0)) == (rows + kRows - 1) / kRows, "panels");
+    auto weight = dense(a, dtype, static_cast<int64_t>(a.shape(0)) * kRows, static_cast<int64_t>(a.shape(1)));
+    weight->matrix.rows = rows;
+    weight->matrix.panels = true;
+    return weight;
+}
+
 std::shared_ptr<Weight> empty_tiles(const Tiles& shape) {
     auto weight = std::make_shared<Weight>();
     weight->tiles = shape;
@@ -138,19 +148,42 @@ std::shared_ptr<Activations> quantize(Machine& machine, In x) {
     return made;
 }
 
-void linear_int8(Machine& machine, const Activations& x, const Weight& weight, int64_t expert, Maybe bias, Out out) {
-    const Matrix w = weight.at(expert);
+// The two halves of a LowRank, for all the activations that they will meet.
+struct Adapter {
+    std::shared_ptr<Weight> down, up;
+    float scale;
+
+    Adapter(std::shared_ptr<Weight> narrow, std::shared_ptr<Weight> wide, float factor)
+        : down(std::move(narrow)), up(std::move(wide)), scale(factor) {
+        require(!down->tiles.data && !down->matrix.panels && up->matrix.panels, "down is dense, up in panels");
+        require(up->matrix.columns == down->matrix.rows, "ranks differ");
+    }
+
+    LowRank change(const float* x, const Matrix& w) const {
+        require(down->matrix.columns == w.columns && up->matrix.rows == w.rows, "adapter and weight do not fit");
+        return {x, down->at(0), up->at(0), scale};
+    }
+};
+
+// plain: the float32 numbers of x, for an adapter
+void linear_int8(Machine& machine, const Activations& x, const Weight& weight, Maybe bias, Maybe plain,
+                 const Adapter* adapter, Out out) {
+    const Matrix w = weight.at(0);
     require(w.tiles && x.view.columns == w.columns, "activations and weight do not fit");
     require(static_cast<int64_t>(out.size()) == x.view.tokens * w.rows && (!bias || size(bias) == w.rows), "sizes");
-    call(machine, machine.kernels().linear_int8, LinearInt8{x.view, {Product{w, data(bias), out.data()}}, 1});
+    require(!adapter || size(plain) == x.view.tokens * w.columns, "activations and their plain numbers do not fit");
+    const LowRank change = adapter ? adapter->change(plain->data(), w) : LowRank{};
+    call(machine, machine.kernels().linear_int8, LinearInt8{x.view, {Product{w, data(bias), out.data(), change}}, 1});
 }
 
-void linear_float(Machine& machine, In x, const Weight& weight, int64_t expert, Maybe bias, Out out) {
-    const Matrix w = weight.at(expert);
+void linear_float(Machine& machine, In x, const Weight& weight, Maybe bias, const Adapter* adapter, Out out) {
+    const Matrix w = weight.at(0);
     const int64_t tokens = static_cast<int64_t>(x.size()) / w.columns;
     require(last(x) == w.columns, "activations and weight do not fit");
     require(static_cast<int64_t>(out.size()) == tokens * w.rows && (!bias || size(bias) == w.rows), "sizes");
-    call(machine, machine.kernels().linear_float, LinearFloat{x.data(), tokens, Product{w, data(bias), out.data()}});
+    const LowRank change = adapter ? adapter->change(x.data(), w) : LowRank{};
+    call(machine, machine.kernels().linear_float,
+         LinearFloat{x.data(), tokens, Product{w, data(bias), out.data(), change}});
 }
 
 // scale x . weight^T, or, `back`, scale x . weight; `turned`: x [depth, tokens] stands for its transpose.
@@ -466,6 +499,9 @@ NB_MODULE(_native, m) {
              "shape"_a, "A float32 array.");
 
     m.def("dense", &dense, "array"_a.noconvert(), "dtype"_a, "rows"_a, "columns"_a);
+    m.def("panels", &panels, "array"_a.noconvert(), "dtype"_a, "rows"_a);
+    nb::class_<Adapter>(m, "Adapter")
+        .def(nb::init<std::shared_ptr<Weight>, std::shared_ptr<Weight>, float>(), "down"_a, "up"_a, "scale"_a);
 
     nb::class_<Machine>(m, "Machine")
         .def(nb::init<int, const std::string&>(), "threads"_a, "kernels"_a = "")
@@ -477,9 +513,10 @@ NB_MODULE(_native, m) {
              "biases"_a.noconvert().none(), "dtype"_a, "bits"_a, "group"_a, "zero"_a, "experts"_a, "rows"_a, "columns"_a)
         .def("pack_legacy", &pack_legacy, "blocks"_a.noconvert(), "bits"_a, "biased"_a, "experts"_a, "rows"_a, "columns"_a)
         .def("quantize", &quantize, "x"_a.noconvert())
-        .def("linear_int8", &linear_int8, "x"_a, "weight"_a, "expert"_a, "bias"_a.noconvert().none(), "out"_a.noconvert())
-        .def("linear_float", &linear_float, "x"_a.noconvert(), "weight"_a, "expert"_a, "bias"_a.noconvert().none(),
-             "out"_a.noconvert())
+        .def("linear_int8", &linear_int8, "x"_a, "weight"_a, "bias"_a.noconvert().none(), "plain"_a.noconvert().none(),
+             "adapter"_a.none(), "out"_a.noconvert())
+        .def("linear_float", &linear_float, "x"_a.noconvert(), "weight"_a, "bias"_a.noconvert().none(),
+             "adapter"_a.none(), "out"_a.noconvert())
         .def("products", &products, "x"_a.noconvert(), "weight"_a, "back"_a, "turned"_a, "scale"_a,
              "x2"_a.noconvert().none(), "weight2"_a.none(), "scale2"_a, "bias"_a.noconvert().none(), "add"_a,
              "out"_a.noconvert())

@@ -27,6 +27,14 @@ inline void pause() {
 #endif
 }
 
+template <class Condition>
+void spin_until(const Condition& holds) {
+    for (int spins = 0; !holds(); spins++) {
+        if (spins < 4096) pause();
+        else std::this_thread::yield();  // more threads than cores: let the others finish
+    }
+}
+
 std::atomic<bool> forked{false};  // a forked child has our memory but none of our threads
 
 void watch_forks() {
@@ -84,10 +92,11 @@ void Pool::share(int64_t tasks, Call call, const void* self) {
     }
     work(0);
     gate_.fetch_and(~kOpen, std::memory_order_acq_rel);
-    for (int spins = 0; gate_.load(std::memory_order_acquire) != 0; spins++) {
-        if (spins < 4096) pause();
-        else std::this_thread::yield();  // more threads than cores: let the others finish
-    }
+    spin_until([this] { return gate_.load(std::memory_order_acquire) == 0; });
+}
+
+void Countdown::wait() const {
+    spin_until([this] { return left_.load(std::memory_order_acquire) <= 0; });
 }
 
 void Pool::work(int thread) {

@@ -76,6 +76,18 @@ class Pool {
     std::condition_variable wake_;
 };
 
+// Tasks of a loop that others of the same loop wait for. They must have the lower numbers: tasks are handed out in order,
+// so whoever waits knows that all of them are done or being done.
+class Countdown {
+  public:
+    explicit Countdown(int64_t tasks) : left_(tasks) {}
+    void arrive() { left_.fetch_sub(1, std::memory_order_release); }
+    void wait() const;
+
+  private:
+    std::atomic<int64_t> left_;
+};
+
 // The one pool of `threads` threads in this process, made on first use and gone with its last user.
 std::shared_ptr<Pool> shared_pool(int threads);
 

@@ -36,11 +36,12 @@ def model(pair: Pair, quantized: bool) -> dict[str, Tensor]:
         sizes |= {"gate": (96, D), "up": (96, D), "down": (D, 96)}
         weights |= {f"{i}.{name}": matrix(*size) for name, size in sizes.items()}
         weights |= {f"{i}.{name}": dense(1 + pair.normal(D, scale=0.1)) for name in ("norm1", "norm2")}
+        weights |= {f"{i}.narrow": pair.weight(3, D), f"{i}.wide": pair.weight(D // 2, 3)}
     return weights
 
 
 def decoder(ops: Backend, weights: dict[str, Tensor], windows: Sequence[int | None] = (None, 5)) -> Callable:
-    """(ids [B, T], step) -> logits [B, T, V]: everything that a dense decode step does."""
+    """(ids [B, T], step) -> logits [B, T, V]: everything that a dense decode step does, keys with an adapter."""
     w = {name: ops.prepare(tensor) for name, tensor in weights.items()}
     turns = freqs(D // H)
 
@@ -48,7 +49,8 @@ def decoder(ops: Backend, weights: dict[str, Tensor], windows: Sequence[int | No
         rows, tokens = x.shape[:2]
         h = ops.rms_norm(x, w[f"{i}.norm1"], 1e-5)
         q = ops.linear(h, w[f"{i}.q"]).reshape(rows, tokens, H, D // H)
-        k = ops.linear(h, w[f"{i}.k"]).reshape(rows, tokens, K, D // H)
+        k = ops.adapted_linear(h, w[f"{i}.k"], None, w[f"{i}.narrow"], w[f"{i}.wide"], 0.5)
+        k = k.reshape(rows, tokens, K, D // H)
         v = ops.linear(h, w[f"{i}.v"]).reshape(rows, tokens, K, D // H)
         q, k = ops.rope(q, step, turns), ops.rope(k, step, turns)
         y = ops.attention(q, k, v, None, AttentionSpec(SCALE, windows[i]), step, i)

@@ -6,6 +6,7 @@
 #include "linear_int8.inl"
 #include "linear_float.inl"
 #include "products.inl"
+#include "linear.inl"
 #include "attention.inl"
 
 #include "experts.inl"

@@ -106,8 +106,18 @@ static void transpose(const E* w, int64_t stride, int64_t rows, int64_t from, in
     }
 }
 
+static void copy_panel(const Matrix& w, int64_t tile, int64_t from, int64_t depth, float* panel) {
+    const auto* data = static_cast<const uint8_t*>(w.dense);
+    for (int64_t k = (tile * w.columns + from) * kRows; depth > 0; depth--, k += kRows, panel += kRows) {
+        F v[L];
+        load16(data + k * size_of(w.type), w.type, v);
+        for (int i = 0; i < L; i++) store(panel + i * N, v[i]);
+    }
+}
+
 static void unpack(const Matrix& w, int64_t tile, int64_t from, int64_t depth, float* panel) {
     if (w.tiles) return unpack_tile(*w.tiles, w.tiles->tile(w.expert, tile), from, depth, panel);
+    if (w.panels) return copy_panel(w, tile, from, depth, panel);
     const int64_t row = tile * kRows, rows = w.rows - row < kRows ? w.rows - row : kRows;
     const auto* data = static_cast<const uint8_t*>(w.dense) + row * w.columns * size_of(w.type);
     if (w.type == Number::f32) transpose(reinterpret_cast<const float*>(data), w.columns, rows, from, depth, panel);

@@ -174,21 +174,3 @@ static void tile_product(const Quantized& x, const Product& p, int64_t tile, int
         put_tile(p, tile, real, sums, [&](int64_t i) { return place(t - from + i); });
     }
 }
-
-static void linear_int8(const LinearInt8& p, Pool& pool) {
-    int64_t ends[kProducts], tiles = 0;  // tiles of all products, in one row
-    for (int i = 0; i < p.count; i++) ends[i] = tiles += p.products[i].weight.tiles->tiles();
-    // Tokens by the chunk, such that their codes stay in the second level of cache while all tiles pass.
-    const int64_t chunk = round_up(1 + (256 << 10) / p.x.columns, kTokens), chunks = (p.x.tokens + chunk - 1) / chunk;
-    const int64_t least = 1 + 32768 / (p.x.columns * (p.x.tokens < chunk ? p.x.tokens : chunk));
-    const int64_t cuts = p.x.tokens >= chunk ? (tiles + least - 1) / least : pieces(pool, tiles, least);
-    const int64_t step = (tiles + cuts - 1) / cuts;
-    pool.run(cuts * chunks, [&](int64_t task, int) {
-        const int64_t from = task / cuts * chunk, to = from + chunk < p.x.tokens ? from + chunk : p.x.tokens;
-        int i = 0;
-        for (int64_t at = task % cuts * step; at < tiles && at < (task % cuts + 1) * step; at++) {
-            while (at >= ends[i]) i++;
-            tile_product(p.x, p.products[i], i ? at - ends[i - 1] : at, from, to, [&](int64_t t) { return from + t; });
-        }
-    });
-}

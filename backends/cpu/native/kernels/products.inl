@@ -177,18 +177,3 @@ static void products(const Products& p, Pool& pool) {
                       pool.scratch(thread, products_room(strip)));
     });
 }
-
-constexpr int64_t kMany = 32;  // tokens from which strips are worth it
-
-static void linear_float(const LinearFloat& p, Pool& pool) {
-    const Matrix& w = p.product.weight;
-    if (p.tokens >= kMany)
-        return products({{Term{p.x, w, false, false, 1.0f}}, 1, p.product.bias, p.product.out, p.tokens, w.rows, false},
-                        pool);
-    const int64_t tiles = (w.rows + kRows - 1) / kRows, chunks = (p.tokens + kChunk - 1) / kChunk;
-    pool.run(tiles * chunks, [&](int64_t task, int thread) {
-        const int64_t from = task / tiles * kChunk, count = p.tokens - from < kChunk ? p.tokens - from : kChunk;
-        float_product(p.product, task % tiles, p.x + from * w.columns, count, pool.scratch(thread, kRoom),
-                      [&](int64_t t) { return from + t; });
-    });
-}
