@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,17 +13,37 @@ from .config import ModelConfig
 from .scope import Lora, Scope
 
 
+@dataclass(frozen=True)
+class SoftPrompt:
+    """Embeddings of no token's, [tokens, D], in front of every sequence (Lester et al. 2021)."""
+
+    embeddings: W
+    tokens: int
+
+    @property
+    def ids(self) -> list[int]:
+        """What stands for them in front of the ids of a sequence; which ids these are makes no difference."""
+        return [0] * self.tokens
+
+
 class Decoder:
     """A model made of prepared weights. Callable as a whole, or as `embed`, `block(i)`, `head`, so that tools can
-    stream layer by layer. `listener` is shown every tapped activation; while there is one, nothing is compiled.
+    stream layer by layer. `listener` is shown every tapped activation; while there is one, nothing is compiled. With a
+    `soft` prompt, whoever makes sequences puts `front` before their ids.
 
     length: how many tokens its caches hold at most, by which some rotary positions are chosen; None: few."""
 
     def __init__(self, config: ModelConfig, ops: Backend, weights: Mapping[str, W], length: int | None = None):
         self.config, self.ops, self.weights = config, ops, weights
         self.loras: Mapping[str, Sequence[Lora]] = {}
+        self.soft: SoftPrompt | None = None
         self.listener: Callable[[str, A], None] | None = None
         self.ropes = {name: (*rope.frequencies(length), rope.interleaved) for name, rope in config.ropes.items()}
+
+    @property
+    def front(self) -> list[int]:
+        """What every sequence begins with: the places of a soft prompt, if there is one."""
+        return self.soft.ids if self.soft else []
 
     def scope(
         self, trainable: Mapping[str, A] | None = None, loras: Mapping[str, Sequence[Lora]] | None = None
@@ -46,7 +67,18 @@ class Decoder:
         x = p.embed("embed", ids)
         if self.config.positions:
             x = x + p.embed("positions", self.ops.positions(step or Step.whole(*ids.shape), ids.shape[1]))
-        return x if self.config.embed_scale == 1.0 else x * self.config.embed_scale
+        x = x if self.config.embed_scale == 1.0 else x * self.config.embed_scale
+        return x if self.soft is None else self._softened(self.soft, x, step or Step.whole(*ids.shape))
+
+    def _softened(self, soft: SoftPrompt, x: A, step: Step) -> A:
+        """x [B, T, D] with the soft prompt in the places that are its own; both are made everywhere and struck out
+        where they don't belong, as no operation joins arrays."""
+        at = step.starts[:, None] + np.arange(x.shape[1], dtype=np.int32)
+        if (at >= soft.tokens).all():
+            return x
+        theirs = self.ops.embed(soft.embeddings, self.ops.array(np.minimum(at, soft.tokens - 1)))
+        share = (at < soft.tokens).astype(np.float32)[..., None]
+        return x * self.ops.array(1 - share) + theirs * self.ops.array(share)
 
     def block(self, p: Scope, i: int, x: A, step: Step) -> A:
         return block(p.at(f"layers.{i}", i), self.config.layers[i], x, step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .adapter import Adapter, LowRank
-from .attaching import Weighted, loras, replaced
+from .attaching import Weighted, loras, replaced, soft_prompt
 from .averaging import averaged, stacked
 from .folders import adapter_format, base_of, read_adapter, write_adapter
 from .merging import merged
@@ -21,6 +21,7 @@ __all__ = [
     "merged",
     "read_adapter",
     "replaced",
+    "soft_prompt",
     "stacked",
     "write_adapter",
 ]

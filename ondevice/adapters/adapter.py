@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ..errors import Unsupported
 from ..tensors import Tensor
 
 
@@ -31,13 +32,15 @@ class LowRank:
 class Adapter:
     """updates: by the name of the weight that each changes. replaced: whole tensors (biases, norms, a head) that were
     trained along. rslora: scales are alpha / sqrt(r) (Kalajdzievski 2023), which only its config file tells. dropout:
-    as it was trained. base: the model that it was trained on, as its file names it."""
+    as it was trained. base: the model that it was trained on, as its file names it. prompt [tokens, D]: embeddings that
+    stand in front of every sequence (Lester et al. 2021)."""
 
     updates: Mapping[str, LowRank]
     replaced: Mapping[str, Tensor] = field(default_factory=dict)
     rslora: bool = False
     dropout: float = 0.0
     base: str = ""
+    prompt: Tensor | None = None
 
     @property
     def dora(self) -> bool:
@@ -47,4 +50,10 @@ class Adapter:
     def parameters(self) -> int:
         """Numbers that were trained."""
         tensors = [t for u in self.updates.values() for t in (u.down, u.up, u.magnitude) if t is not None]
+        tensors += [] if self.prompt is None else [self.prompt]
         return sum(tensor.size for tensor in (*tensors, *self.replaced.values()))
+
+    def require_weights(self, what: str) -> None:
+        """Raises Unsupported for a soft prompt, which changes no weight and so cannot be `what`."""
+        if self.prompt is not None:
+            raise Unsupported(f"A soft prompt changes no weight: it cannot be {what}.", "Use it with --adapter.")

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from ..backends.base import Backend, W
+from ..errors import BadOption
+from ..models.decoder import SoftPrompt
 from ..models.scope import Gains, Lora
 from ..schemes import take_rows, to_float
 from ..tensors import Tensor, dense, store
@@ -33,6 +35,19 @@ def loras(
             if update.magnitude is not None:
                 found[name].append(_dora(ops, weights, base, name, update, weight))
     return found
+
+
+def soft_prompt(ops: Backend, adapters: Sequence[Weighted]) -> SoftPrompt | None:
+    """The one among the adapters. Raises BadOption for several, and for a weight, which has no meaning there."""
+    found = [(adapter.prompt, weight) for adapter, weight in adapters if adapter.prompt is not None]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise BadOption("Two soft prompts cannot stand in front of one text.", "Give one of them.")
+    (prompt, weight), *_ = found
+    if weight != 1:
+        raise BadOption(f"A soft prompt cannot count {weight:g} times.", "Leave out the weight.")
+    return SoftPrompt(ops.prepare(_contiguous(prompt)), prompt.shape[0])
 
 
 def _merged(ops: Backend, updates: Sequence[tuple[LowRank, float]], embedding: bool) -> Lora:

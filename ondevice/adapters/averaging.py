@@ -66,6 +66,8 @@ def _checked(shares: Shares) -> tuple[list[Adapter], list[float]]:
     """Adapters, and weights that sum to 1."""
     if len(shares) < 2:
         raise BadOption("One adapter alone has no mean.", "Give two or more.")
+    for adapter, _ in shares:
+        adapter.require_weights("averaged")
     total = sum(weight for _, weight in shares)
     if total <= 0 or any(weight < 0 for _, weight in shares):
         raise BadOption("Weights must be positive.", "Give how much each counts, such as its number of examples.")

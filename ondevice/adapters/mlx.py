@@ -165,6 +165,7 @@ def _untouched(held: Mapping[str, Any], settings: Settings, modules: Modules) ->
 
 def files(adapter: Adapter, modules: Modules) -> dict[str, bytes]:
     """The files of a folder that mlx-lm reads. Raises Unsupported for what it has no place for."""
+    adapter.require_weights("written in mlx-lm's format")
     updates = _placed(adapter, modules)
     rank, scale = max(u.rank for u in updates.values()), next(iter(updates.values())).scale
     tensors: dict[str, Tensor] = {}

@@ -20,6 +20,8 @@ from .modules import Modules, Place, grouped
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+PROMPT = "PROMPT_TUNING"
+EMBEDDINGS = "prompt_embeddings"
 PARTS = {  # how a tensor's name ends -> what it is, and whether it lies the other way round here
     ".lora_A.weight": ("down", False),
     ".lora_B.weight": ("up", False),
@@ -96,6 +98,8 @@ def _pattern(patterns: Mapping[str, Any], path: str) -> str:
 
 def read(folder: Path, modules: Modules) -> Adapter:
     """The adapter in a folder, checked against a model: BadFile names every mismatch."""
+    if read_config(folder).get("peft_type") == PROMPT:
+        return _prompt(folder, modules)
     settings = read_settings(folder)
     raw, problems = _sorted(read_tensors(folder / WEIGHTS), modules)
     updates, more = _updates(raw.updates, settings, modules)
@@ -109,6 +113,19 @@ def read(folder: Path, modules: Modules) -> Adapter:
     if not updates and not raw.replaced:
         raise BadFile(f"The adapter {folder} changes nothing.", "Get the adapter again.")
     return Adapter(updates, raw.replaced, settings.rslora, settings.dropout, settings.base)
+
+
+def _prompt(folder: Path, modules: Modules) -> Adapter:
+    """A soft prompt (Lester et al. 2021)."""
+    config, tensors = read_config(folder), read_tensors(folder / WEIGHTS)
+    if config.get("num_transformer_submodules") not in (None, 1) or "positions" in modules.shapes:
+        raise Unsupported(f"{folder} is a soft prompt of a kind that is not read here.", "Train it anew: lora-train.")
+    width, found = modules.shapes["embed"][1], tensors.get(EMBEDDINGS)
+    if found is None or len(tensors) != 1:
+        raise BadFile(f"{folder} holds {', '.join(tensors) or 'nothing'}, not {EMBEDDINGS}.", "Get the adapter again.")
+    if len(found.shape) != 2 or not found.shape[0] or found.shape[1] != width:
+        raise unfit(folder, [f"{EMBEDDINGS} is {list(found.shape)}, not [tokens, {width}]"])
+    return Adapter({}, base=str(config.get("base_model_name_or_path") or ""), prompt=found)
 
 
 def read_settings(folder: Path) -> Settings:
@@ -143,7 +160,8 @@ def _check_kind(folder: Path, config: Mapping) -> None:
     hint = "Merge it where it was made (merge_and_unload in PEFT), and give the result as a model."
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
-        raise Unsupported(f"{folder} is an adapter of type {kind!r:.40}; LoRA, rsLoRA and DoRA are read here.", hint)
+        known = "LoRA, rsLoRA, DoRA and prompt tuning are read here"
+        raise Unsupported(f"{folder} is an adapter of type {kind!r:.40}; {known}.", hint)
     used = [name for name in OTHERS if config.get(name)]
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(REBASED):
@@ -292,6 +310,8 @@ def _parameters(modules: Modules) -> list[str]:
 
 def files(adapter: Adapter, modules: Modules) -> dict[str, bytes]:
     """The files of a folder that PEFT reads."""
+    if adapter.prompt is not None:
+        return _prompt_files(adapter, adapter.prompt, modules)
     tensors: dict[str, Tensor] = {}
     ranks, alphas = {}, {}
     single = {name: u for name, u in adapter.updates.items() if name not in modules.experts}
@@ -312,6 +332,15 @@ def files(adapter: Adapter, modules: Modules) -> dict[str, bytes]:
         tensors[f"{PREFIX}{owner}{wrapped}.{last}"] = tensor
     config = _config(adapter, modules, ranks, alphas, parameters)
     return {CONFIG: json_of(config), WEIGHTS: file_of(tensors)}
+
+
+def _prompt_files(adapter: Adapter, prompt: Tensor, modules: Modules) -> dict[str, bytes]:
+    config = {
+        "peft_type": PROMPT, "task_type": "CAUSAL_LM", "num_virtual_tokens": prompt.shape[0],
+        "token_dim": prompt.shape[1], "num_transformer_submodules": 1, "num_layers": len(modules.config.layers),
+        "prompt_tuning_init": "RANDOM", "base_model_name_or_path": adapter.base or None, "inference_mode": True,
+    }  # fmt: skip
+    return {CONFIG: json_of(config), WEIGHTS: file_of({EMBEDDINGS: prompt})}
 
 
 def _named(path: str, update: LowRank, embedding: bool) -> dict[str, Tensor]:

@@ -221,8 +221,10 @@ class Talk:
                 raise BadOption(f"/adapter {what}: {error}.", "Put quotes around a path with spaces.") from None
             session.adapt([(Path(path).expanduser(), weight) for path, weight in given])
         for attached in session.attached:
-            numbers, updates = attached.adapter.parameters, len(attached.adapter.updates)
-            console.status(f"(Adapter: {attached}, {numbers / 1e6:.2f}M parameters on {updates} weights.)")
+            adapter = attached.adapter
+            where = f"on {len(adapter.updates)} weights"
+            where = where if adapter.prompt is None else f"in {adapter.prompt.shape[0]} virtual tokens"
+            console.status(f"(Adapter: {attached}, {adapter.parameters / 1e6:.2f}M parameters {where}.)")
         if not session.attached:
             console.status("(No adapter: the model is as it came.)")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,11 +53,12 @@ def settings_options(command: Callable) -> Callable:
 @click.option("--save-every", type=click.IntRange(1), metavar="STEPS", help="Steps between checkpoints.")
 @click.option("--save-minutes", type=float, default=5.0, show_default=True, help="Minutes between checkpoints.")
 @click.option("--memory", metavar="SIZE", help="What to plan for, such as 700M or 4G; default: most of this machine's.")
+@click.option("--tensorboard", type=click.Path(path_type=Path), metavar="FOLDER", help="Write for TensorBoard, too.")
 @runtime_options(context=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, at the end.")
 def command(
-    model, data, out, teacher, initial, from_scratch, resume, save_every, save_minutes, memory, backend, exact, threads,
-    as_json, **options,
+    model, data, out, teacher, initial, from_scratch, resume, save_every, save_minutes, memory, tensorboard, backend,
+    exact, threads, as_json, **options,
 ):  # fmt: skip
     """Teach MODEL what stands in DATA: a JSONL file, a folder with train.jsonl, valid.jsonl and test.jsonl, or a
     Hugging Face dataset (hf:OWNER/NAME). Lines are {"messages": […]}, {"prompt": …, "completion": …}, {"text": …}, or
@@ -73,6 +74,7 @@ def command(
         admit(out, resume)  # said before anything is read
     opened = {"backend": backend, "exact": exact, "threads": threads, "say": console.status}
     with ExitStack() as stack:
+        shown = stack.enter_context(_board(tensorboard))
         if from_scratch:
             model = stack.enter_context(_untrained(model, settings.seed))
         session = stack.enter_context(open_session(model, **opened))
@@ -87,7 +89,7 @@ def command(
             session, found, settings, out, resume=resume, saving=Saving(save_every, save_minutes), teacher=taught,
             initial=_initial(initial, session, settings), memory=room,
         )  # fmt: skip
-        finished = _follow(run, session.backend.name)
+        finished = _follow(_shown(run, shown), session.backend.name)
     _draw(out)
     console.json({"adapter": out, **finished.as_dict()}) if as_json else console.answer(_ending(finished, out))
 
@@ -100,6 +102,21 @@ def _settings(options: dict[str, Any], from_scratch: bool) -> Settings:
         options["learning_rate"] = options["learning_rate"] or RATE
     options["targets"] = options["targets"] or Settings.targets
     return Settings(**options)
+
+
+def _board(folder: Path | None) -> AbstractContextManager:
+    from ..train.tensorboard import board
+
+    return nullcontext() if folder is None else board(folder)
+
+
+def _shown(run: Generator, board: Any) -> Iterator[Any]:
+    """The events of a run, shown to TensorBoard as they pass."""
+    with closing(run):
+        for event in run:
+            if board is not None:
+                board.add(event)
+            yield event
 
 
 def _untrained(model: str, seed: int) -> AbstractContextManager[Path]:

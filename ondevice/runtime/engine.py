@@ -111,9 +111,10 @@ class Engine:
         """Raises ContextFull when the prompt leaves no room for an answer, BadOption for ids out of range. The
         generator may be closed at any token, or interrupted anywhere: the cache stays true."""
         prompt = self._checked(prompt, options)
-        logits, prefilled = self.prefill(prompt)
+        whole = [*self.decoder.front, *prompt]
+        logits, prefilled = self.prefill(whole)
         yield prefilled
-        room = self.capacity - len(prompt) + 1  # the last token needs no place: nothing follows it
+        room = self.capacity - len(whole) + 1  # the last token needs no place: nothing follows it
         wanted = min(options.max_tokens or room, room)
         draw = _Draw(self.ops, options, prompt, self.decoder.config.vocab)
         reason = "length" if wanted == options.max_tokens else "context"
@@ -138,7 +139,8 @@ class Engine:
         yield Finished(reason, count, time.perf_counter() - started)
 
     def prefill(self, prompt: Sequence[int]) -> tuple[A, Prefilled]:
-        """Brings the cache to exactly these ids; returns the logits [1, V] behind the last one."""
+        """Brings the cache to exactly these ids, a soft prompt's places among them; returns the logits [1, V] behind
+        the last one."""
         started = time.perf_counter()
         same = _common_prefix(self.held, prompt)
         self._forget(min(same, len(prompt) - 1))  # one token at least goes through the model, for its logits
@@ -184,9 +186,10 @@ class Engine:
             raise BadOption(f"The prompt has token ids outside 0 … {vocab - 1}.", "Use the model's own tokenizer.")
         if not all(0 <= i < vocab for i, _ in options.logit_bias):
             raise BadOption(f"A logit bias is for an id outside 0 … {vocab - 1}.", "Use the model's own tokenizer.")
-        if len(prompt) > self.capacity:
+        count = len(self.decoder.front) + len(prompt)
+        if count > self.capacity:
             raise ContextFull(
-                f"The prompt has {len(prompt)} tokens and the context holds {self.capacity}.",
+                f"The prompt has {count} tokens and the context holds {self.capacity}.",
                 "Shorten the prompt, or give a larger --context (up to what the model was made for).",
             )
         return prompt

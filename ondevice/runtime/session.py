@@ -157,7 +157,8 @@ class Session:
         """Attach these adapters (folder, weight), in the place of those attached before; [] detaches all.
 
         The model stays loaded; what was computed with the old ones is forgotten. Their changes add up, each times its
-        weight. Raises what `read_adapter` raises, and nothing has changed.
+        weight. Raises what `read_adapter` raises, BadOption for more than one soft prompt or a part of one, and nothing
+        has changed.
         """
         from .. import adapters  # loaded for those who have some
 
@@ -165,6 +166,7 @@ class Session:
         attached = tuple(Attached(Path(path), w, adapters.read_adapter(path, modules)) for path, w in chosen)
         weighted = [(a.adapter, a.weight) for a in attached]
         loras = adapters.loras(self.backend, self.weights, self._base, weighted)
+        soft = adapters.soft_prompt(self.backend, weighted)
         brought = adapters.replaced(self._base, weighted)
         extra = {name: self.backend.prepare(tensor) for name, tensor in brought.items()}
         if self.config.tied and "embed" in extra:
@@ -172,7 +174,9 @@ class Session:
         old = [w for many in self.decoder.loras.values() for a in many for w in (a.down, a.up)]
         own = set(map(id, self.weights.values()))
         old += [w for w in self.decoder.weights.values() if id(w) not in own]
-        self.decoder.loras, self.decoder.weights, self.attached = loras, {**self.weights, **extra}, attached
+        old += [self.decoder.soft.embeddings] if self.decoder.soft else []
+        self.decoder.loras, self.decoder.weights, self.decoder.soft = loras, {**self.weights, **extra}, soft
+        self.attached = attached
         if "engine" in self.__dict__:
             self.engine.recompile()
         for weight in old:

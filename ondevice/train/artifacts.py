@@ -2,44 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
 
 from ..adapters import Adapter, Modules, read_adapter, write_adapter
 from ..adapters import LowRank as Update
 from ..checkpoint import Spec, write_folder
-from ..checkpoint.write import write_file
 from ..errors import BadOption
 from ..models.families.views import stored
 from ..runtime.session import Session
 from ..runtime.side_files import side_files
-from ..tensors import Dense, Tensor, dense, floats, store
+from ..schemes import to_float
+from ..tensors import Dense, Tensor, dense, store
 from .methods import Full, LowRank, Method, Prompt, make_method
 from .settings import Settings
 
 Params = Mapping[str, np.ndarray]
-PROMPT = "adapter_model.safetensors"
 
 
 def write_artifact(dest: Path, session: Session, method: Method, params: Params, settings: Settings) -> None:
     """The trained parameters: each file appears whole or not at all. Raises OnDeviceError."""
-    if isinstance(method, LowRank):
-        write_adapter(dest, as_adapter(session, method, params, settings), Modules(session.family, session.config))
-    elif isinstance(method, Full):
+    if isinstance(method, Full):
         write_model(dest, session, params)
     else:
-        _write_prompt(dest, session, params[Prompt.NAME])
+        write_adapter(dest, as_adapter(session, method, params, settings), Modules(session.family, session.config))
 
 
-def as_adapter(session: Session, method: LowRank, params: Params, settings: Settings) -> Adapter:
+def as_adapter(session: Session, method: LowRank | Prompt, params: Params, settings: Settings) -> Adapter:
+    if isinstance(method, Prompt):
+        return Adapter({}, base=str(session.path), prompt=dense(params[Prompt.NAME]))
     updates = {}
     for name, target in method.targets.items():
         down, up, magnitude = (params.get(f"{name}.{part}") for part in ("lora_down", "lora_up", "magnitude"))
@@ -50,10 +46,13 @@ def as_adapter(session: Session, method: LowRank, params: Params, settings: Sett
 
 
 def factors_of(path: str | Path, session: Session, settings: Settings) -> dict[str, np.ndarray]:
-    """An adapter's factors as the parameters of a LoRA, to begin with. Raises what `read_adapter` raises, and BadOption
-    where the settings would scale them otherwise."""
+    """An adapter's numbers as the parameters of its method, to begin with. Raises what `read_adapter` raises, and
+    BadOption where the settings would scale them otherwise."""
     made, method = {}, make_method(session, settings)
-    for name, update in read_adapter(path, Modules(session.family, session.config)).updates.items():
+    adapter = read_adapter(path, Modules(session.family, session.config))
+    if adapter.prompt is not None:
+        made[Prompt.NAME] = to_float(adapter.prompt)
+    for name, update in adapter.updates.items():
         target = method.targets.get(name) if isinstance(method, LowRank) else None
         if target and target.rank == update.rank and abs(method.scale(target) - update.scale) > 1e-6 * update.scale:
             raise BadOption(
@@ -62,7 +61,7 @@ def factors_of(path: str | Path, session: Session, settings: Settings) -> dict[s
             )
         for part, tensor in (("lora_down", update.down), ("lora_up", update.up), ("magnitude", update.magnitude)):
             if tensor is not None:
-                made[f"{name}.{part}"] = floats(tensor.parts["weight"], tensor.format.dtype)
+                made[f"{name}.{part}"] = to_float(tensor)
     return made
 
 
@@ -100,14 +99,3 @@ def _specs(session: Session, name: str, values: np.ndarray) -> Iterator[Spec]:
 
 def _stored(values: np.ndarray, dtype: str) -> Tensor:
     return Tensor(values.shape, Dense(dtype), {"weight": store(values, dtype)})
-
-
-def _write_prompt(dest: Path, session: Session, vectors: np.ndarray) -> None:
-    """PEFT's format of prompt tuning."""
-    config: dict[str, Any] = {
-        "peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": len(vectors),
-        "token_dim": vectors.shape[1], "num_transformer_submodules": 1, "num_layers": len(session.config.layers),
-        "prompt_tuning_init": "RANDOM", "base_model_name_or_path": str(session.path), "inference_mode": True,
-    }  # fmt: skip
-    write_file(dest / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
-    write_file(dest / PROMPT, save({"prompt_embeddings": vectors}, {"format": "pt"}))

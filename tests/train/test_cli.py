@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -163,3 +164,28 @@ def test_a_terminal_sees_it_live(tiny, data_file, tmp_path):
     text = seen.decode()
     for word in ("loss", "validation", "tokens/s", "memory", "left", "40 of 40"):
         assert word in text, word
+
+
+def test_tensorboard_sees_the_run(call, tiny, data_file, tmp_path):
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    out, board = tmp_path / "out", tmp_path / "board"
+    call(tiny, data_file, "--out", out, "--steps", 6, "--tensorboard", board)
+    raw, at, seen = next(board.iterdir()).read_bytes(), 0, {}
+    while at < len(raw):  # a record: its length, a checksum, itself, another checksum
+        (size,) = struct.unpack("<Q", raw[at : at + 8])
+        event = Event.FromString(raw[at + 12 : at + 12 + size])
+        seen |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+        at += 16 + size
+    for line in metrics(out):
+        told = {name: value for name, value in line.items() if name != "step"}
+        assert {tag for step, tag in seen if step == line["step"]} == told.keys()
+        assert all(seen[line["step"], tag] == pytest.approx(value, rel=1e-6) for tag, value in told.items())
+
+
+def test_without_tensorboard(call, tiny, data_file, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    done = call(tiny, data_file, "--out", tmp_path / "out", "--steps", 1, "--tensorboard", tmp_path / "b", code=1)
+    assert done.err.splitlines()[-1] == "pip install tensorboardX"
+    assert not (tmp_path / "out").exists() and not (tmp_path / "b").exists()

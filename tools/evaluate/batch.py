@@ -32,7 +32,7 @@ def score(
     their last token (the answers "A" to "D" to one question) goes through the model once."""
     same: dict[tuple[int, ...], list[int]] = {}
     for i, (context, continuation) in enumerate(pairs):
-        same.setdefault((*context, *continuation[:-1]), []).append(i)
+        same.setdefault((*decoder.front, *context, *continuation[:-1]), []).append(i)
     for batch in _batches(list(same), batch_tokens):
         flat, width = _hidden(decoder, batch)
         rows, wanted = [], []
@@ -92,6 +92,7 @@ def generate(
     """Continue every prompt (none empty) by up to `max_tokens` ids. A row ends with a stop id, which is left out, or
     when `stopped(row, id)` says so of a token that was just added."""
     ops, count = decoder.ops, len(prompts)
+    prompts = [[*decoder.front, *prompt] for prompt in prompts]
     cache = decoder.new_cache(count, max(map(len, prompts)) + max_tokens)
     answers: list[list[int]] = [[] for _ in prompts]
     alive = np.arange(count, dtype=np.int32)

@@ -42,7 +42,7 @@ class OnDeviceLM(TemplateLM):
         super().__init__()
         self.session = session or open_session(pretrained, **options)
         self.tokenizer = self.session.tokenizer
-        self.max_length = max_length or self.session.capacity
+        self.max_length = max_length or self.session.capacity - len(self.session.decoder.front)
         self.rows = batch_size if isinstance(batch_size, int) else ROWS
         self.progress = progress
 

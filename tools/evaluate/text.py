@@ -213,8 +213,10 @@ def _score(
 
 
 def _hidden(decoder: Decoder, window: Sequence[int]) -> A:
-    states = decoder.hidden(decoder.ops.array(np.array([window], np.int32)), Step.whole(1, len(window)))
-    return states.reshape(-1, decoder.config.width)
+    ids, front = [*decoder.front, *window], len(decoder.front)
+    states = decoder.hidden(decoder.ops.array(np.array([ids], np.int32)), Step.whole(1, len(ids)))
+    states = states.reshape(-1, decoder.config.width)
+    return decoder.ops.take(states, np.arange(front, len(ids), dtype=np.int32)) if front else states
 
 
 def _logits(decoder: Decoder, states: A, rows: np.ndarray) -> np.ndarray:

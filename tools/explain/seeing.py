@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...backends.base import A, AttentionSpec, Step
+from ...errors import Unsupported
 from ...models.decoder import Decoder
 
 TAPS = {"attn": ("q", "k"), "latent": ("q", "turning_q", "latent", "turning_k")}  # of the two kinds of attention
@@ -27,7 +28,9 @@ class Seen:
 
 
 def see(decoder: Decoder, ids: Sequence[int]) -> Seen:
-    """One pass over the ids, watched."""
+    """One pass over the ids, watched. Raises Unsupported behind a soft prompt, whose places are no tokens."""
+    if decoder.soft:
+        raise Unsupported("Behind a soft prompt there is nothing to explain token by token.", "Leave out the adapter.")
     ops, heard, before = decoder.ops, {}, decoder.listener
     blocks = range(len(decoder.config.layers))
 

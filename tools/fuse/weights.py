@@ -35,6 +35,8 @@ class Weights:
     def __init__(self, base: Parameters, config: ModelConfig, adapters: Sequence[Weighted]):
         self.base, self.config, self.adapters = base, config, list(adapters)
         self.checkpoint = base.checkpoint
+        for adapter, _ in adapters:
+            adapter.require_weights("fused")
         changed = [name for adapter, _ in adapters for name in (*adapter.updates, *adapter.replaced)]
         self.touched = dict.fromkeys(changed)
         self.inputs: Inputs | None = None
