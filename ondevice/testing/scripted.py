@@ -33,6 +33,8 @@ class ScriptedDecoder:
     `passes` has the ids of each forward pass, padding left out; `held` those that each slot holds now.
     """
 
+    front: Sequence[int] = ()
+
     def __init__(self, script: Script, vocab: int = 64, ops: Backend | None = None):
         self.script = script
         self.ops = ops or create_reference()
