@@ -66,6 +66,12 @@ def positions(step: Step, tokens: int) -> np.ndarray:
     return (step.starts[:, None] + np.minimum(np.arange(tokens, dtype=np.int32), real)).astype(np.int32)
 
 
+def sharpness(step: Step, tokens: int, every: int, weight: float, ahead: int = 0) -> np.ndarray:
+    """See Backend.sharpness."""
+    past = np.floor((positions(step, tokens) + ahead) / every)[:, :, None]
+    return (1 + weight * np.log1p(past)).astype(np.float32)
+
+
 @dataclass(frozen=True)
 class AttentionSpec:
     """How scores are made: softmax(softcap(scale * q.k) over the visible positions) . v
@@ -99,13 +105,19 @@ class StateCache:
     memory: tuple[int, ...] = ()
 
 
+SCORINGS = ("softmax", "sigmoid", "sparsemixer")
+
+
 @dataclass(frozen=True)
 class RouteRule:
     """How a router's logits become experts and gates.
 
-    scoring: softmax over all experts, or sigmoid of each. groups/top_groups: only experts of the best groups (by the
-    sum of each group's two best scores) stand for election. renormalise: the chosen gates are divided by their sum.
-    scale: gates are multiplied by it. gate_on_input: the gate multiplies the expert's input instead of its output.
+    scoring: softmax over all experts, sigmoid of each, or sparsemixer (Liu et al. 2024): experts are elected by their
+    logits, and each one's gate is its share, under softmax, among the experts that are not elected before it and come
+    near it, whose logit l is short of its own by no more than 2 jitter max(|l|, its own). groups/top_groups: only
+    experts of the best groups (by the sum of each group's two best scores) stand for election. renormalise: the chosen
+    gates are divided by their sum. scale: gates are multiplied by it. gate_on_input: the gate multiplies the expert's
+    input instead of its output.
     """
 
     scoring: str = "softmax"
@@ -114,10 +126,12 @@ class RouteRule:
     renormalise: bool = True
     scale: float = 1.0
     gate_on_input: bool = False
+    jitter: float = 0.01
 
     def __post_init__(self):
-        if self.scoring not in ("softmax", "sigmoid"):
-            raise Unsupported(f"There is no scoring named {self.scoring!r}.", "Known: sigmoid, softmax.")
+        if self.scoring not in SCORINGS:
+            known = ", ".join(sorted(SCORINGS))
+            raise Unsupported(f"There is no scoring named {self.scoring!r}.", f"Known: {known}.")
 
 
 @dataclass(frozen=True)
@@ -328,12 +342,13 @@ class Backend(ABC):
         return self.linear(x, weight, bias) + self.linear(low if scale == 1.0 else low * scale, up)
 
     @abstractmethod
-    def rms_norm(self, x: A, gain: W, eps: float, offset: float = 0.0) -> A:
-        """x [..., D] / sqrt(mean(x^2) + eps) * (gain [D] + offset); statistics in float32 (Zhang and Sennrich 2019)."""
+    def rms_norm(self, x: A, gain: W | None, eps: float, offset: float = 0.0) -> A:
+        """x [..., D] / sqrt(mean(x^2) + eps) * (gain [D] + offset); statistics in float32 (Zhang and Sennrich 2019).
+        gain [H * D], for x [..., H, D]: of each head its own; None: there is none, nor an offset."""
 
     @abstractmethod
-    def layer_norm(self, x: A, gain: W, bias: W | None, eps: float) -> A:
-        """(x - mean) / sqrt(variance + eps) * gain + bias over the last axis (Ba et al. 2016)."""
+    def layer_norm(self, x: A, gain: W | None, bias: W | None, eps: float) -> A:
+        """(x - mean) / sqrt(variance + eps) * gain + bias over the last axis (Ba et al. 2016). gain: see rms_norm."""
 
     @abstractmethod
     def rope(self, x: A, step: Step, freqs: np.ndarray, interleaved: bool = False, scale: float = 1.0) -> A:
@@ -348,6 +363,12 @@ class Backend(ABC):
         stands where its row's last real token does. Other than an array of the host's, it moves on in what `compile`
         returned."""
         return self.array(positions(step, tokens))
+
+    def sharpness(self, step: Step, tokens: int, every: int, weight: float, ahead: int = 0) -> A:
+        """[B, tokens, 1]: 1 + weight * log(1 + floor((p + ahead) / every)) of a token at position p, by which some
+        models multiply queries, so that attention over long texts stays sharp (Nakanishi 2025). Moves on as `positions`
+        do."""
+        return self.array(sharpness(step, tokens, every, weight, ahead))
 
     @abstractmethod
     def attention(self, q: A, k: A, v: A, sinks: W | None, spec: AttentionSpec, step: Step, layer: int) -> A:

@@ -71,6 +71,14 @@ def activation(kind: str) -> tuple[Function, Function]:
     return ACTIVATIONS[kind]
 
 
+def gains(gain: np.ndarray | None, x: np.ndarray, offset: float = 0.0) -> np.ndarray:
+    """By what a norm of x [..., D] multiplies (see Backend.rms_norm): [D], or [H, D] where every head has its own."""
+    if gain is None:
+        return np.ones(x.shape[-1], x.dtype)
+    gain = gain + x.dtype.type(offset)
+    return gain if gain.size == x.shape[-1] else gain.reshape(-1, x.shape[-1])
+
+
 def softmax(x: np.ndarray) -> np.ndarray:
     """Over the last axis; a row of nothing but -inf gives zeros."""
     top = x.max(axis=-1, keepdims=True, initial=-np.inf)
@@ -88,6 +96,17 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 def softmax_pull(grad: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """From the gradient of softmax's result, and the result, to that of its input."""
     return weights * (grad - (grad * weights).sum(axis=-1, keepdims=True))
+
+
+def rival_shares(logits: np.ndarray, ids: np.ndarray, jitter: float) -> np.ndarray:
+    """The sparsemixer's shares of all experts (see RouteRule) as each of `ids` [N, k] is elected, [N, k, E]."""
+    left, shares = logits.copy(), np.empty((*ids.shape, logits.shape[-1]), logits.dtype)
+    for i, elected in enumerate(ids.T[..., None]):
+        best = np.take_along_axis(logits, elected, axis=-1)
+        near = best - left <= 2 * jitter * np.maximum(np.abs(logits), best)
+        shares[:, i] = softmax(np.where(near, left, -np.inf))
+        np.put_along_axis(left, elected, -np.inf, axis=-1)
+    return shares
 
 
 def rotate(x: np.ndarray, angles: np.ndarray, interleaved: bool, scale: float) -> np.ndarray:

@@ -30,7 +30,7 @@ from .base import (
     Step,
     cache_dtype,
 )
-from .numerics import activation, expert_inputs, log_softmax, rotate, sigmoid, softmax, visible
+from .numerics import activation, expert_inputs, gains, log_softmax, rival_shares, rotate, sigmoid, softmax, visible
 from .recurrence import NumpyRecurrence
 from .reference_gradients import NumpyGradients
 from .tape import TapedBackend
@@ -203,12 +203,15 @@ class NumpyKernels(NumpyRecurrence, NumpyGradients):
     # ---- norms and functions of one number
 
     def rms_norm(self, x: np.ndarray, gain: Any, eps: float, offset: float = 0.0) -> np.ndarray:
-        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * (self.values(gain) + offset)
+        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * self.gains(gain, x, offset)
 
     def layer_norm(self, x: np.ndarray, gain: Any, bias: Any, eps: float) -> np.ndarray:
         centred = x - x.mean(axis=-1, keepdims=True)
-        y = centred / np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + eps) * self.values(gain)
+        y = centred / np.sqrt(np.mean(centred * centred, axis=-1, keepdims=True) + eps) * self.gains(gain, x)
         return y if bias is None else y + self.values(bias)
+
+    def gains(self, gain: Any, x: np.ndarray, offset: float = 0.0) -> np.ndarray:
+        return gains(self.values(gain), x, offset)
 
     def act(self, x: np.ndarray, kind: str) -> np.ndarray:
         return activation(kind)[0](x)
@@ -319,11 +322,16 @@ class NumpyKernels(NumpyRecurrence, NumpyGradients):
         return np.argsort(-scores, axis=-1, kind="stable")[:, :k].astype(np.int32)
 
     def scores(self, logits: np.ndarray, rule: RouteRule) -> np.ndarray:
+        if rule.scoring == "sparsemixer":
+            return logits
         return softmax(logits) if rule.scoring == "softmax" else sigmoid(logits)
 
     def gates(self, logits: np.ndarray, ids: np.ndarray, rule: RouteRule) -> np.ndarray:
         """What the elected experts count, [N, k]; the election's bias plays no part."""
-        gates = np.take_along_axis(self.scores(logits, rule), ids, axis=-1)
+        if rule.scoring == "sparsemixer":
+            gates = np.take_along_axis(rival_shares(logits, ids, rule.jitter), ids[..., None], axis=-1)[..., 0]
+        else:
+            gates = np.take_along_axis(self.scores(logits, rule), ids, axis=-1)
         if rule.renormalise:
             gates = gates / gates.sum(axis=-1, keepdims=True)
         return gates * rule.scale

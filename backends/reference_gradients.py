@@ -13,7 +13,17 @@ import numpy as np
 
 from ..errors import Unsupported
 from .base import AttentionSpec, RouteRule, Step
-from .numerics import activation, expert_inputs, log_softmax, rotate, sigmoid, softmax, softmax_pull, unbroadcast
+from .numerics import (
+    activation,
+    expert_inputs,
+    log_softmax,
+    rival_shares,
+    rotate,
+    sigmoid,
+    softmax,
+    softmax_pull,
+    unbroadcast,
+)
 
 Need = tuple[bool, ...]
 Gradients = tuple[np.ndarray | None, ...]
@@ -93,14 +103,14 @@ class NumpyGradients:
         self, grad: np.ndarray, need: Need, x: np.ndarray, gain: Any, eps: float, offset: float
     ) -> Gradients:
         inverse = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
-        return _norm_pull(grad, x * inverse, inverse, self.values(gain) + offset, centred=False)[:2]
+        return _norm_pull(grad, x * inverse, inverse, self.gains(gain, x, offset), centred=False)[:2]
 
     def layer_norm_vjp(
         self, grad: np.ndarray, need: Need, x: np.ndarray, gain: Any, bias: Any, eps: float
     ) -> Gradients:
         middle = x - x.mean(axis=-1, keepdims=True)
         inverse = 1 / np.sqrt(np.mean(middle * middle, axis=-1, keepdims=True) + eps)
-        return _norm_pull(grad, middle * inverse, inverse, self.values(gain), centred=True)
+        return _norm_pull(grad, middle * inverse, inverse, self.gains(gain, x), centred=True)
 
     def act_vjp(self, grad: np.ndarray, need: Need, x: np.ndarray, kind: str) -> Gradients:
         return (grad * activation(kind)[1](x),)
@@ -184,14 +194,18 @@ class NumpyGradients:
     def gates_vjp(
         self, grad: np.ndarray, need: Need, logits: np.ndarray, ids: np.ndarray, rule: RouteRule
     ) -> Gradients:
-        scores = self.scores(logits, rule)
-        chosen = np.take_along_axis(scores, ids, axis=-1)
+        rivals = rule.scoring == "sparsemixer"
+        scores = rival_shares(logits, ids, rule.jitter) if rivals else self.scores(logits, rule)
+        ids = ids[..., None] if rivals else ids
+        chosen = np.take_along_axis(scores, ids, axis=-1).reshape(grad.shape)
         to_chosen = grad * rule.scale
         if rule.renormalise:
             total = chosen.sum(axis=-1, keepdims=True)
             to_chosen = (to_chosen - (to_chosen * chosen).sum(axis=-1, keepdims=True) / total) / total
-        to_scores = np.zeros(logits.shape, grad.dtype)
-        np.put_along_axis(to_scores, ids, to_chosen, axis=-1)
+        to_scores = np.zeros(scores.shape, grad.dtype)
+        np.put_along_axis(to_scores, ids, to_chosen.reshape(ids.shape), axis=-1)
+        if rivals:
+            return (softmax_pull(to_scores, scores).sum(axis=1),)
         softmaxed = rule.scoring == "softmax"
         return (softmax_pull(to_scores, scores) if softmaxed else to_scores * scores * sigmoid(-logits),)
 
@@ -257,5 +271,5 @@ def _norm_pull(grad: np.ndarray, normal: np.ndarray, inverse: np.ndarray, gain: 
     to_x = to_normal - normal * np.mean(to_normal * normal, axis=-1, keepdims=True)
     if centred:
         to_x = to_x - to_normal.mean(axis=-1, keepdims=True)
-    every = tuple(range(grad.ndim - 1))
-    return to_x * inverse, (grad * normal).sum(axis=every), grad.sum(axis=every)
+    rows, heads = (tuple(range(grad.ndim - axes)) for axes in (1, gain.ndim))
+    return to_x * inverse, (grad * normal).sum(axis=heads).reshape(-1), grad.sum(axis=rows)

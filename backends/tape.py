@@ -171,10 +171,10 @@ class TapedBackend(Backend):
     def adapted_linear(self, x: A, weight: W, bias: W | None, down: W, up: W, scale: float) -> A:
         return self._call("adapted_linear", (x, weight, bias, down, up), scale)
 
-    def rms_norm(self, x: A, gain: W, eps: float, offset: float = 0.0) -> A:
+    def rms_norm(self, x: A, gain: W | None, eps: float, offset: float = 0.0) -> A:
         return self._call("rms_norm", (x, gain), eps, offset)
 
-    def layer_norm(self, x: A, gain: W, bias: W | None, eps: float) -> A:
+    def layer_norm(self, x: A, gain: W | None, bias: W | None, eps: float) -> A:
         return self._call("layer_norm", (x, gain, bias), eps)
 
     def rope(self, x: A, step: Step, freqs: np.ndarray, interleaved: bool = False, scale: float = 1.0) -> A:

@@ -13,6 +13,12 @@ KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "tanh", "clamp
 ACTIVATIONS = {kind: i for i, kind in enumerate(KINDS)}
 
 
+@lru_cache(maxsize=8)
+def ones(width: int) -> np.ndarray:
+    """The gains of a norm that has none."""
+    return np.ones(width, np.float32)
+
+
 def native_step(step: Step) -> _native.Step:
     arrays = (step.starts, step.lengths, step.slots, step.segments)
     return _native.Step(*(None if a is None else np.ascontiguousarray(a, np.int32) for a in arrays))

@@ -12,7 +12,18 @@ import numpy as np
 from ...errors import BadOption
 from ...registry import did_you_mean
 from ...tensors import Tensor
-from ..base import FEATURES, A, Cache, Footprint, Info, LayerCache, Step, cache_dtype
+from ..base import (
+    FEATURES,
+    A,
+    Cache,
+    Footprint,
+    Info,
+    LayerCache,
+    Step,
+    cache_dtype,
+    positions,
+    sharpness,
+)
 from ..reference import HostCache, NumpyKernels
 from ..tape import Array, TapedBackend
 from . import GET_KERNELS, NO_KERNELS, compiled
@@ -95,8 +106,15 @@ class CpuBackend(TapedBackend):
         return footprint(tensor)
 
     def positions(self, step: Step, tokens: int) -> A:
+        return self._moving(positions, step, tokens)
+
+    def sharpness(self, step: Step, tokens: int, every: int, weight: float, ahead: int = 0) -> A:
+        return self._moving(sharpness, step, tokens, every, weight, ahead)
+
+    def _moving(self, rule: Callable[..., np.ndarray], step: Step, *rest: Any) -> A:
+        """What the host makes of a step, made again at each replay."""
         recording = self.kernels.recording
-        return super().positions(step, tokens) if recording is None else Array(self, recording.positions(step, tokens))
+        return self.array(rule(step, *rest)) if recording is None else Array(self, recording.moving(rule, step, *rest))
 
     def compile(self, fn: Callable[[A, Step], A], state: Sequence[Any] = ()) -> Callable[[A, Step], A]:
         from .recording import Replayed

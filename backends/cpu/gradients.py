@@ -12,7 +12,7 @@ import numpy as np
 
 from ..base import AttentionSpec, Step
 from ..reference_gradients import Gradients, Need
-from .arguments import ACTIVATIONS, native_mask, native_step
+from .arguments import ACTIVATIONS, native_mask, native_step, ones
 
 NARROW = 16  # columns of a kernel's panel: a result narrower than that is computed turned
 
@@ -95,7 +95,8 @@ class NativeGradients:
         if need[1]:
             return super().rms_norm_vjp(grad, need, x, gain, eps, offset)
         grad, x = self.plain(grad), self.plain(x)
-        return self.call(self.machine.rms_norm_back, grad, x, self.vector(gain), eps, offset, shape=x.shape), None
+        gain, offset = (ones(x.shape[-1]), 0.0) if gain is None else (self.vector(gain), offset)
+        return self.call(self.machine.rms_norm_back, grad, x, gain, eps, offset, shape=x.shape), None
 
     # ---- positions and attention
 

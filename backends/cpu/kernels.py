@@ -10,11 +10,11 @@ import numpy as np
 
 from ...tensors import Tensor
 from .. import sampling
-from ..base import AttentionSpec, RouteRule, SamplingParams, Step
+from ..base import SCORINGS, AttentionSpec, RouteRule, SamplingParams, Step
 from ..numerics import activation
 from ..reference import NumpyKernels
 from . import _native
-from .arguments import ACTIVATIONS, native_mask, native_step
+from .arguments import ACTIVATIONS, native_mask, native_step, ones
 from .gradients import NativeGradients
 from .recording import NotRecordable, Recording
 from .weights import NativeWeight, adapter, native_array, numbers
@@ -174,10 +174,11 @@ class NativeKernels(NativeGradients, NumpyKernels):
     # ---- norms and functions of one number
 
     def rms_norm(self, x: np.ndarray, gain: Any, eps: float, offset: float = 0.0) -> np.ndarray:
-        return self.call(self.machine.rms_norm, self.plain(x), self.vector(gain), eps, offset, shape=x.shape)
+        gain, offset = (ones(x.shape[-1]), 0.0) if gain is None else (self.vector(gain), offset)
+        return self.call(self.machine.rms_norm, self.plain(x), gain, eps, offset, shape=x.shape)
 
     def layer_norm(self, x: np.ndarray, gain: Any, bias: Any, eps: float) -> np.ndarray:
-        gain, bias = self.vector(gain), self.vector(bias)
+        gain, bias = ones(x.shape[-1]) if gain is None else self.vector(gain), self.vector(bias)
         return self.call(self.machine.layer_norm, self.plain(x), gain, bias, eps, shape=x.shape)
 
     def act(self, x: np.ndarray, kind: str) -> np.ndarray:
@@ -255,11 +256,11 @@ class NativeKernels(NativeGradients, NumpyKernels):
     # ---- experts
 
     def elect(self, logits: np.ndarray, k: int, rule: RouteRule, bias: Any = None) -> np.ndarray:
-        arguments = self.vector(bias), rule.groups, rule.top_groups, rule.scoring == "softmax"
+        arguments = self.vector(bias), rule.groups, rule.top_groups, SCORINGS.index(rule.scoring)
         return self.call(self.machine.elect, self.plain(logits), *arguments, shape=(len(logits), k), ids=True)
 
     def gates(self, logits: np.ndarray, ids: np.ndarray, rule: RouteRule) -> np.ndarray:
-        arguments = rule.scoring == "softmax", rule.renormalise, rule.scale
+        arguments = SCORINGS.index(rule.scoring), rule.jitter, rule.renormalise, rule.scale
         return self.call(self.machine.gates, self.plain(logits), ids, *arguments, shape=ids.shape)
 
     def expert_linear(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..base import A, Step, positions
+from ..base import A, Step
 from ..tape import Array
 from . import _native
 
@@ -26,19 +26,20 @@ class Recording:
         self.plan = _native.Plan()
         self.kept: list[Any] = []  # what the plan points to
         self.tables: dict[Any, np.ndarray] = {}  # rotary positions, by what they were made from
-        self.places: np.ndarray | None = None
+        self.moved: dict[tuple, np.ndarray] = {}  # what the host makes of each step, by rule and arguments
         self.last: tuple[np.ndarray, _native.Activations] | None = None  # activations made int8 last
 
-    def positions(self, step: Step, tokens: int) -> np.ndarray:
-        """Where the tokens stand; `refresh` brings it up to date."""
-        if self.places is None:
-            self.places = positions(step, tokens)
-        return self.places
+    def moving(self, rule: Callable[..., np.ndarray], step: Step, *rest: Any) -> np.ndarray:
+        """rule(step, *rest); `refresh` brings it up to date."""
+        key = (rule, *rest)
+        if key not in self.moved:
+            self.moved[key] = rule(step, *rest)
+        return self.moved[key]
 
     def refresh(self, step: Step) -> None:
         """Before a replay: what the kernels read is worked out again."""
-        if self.places is not None:
-            np.copyto(self.places, positions(step, self.places.shape[1]))
+        for (rule, *rest), kept in self.moved.items():
+            np.copyto(kept, rule(step, *rest))
 
     def keep(self, arguments: tuple) -> None:
         """Results in the plan's own arena need no keeping: they are reused once the recording lets go of them."""

@@ -117,10 +117,17 @@ class CudaBackend(TorchRecurrence, TorchExperts, TorchTraining, Backend):
         return self.weight(weight).apply(x, self.vector(bias))
 
     def rms_norm(self, x: torch.Tensor, gain: Any, eps: float, offset: float = 0.0) -> torch.Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight(gain).shifted(offset), eps)
+        gain = None if gain is None else self.weight(gain).shifted(offset)
+        if gain is None or gain.shape == x.shape[-1:]:
+            return F.rms_norm(x, x.shape[-1:], gain, eps)
+        return F.rms_norm(x, x.shape[-1:], None, eps) * gain.unflatten(0, (-1, x.shape[-1])).to(x.dtype)
 
     def layer_norm(self, x: torch.Tensor, gain: Any, bias: Any, eps: float) -> torch.Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.vector(gain), self.vector(bias), eps)
+        gain, bias = self.vector(gain), self.vector(bias)
+        if gain is None or gain.shape == x.shape[-1:]:
+            return F.layer_norm(x, x.shape[-1:], gain, bias, eps)
+        y = F.layer_norm(x, x.shape[-1:], None, None, eps) * gain.unflatten(0, (-1, x.shape[-1]))
+        return y if bias is None else y + bias
 
     def rope(
         self, x: torch.Tensor, step: Step, freqs: np.ndarray, interleaved: bool = False, scale: float = 1.0
@@ -135,6 +142,12 @@ class CudaBackend(TorchRecurrence, TorchExperts, TorchTraining, Backend):
 
     def positions(self, step: Step, tokens: int) -> torch.Tensor:
         return self._places.starts[:, None] if self.recording else super().positions(step, tokens)
+
+    def sharpness(self, step: Step, tokens: int, every: int, weight: float, ahead: int = 0) -> torch.Tensor:
+        if not self.recording:
+            return super().sharpness(step, tokens, every, weight, ahead)
+        past = (self._places.starts[:, None, None] + ahead).float().div(every).floor()
+        return (1 + weight * past.log1p()).to(self.dtype)
 
     def act(self, x: torch.Tensor, kind: str) -> torch.Tensor:
         if kind not in ACTIVATIONS:

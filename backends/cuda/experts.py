@@ -10,6 +10,8 @@ from ..base import RouteRule, Routing
 
 FEW = 16  # pairs of token and expert: up to here their matrices are gathered, without asking the host who was elected
 
+SCORES = {"softmax": lambda x: x.softmax(dim=-1), "sigmoid": torch.sigmoid, "sparsemixer": lambda x: x}
+
 
 class TorchRouting(Routing):
     """`groups` sorts the flat (token, expert) pairs by expert, made on first use."""
@@ -35,12 +37,12 @@ class TorchExperts:
 
     def route(self, logits: torch.Tensor, k: int, rule: RouteRule, bias: Any = None) -> TorchRouting:
         logits = logits.float()
-        scores = logits.softmax(dim=-1) if rule.scoring == "softmax" else logits.sigmoid()
+        scores = SCORES[rule.scoring](logits)
         ballots = scores.detach() if bias is None else scores.detach() + self.weight(bias).numbers(torch.float32)
         if rule.groups > 1:
             ballots = _best_groups(ballots, rule)
         ids = ballots.argsort(dim=-1, descending=True, stable=True)[:, :k]
-        gates = scores.gather(-1, ids)
+        gates = _rival_shares(logits, ids, rule.jitter) if rule.scoring == "sparsemixer" else scores.gather(-1, ids)
         if rule.renormalise:
             gates = gates / gates.sum(dim=-1, keepdim=True)
         return TorchRouting(ids.int(), gates * rule.scale, rule)
@@ -65,6 +67,17 @@ class TorchExperts:
         if routing.rule.gate_on_input:
             return y.sum(dim=1)
         return (y * routing.gates[..., None]).sum(dim=1).to(y.dtype)
+
+
+def _rival_shares(logits: torch.Tensor, ids: torch.Tensor, jitter: float) -> torch.Tensor:
+    """The sparsemixer's gates (see RouteRule), [N, k]."""
+    left, gates = logits, []
+    for elected in ids.unbind(-1):
+        best = logits.gather(-1, elected[:, None])
+        near = best - left <= 2 * jitter * logits.abs().maximum(best)
+        gates.append(left.masked_fill(~near, -torch.inf).softmax(dim=-1).gather(-1, elected[:, None]))
+        left = left.scatter(-1, elected[:, None], -torch.inf)
+    return torch.cat(gates, dim=-1)
 
 
 def _best_groups(ballots: torch.Tensor, rule: RouteRule) -> torch.Tensor:

@@ -144,10 +144,17 @@ class MlxBackend(MlxExperts, MlxRecurrence, MlxTraining, Backend):
         return self.weight(weight).apply(plain(x), self.vector(bias))
 
     def rms_norm(self, x: Any, gain: Any, eps: float, offset: float = 0.0) -> mx.array:
-        return mx.fast.rms_norm(plain(x), self.weight(gain).shifted(offset), eps)
+        x, gain = plain(x), None if gain is None else self.weight(gain).shifted(offset)
+        if gain is None or gain.size == x.shape[-1]:
+            return mx.fast.rms_norm(x, gain, eps)
+        return mx.fast.rms_norm(x, None, eps) * gain.reshape(-1, x.shape[-1]).astype(x.dtype)
 
     def layer_norm(self, x: Any, gain: Any, bias: Any, eps: float) -> mx.array:
-        return mx.fast.layer_norm(plain(x), self.vector(gain), self.vector(bias), eps)
+        x, gain, bias = plain(x), self.vector(gain), self.vector(bias)
+        if gain is None or gain.size == x.shape[-1]:
+            return mx.fast.layer_norm(x, gain, bias, eps)
+        y = mx.fast.layer_norm(x, None, None, eps) * gain.reshape(-1, x.shape[-1]).astype(x.dtype)
+        return y if bias is None else y + bias
 
     def rope(self, x: Any, step: Step, freqs: np.ndarray, interleaved: bool = False, scale: float = 1.0) -> Heads:
         x, dims = heads_first(x), 2 * freqs.shape[0]

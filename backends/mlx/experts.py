@@ -11,6 +11,8 @@ from .attention import plain
 
 SORT_FROM = 64  # pairs of token and expert: from here on, reading each expert once pays for sorting
 
+SCORES = {"softmax": lambda x: mx.softmax(x, axis=-1), "sigmoid": mx.sigmoid, "sparsemixer": lambda x: x}
+
 
 class MlxRouting(Routing):
     """`order` sorts the flat (token, expert) pairs by expert, made on first use."""
@@ -33,12 +35,15 @@ class MlxExperts:
 
     def route(self, logits: mx.array, k: int, rule: RouteRule, bias: Any = None) -> MlxRouting:
         logits = plain(logits).astype(mx.float32)
-        scores = mx.softmax(logits, axis=-1) if rule.scoring == "softmax" else mx.sigmoid(logits)
+        scores = SCORES[rule.scoring](logits)
         ballots = scores if bias is None else scores + self.weight(bias).numbers().astype(mx.float32)
         if rule.groups > 1:
             ballots = _best_groups(ballots, rule)
         ids = mx.stop_gradient(mx.argsort(-ballots, axis=-1)[:, :k].astype(mx.int32))
-        gates = mx.take_along_axis(scores, ids, axis=-1)
+        if rule.scoring == "sparsemixer":
+            gates = _rival_shares(logits, ids, rule.jitter)
+        else:
+            gates = mx.take_along_axis(scores, ids, axis=-1)
         if rule.renormalise:
             gates = gates / gates.sum(axis=-1, keepdims=True)
         return MlxRouting(ids, gates if rule.scale == 1.0 else gates * rule.scale, rule)
@@ -69,6 +74,18 @@ def _in_order(x: mx.array, w: Any, routing: MlxRouting) -> mx.array:
     rows = x.reshape(-1, 1, x.shape[-1])[senders]
     y = w.gathered(rows, None, experts, True)
     return y.squeeze(-2)[back].reshape(n, k, -1)
+
+
+def _rival_shares(logits: mx.array, ids: mx.array, jitter: float) -> mx.array:
+    """The sparsemixer's gates (see RouteRule), [N, k]."""
+    left, gates = logits, []
+    for elected in mx.split(ids, ids.shape[1], axis=-1):
+        best = mx.take_along_axis(logits, elected, axis=-1)
+        near = best - left <= 2 * jitter * mx.maximum(mx.abs(logits), best)
+        shares = mx.softmax(mx.where(near, left, -mx.inf), axis=-1)
+        gates.append(mx.take_along_axis(shares, elected, axis=-1))
+        left = mx.put_along_axis(left, elected, mx.array(-mx.inf), axis=-1)
+    return mx.concatenate(gates, axis=-1)
 
 
 def _best_groups(ballots: mx.array, rule: RouteRule) -> mx.array:

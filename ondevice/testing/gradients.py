@@ -187,7 +187,17 @@ def rms_norm(ops, p, frozen):
 
 @trainable(lambda random: {"gain": dense(random.standard_normal(6, np.float32))}, x=(2, 2, 3, 6))
 def rms_norm_of_heads(ops, p, frozen):
+    return ops.rms_norm(p["x"], frozen["gain"], 1e-5) + ops.rms_norm(p["x"], None, 1e-2) * 0.5
+
+
+@trainable(lambda random: {"gain": dense(random.standard_normal(18, np.float32))}, x=(2, 2, 3, 6))
+def rms_norm_of_heads_with_gains_of_their_own(ops, p, frozen):
     return ops.rms_norm(p["x"], frozen["gain"], 1e-5)
+
+
+@trainable(x=(2, 2, 3, 6), first=(18,), second=(18,))
+def gains_of_heads(ops, p, frozen):
+    return ops.rms_norm(p["x"], p["first"], 1e-2, 1.0) + ops.layer_norm(p["x"], p["second"], None, 1e-2)
 
 
 @trainable(x=(2, 3, 6), gain=(6,), bias=(6,))
@@ -282,6 +292,7 @@ def _moe(name: str, rule: RouteRule) -> None:
 _moe("softmax", RouteRule())
 _moe("as_they_are", RouteRule(renormalise=False, scale=1.7))
 _moe("sigmoid", RouteRule("sigmoid", scale=2.0))
+_moe("rivals", RouteRule("sparsemixer", renormalise=False, jitter=0.4))
 _moe("input", RouteRule("sigmoid", renormalise=False, gate_on_input=True))
 
 

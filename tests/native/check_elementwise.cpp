@@ -81,22 +81,24 @@ void extremes(const Kernels& k, Pool& pool) {
 
 void norms(const Kernels& k, Pool& pool, int64_t width, int64_t shift) {
     const int64_t rows = width > 1000 ? 2 : 5;
-    auto x = normal(rows * width, 3.0f), gain = normal(width), bias = normal(width);
+    const int64_t gains = shift ? rows : 1;  // each row's own, or one for all
+    auto x = normal(rows * width, 3.0f), gain = normal(gains * width), bias = normal(width);
     Shifted<float> px(x, shift), pg(gain, shift), pb(bias, shift), out(x, shift);
     std::vector<double> rms, layer;
     for (int64_t r = 0; r < rows; r++) {
         double squares = 0, mean = 0, variance = 0;
+        const float* g = gain.data() + r % gains * width;
         for (int64_t i = 0; i < width; i++) squares += double(x[r * width + i]) * x[r * width + i];
         for (int64_t i = 0; i < width; i++) mean += double(x[r * width + i]) / width;
         for (int64_t i = 0; i < width; i++) variance += std::pow(x[r * width + i] - mean, 2) / width;
         for (int64_t i = 0; i < width; i++) {
-            rms.push_back(x[r * width + i] / std::sqrt(squares / width + 1e-5) * (gain[i] + 1.0));
-            layer.push_back((x[r * width + i] - mean) / std::sqrt(variance + 1e-5) * gain[i] + bias[i]);
+            rms.push_back(x[r * width + i] / std::sqrt(squares / width + 1e-5) * (g[i] + 1.0));
+            layer.push_back((x[r * width + i] - mean) / std::sqrt(variance + 1e-5) * g[i] + bias[i]);
         }
     }
-    k.rms_norm({px.data(), pg.data(), nullptr, out.data(), rows, width, 1e-5f, 1.0f}, pool);
+    k.rms_norm({px.data(), pg.data(), nullptr, out.data(), rows, width, gains, 1e-5f, 1.0f}, pool);
     close("rms_norm", out.data(), rms, 5e-6);
-    k.layer_norm({px.data(), pg.data(), pb.data(), out.data(), rows, width, 1e-5f, 0.0f}, pool);
+    k.layer_norm({px.data(), pg.data(), pb.data(), out.data(), rows, width, gains, 1e-5f, 0.0f}, pool);
     close("layer_norm", out.data(), layer, 5e-6);
 }
 

@@ -1,4 +1,5 @@
 // Routing: which experts, how much each counts, and their sum. Small work: one body for all instruction sets.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -10,8 +11,12 @@ namespace {
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
 
-void scores_of(const float* logits, int64_t experts, bool softmax, float* scores) {
-    if (!softmax) {
+void scores_of(const float* logits, int64_t experts, Scoring scoring, float* scores) {
+    if (scoring == Scoring::kSparsemixer) {
+        std::copy(logits, logits + experts, scores);
+        return;
+    }
+    if (scoring == Scoring::kSigmoid) {
         for (int64_t e = 0; e < experts; e++) scores[e] = 1.0f / (1.0f + std::exp(-logits[e]));
         return;
     }
@@ -45,6 +50,17 @@ void keep_groups(const Elect& p, float* scores) {
         if (!kept[e / size]) scores[e] = kNever;
 }
 
+// An expert's share among the rivals that are left; it then leaves them. left: the logits, but for those who left.
+float share(float* left, int64_t experts, int64_t elected, float jitter) {
+    const float best = left[elected];
+    float sum = 0;
+    for (int64_t e = 0; e < experts; e++)
+        if (best - left[e] <= 2 * jitter * std::max(std::fabs(left[e]), best) && left[e] > kNever)
+            sum += std::exp(left[e] - best);
+    left[elected] = kNever;
+    return 1 / sum;
+}
+
 }  // namespace
 
 void elect(const Elect& p, Pool& pool) {
@@ -52,7 +68,7 @@ void elect(const Elect& p, Pool& pool) {
     pool.run(tasks, [&](int64_t task, int) {
         std::vector<float> scores(static_cast<size_t>(p.experts));
         for (int64_t t = task * step; t < p.tokens && t < (task + 1) * step; t++) {
-            scores_of(p.logits + t * p.experts, p.experts, p.softmax, scores.data());
+            scores_of(p.logits + t * p.experts, p.experts, p.scoring, scores.data());
             for (int64_t e = 0; p.bias && e < p.experts; e++) scores[e] += p.bias[e];
             if (p.groups > 1) keep_groups(p, scores.data());
             for (int64_t i = 0; i < p.k; i++)
@@ -66,9 +82,13 @@ void gates(const Gates& p, Pool& pool) {
     pool.run(tasks, [&](int64_t task, int) {
         std::vector<float> scores(static_cast<size_t>(p.experts));
         for (int64_t t = task * step; t < p.tokens && t < (task + 1) * step; t++) {
-            scores_of(p.logits + t * p.experts, p.experts, p.softmax, scores.data());
+            scores_of(p.logits + t * p.experts, p.experts, p.scoring, scores.data());
             float *out = p.gates + t * p.k, sum = 0;
-            for (int64_t i = 0; i < p.k; i++) sum += out[i] = scores[p.ids[t * p.k + i]];
+            for (int64_t i = 0; i < p.k; i++) {
+                const int64_t e = p.ids[t * p.k + i];
+                const bool rivals = p.scoring == Scoring::kSparsemixer;
+                sum += out[i] = rivals ? share(scores.data(), p.experts, e, p.jitter) : scores[e];
+            }
             for (int64_t i = 0; i < p.k; i++) out[i] *= p.renormalise ? p.scale / sum : p.scale;
         }
     });

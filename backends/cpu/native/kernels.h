@@ -37,11 +37,11 @@ struct Gated {
     Activation kind;
 };
 
-// rows of `width`; rms_norm: bias unused; layer_norm: offset unused, bias may be null
+// rows of `width`, whose gains are the `gains` vectors in turn; rms_norm: bias unused; layer_norm: offset unused, bias may be null
 struct Norm {
     const float *x, *gain, *bias;
     float* out;
-    int64_t rows, width;
+    int64_t rows, width, gains;
     float eps, offset;
 };
 
@@ -174,13 +174,15 @@ struct Attention {
     float scale, softcap;   // softcap 0: none
 };
 
+enum class Scoring { kSoftmax, kSigmoid, kSparsemixer };  // as in base.SCORINGS
+
 // Which experts each token goes to (`ids` [tokens, k], falling score, the lower id first among equals). bias [experts]
 // counts in the election only; groups as in base.RouteRule.
 struct Elect {
     const float *logits, *bias;
     int32_t* ids;
     int64_t tokens, experts, k, groups, top_groups;
-    bool softmax;  // or each logit's sigmoid
+    Scoring scoring;
 };
 
 // What they count: gates [tokens, k]
@@ -189,7 +191,9 @@ struct Gates {
     const int32_t* ids;
     float* gates;
     int64_t tokens, experts, k;
-    bool softmax, renormalise;
+    Scoring scoring;
+    float jitter;
+    bool renormalise;
     float scale;
 };
 
@@ -241,7 +245,7 @@ struct GatedBack {
 struct NormBack {
     const float *grad, *x, *gain;
     float* out;
-    int64_t rows, width;
+    int64_t rows, width, gains;
     float eps, offset;
 };
 

@@ -245,9 +245,11 @@ void gated_back(Machine& machine, In grad, In gate, Maybe up, int kind, Out to_g
 
 void rms_norm_back(Machine& machine, In grad, In x, In gain, float eps, float offset, Out out) {
     const int64_t width = last(x), rows = static_cast<int64_t>(x.size()) / width;
-    require(static_cast<int64_t>(gain.size()) == width && grad.size() == x.size() && out.size() == x.size(), "sizes");
+    const int64_t gains = static_cast<int64_t>(gain.size()) / width;
+    require(gains > 0 && static_cast<int64_t>(gain.size()) == gains * width && rows % gains == 0, "gains");
+    require(grad.size() == x.size() && out.size() == x.size(), "sizes");
     call(machine, machine.kernels().rms_norm_back,
-         NormBack{grad.data(), x.data(), gain.data(), out.data(), rows, width, eps, offset});
+         NormBack{grad.data(), x.data(), gain.data(), out.data(), rows, width, gains, eps, offset});
 }
 
 void token_loss(Machine& machine, In logits, Ints targets, Maybe grad, Out out) {
@@ -273,9 +275,10 @@ void adamw(Machine& machine, In param, In grad, Maybe m, Maybe v, int step, floa
 
 void norm(Machine& machine, Kernel<Norm> kernel, In x, In gain, Maybe bias, float eps, float offset, Out out) {
     const int64_t width = last(x), rows = static_cast<int64_t>(x.size()) / width;
-    require(static_cast<int64_t>(gain.size()) == width && (!bias || size(bias) == width), "sizes");
-    require(x.size() == out.size(), "sizes");
-    call(machine, kernel, Norm{x.data(), gain.data(), data(bias), out.data(), rows, width, eps, offset});
+    const int64_t gains = static_cast<int64_t>(gain.size()) / width;
+    require(gains > 0 && static_cast<int64_t>(gain.size()) == gains * width && rows % gains == 0, "gains");
+    require((!bias || size(bias) == width) && x.size() == out.size(), "sizes");
+    call(machine, kernel, Norm{x.data(), gain.data(), data(bias), out.data(), rows, width, gains, eps, offset});
 }
 
 void make_rope_table(Machine& machine, Ints starts, In freqs, float scale, Out table) {
@@ -394,20 +397,23 @@ void remember(Machine& machine, In q, In k, In v, In a, In b, In rate, In shift,
                     step.segments ? step.segments->data() : nullptr, B, T, H, K, dk, dv});
 }
 
-void choose(Machine& machine, In logits, Maybe bias, int64_t groups, int64_t top_groups, bool softmax,
+void choose(Machine& machine, In logits, Maybe bias, int64_t groups, int64_t top_groups, int scoring,
             Array<int32_t> ids) {
     require(logits.ndim() == 2 && ids.ndim() == 2 && logits.shape(0) == ids.shape(0), "sizes");
     const auto tokens = static_cast<int64_t>(ids.shape(0)), k = static_cast<int64_t>(ids.shape(1));
     const int64_t experts = last(logits);
     require(k <= experts && (!bias || size(bias) == experts) && groups > 0 && experts % groups == 0, "experts");
-    call(machine, &elect, Elect{logits.data(), data(bias), ids.data(), tokens, experts, k, groups, top_groups, softmax});
+    call(machine, &elect, Elect{logits.data(), data(bias), ids.data(), tokens, experts, k, groups, top_groups,
+                                static_cast<Scoring>(scoring)});
 }
 
-void make_gates(Machine& machine, In logits, Ints ids, bool softmax, bool renormalise, float scale, Out out) {
+void make_gates(Machine& machine, In logits, Ints ids, int scoring, float jitter, bool renormalise, float scale,
+                Out out) {
     require(logits.ndim() == 2 && ids.ndim() == 2 && ids.size() == out.size(), "sizes");
     const auto tokens = static_cast<int64_t>(ids.shape(0)), k = static_cast<int64_t>(ids.shape(1));
     call(machine, &gates,
-         Gates{logits.data(), ids.data(), out.data(), tokens, last(logits), k, softmax, renormalise, scale});
+         Gates{logits.data(), ids.data(), out.data(), tokens, last(logits), k, static_cast<Scoring>(scoring), jitter,
+               renormalise, scale});
 }
 
 void expert_linear(Machine& machine, In x, const Weight& weight, Maybe bias, Maybe gates, Ints ids, int64_t experts,
@@ -560,10 +566,10 @@ NB_MODULE(_native, m) {
         .def("rope", &rope, "x"_a.noconvert(), "table"_a.noconvert(), "interleaved"_a, "out"_a.noconvert())
         .def("take", &take_rows, "x"_a.noconvert(), "rows"_a.noconvert(), "out"_a.noconvert())
         .def("piece", &cut_piece, "x"_a.noconvert(), "start"_a, "out"_a.noconvert())
-        .def("elect", &choose, "logits"_a.noconvert(), "bias"_a.noconvert().none(), "groups"_a, "top_groups"_a, "softmax"_a,
+        .def("elect", &choose, "logits"_a.noconvert(), "bias"_a.noconvert().none(), "groups"_a, "top_groups"_a, "scoring"_a,
              "ids"_a.noconvert())
-        .def("gates", &make_gates, "logits"_a.noconvert(), "ids"_a.noconvert(), "softmax"_a, "renormalise"_a, "scale"_a,
-             "out"_a.noconvert())
+        .def("gates", &make_gates, "logits"_a.noconvert(), "ids"_a.noconvert(), "scoring"_a, "jitter"_a,
+             "renormalise"_a, "scale"_a, "out"_a.noconvert())
         .def("expert_linear", &expert_linear, "x"_a.noconvert(), "weight"_a, "bias"_a.noconvert().none(),
              "gates"_a.noconvert().none(), "ids"_a.noconvert(), "experts"_a, "exact"_a, "out"_a.noconvert())
         .def("short_convolution", &convolve, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert().none(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from ...backends.base import RouteRule
@@ -22,6 +24,7 @@ RULES = [
     Rule("sigmoid", scoring="sigmoid", scale=2.5),
     Rule("groups", scoring="sigmoid", groups=4, top_groups=2),
     Rule("input", scoring="sigmoid", renormalise=False, gate_on_input=True),
+    Rule("rivals", scoring="sparsemixer", renormalise=False, jitter=0.3),
 ]
 
 
@@ -58,6 +61,21 @@ def gates_add_up(pair: Pair) -> None:
     logits = pair.normal(9, 8)
     gates = pair.on(pair.backend, lambda ops, x: ops.route(x, 3, RouteRule(scale=2.0)).gates, logits)[0]
     pair.close("route", gates.sum(axis=1), np.full(9, 2.0, np.float32))
+
+
+@case("experts")
+def rivals_share_a_gate(pair: Pair) -> None:
+    """Of five experts 3, 2.9, 1 are rivals in turn: each shares with those near it that are not elected yet."""
+    logits, rule = np.array([[1.0, 3.0, -4.0, 2.9, 0.97]], np.float32), RouteRule("sparsemixer", renormalise=False)
+
+    def routed(ops, x):
+        routing = ops.route(x, 3, replace(rule, jitter=0.02))
+        return routing.ids, routing.gates
+
+    ids, gates = pair.on(pair.backend, routed, logits)
+    assert ids.tolist() == [[1, 3, 0]], f"elected {ids.tolist()}"
+    shares = [1 / (1 + np.exp(-0.1)), 1.0, 1 / (1 + np.exp(-0.03))]
+    pair.close("route", gates, np.array([shares], np.float32))
 
 
 @case("experts", rule=RULES, tokens=[1, 5, 40])

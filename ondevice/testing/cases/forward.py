@@ -59,6 +59,16 @@ def positions(pair: Pair) -> None:
     pair.same("embed", lambda ops, table: ops.embed(table, ops.positions(step, 4)), pair.weight(12, 6))
 
 
+@case(ahead=[0, 1])
+def sharpness(pair: Pair, ahead: int) -> None:
+    """One for each of the first `every` tokens, then more and more; of padding as of the row's last token."""
+    step = Step(int32(0, 7, 40), int32(4, 2, 1), int32(0, 1, 2))
+    x = pair.normal(3, 4, 6)
+    pair.same("mul", lambda ops, x: x * ops.sharpness(step, 4, 3, 0.5, ahead), x)
+    got = pair.backend.numpy(pair.backend.sharpness(step, 4, 3, 0.5, ahead))[2, 0, 0]
+    pair.close("mul", np.float32(got), np.float32(1 + 0.5 * np.log(1 + (40 + ahead) // 3)))
+
+
 @case(shape=[(1, 1, 32), (2, 7, 33)])
 def split(pair: Pair, shape: tuple[int, ...]) -> None:
     pair.same("split", lambda ops, x: ops.split(x, [5, 1, shape[-1] - 6]), pair.normal(*shape))
@@ -87,6 +97,22 @@ def rms_norm_of_any_size(pair: Pair, scale: float) -> None:
 @case()
 def rms_norm_with_an_array(pair: Pair) -> None:
     pair.same("rms_norm", lambda ops, x, g: ops.rms_norm(x, g, 1e-5), pair.normal(2, 3, 16), pair.normal(16))
+
+
+@case(eps=[1e-5, 0.3])
+def norms_without_a_gain(pair: Pair, eps: float) -> None:
+    x = pair.normal(2, 7, 3, 10) + np.float32(0.5)
+    pair.same("rms_norm", lambda ops, x: (ops.rms_norm(x, None, eps), ops.rms_norm(x, None, eps, 1.0)), pair.rounded(x))
+    pair.same("layer_norm", lambda ops, x: ops.layer_norm(x, None, None, eps), pair.rounded(x))
+
+
+@case()
+def norms_of_heads_with_gains_of_their_own(pair: Pair) -> None:
+    """Gains [H * D]; a bias is all heads'."""
+    x, gain, bias = pair.rounded(pair.normal(2, 7, 3, 10) + np.float32(0.5)), pair.weight(30), pair.weight(10)
+    pair.same("rms_norm", lambda ops, x, g: (ops.rms_norm(x, g, 1e-5), ops.rms_norm(x, g, 1e-5, 1.0)), x, gain)
+    pair.same("layer_norm", lambda ops, x, g: ops.layer_norm(x, g, None, 1e-5), x, gain)
+    pair.same("layer_norm", lambda ops, x, g, b: ops.layer_norm(x, g, b, 1e-5), x, gain, bias)
 
 
 @case(shape=[(1, 1, 32), (2, 7, 33)], biased=[False, True])

@@ -96,6 +96,23 @@ class SoftmaxForSigmoid(NumpyKernels):
 
 
 @twin("experts")
+class RivalsOfAll(NumpyKernels):
+    """The sparsemixer without the nearness: every expert left shares."""
+
+    def gates(self, logits, ids, rule):
+        return super().gates(logits, ids, replace(rule, jitter=100.0))
+
+
+@twin("experts")
+class RivalsElectedBefore(NumpyKernels):
+    """Every gate is a share among all experts near it, also of those elected before."""
+
+    def gates(self, logits, ids, rule):
+        each = [super(RivalsElectedBefore, self).gates(logits, column[:, None], rule) for column in ids.T]
+        return np.concatenate(each, 1) if rule.scoring == "sparsemixer" else super().gates(logits, ids, rule)
+
+
+@twin("experts")
 class GatesOnInputAndOutput(ReferenceBackend):
     def combine(self, y, routing):
         return self._call("combine", (y, routing.gates))

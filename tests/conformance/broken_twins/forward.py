@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from ondevice import schemes
+from ondevice.backends.base import positions
 from ondevice.backends.numerics import ACTIVATIONS, rotate
 from ondevice.backends.reference import NumpyKernels, ReferenceBackend
 from ondevice.backends.tape import Array
@@ -30,6 +31,46 @@ class PositionsOfTheFirstStep(ReferenceBackend):
     def positions(self, step, tokens):
         self.first = getattr(self, "first", {})
         return self.first.setdefault((tokens, len(step.starts)), super().positions(step, tokens))
+
+
+@twin("forward")
+class SharpFromTheFirst(ReferenceBackend):
+    """The steps of sharpness come a token early."""
+
+    def sharpness(self, step, tokens, every, weight, ahead=0):
+        return super().sharpness(step, tokens, every, weight, ahead + 1)
+
+
+@twin("forward")
+class SharpEvenly(ReferenceBackend):
+    """Sharpness without its steps."""
+
+    def sharpness(self, step, tokens, every, weight, ahead=0):
+        past = (positions(step, tokens)[..., None] + ahead) / every
+        return self.array((1 + weight * np.log1p(past)).astype(np.float32))
+
+
+@twin("compiled")
+class SharpnessOfTheFirstStep(ReferenceBackend):
+    """A host's array in a recording."""
+
+    def sharpness(self, step, tokens, every, weight, ahead=0):
+        self.first = getattr(self, "first", {})
+        key = tokens, len(step.starts)
+        return self.first.setdefault(key, super().sharpness(step, tokens, every, weight, ahead))
+
+
+@twin("forward")
+class GainsOfTheFirstHead(NumpyKernels):
+    def gains(self, gain, x, offset=0.0):
+        found = super().gains(gain, x, offset)
+        return found[:1] if found.ndim == 2 else found
+
+
+@twin("forward")
+class OffsetWithoutAGain(NumpyKernels):
+    def gains(self, gain, x, offset=0.0):
+        return super().gains(gain, x, offset) + (offset if gain is None else 0)
 
 
 @twin("forward")

@@ -27,20 +27,20 @@ static inline float total(const float* x, int64_t width, const Term& f) {
 
 static void rms_norm(const Norm& p, Pool& pool) {
     rows_in_parallel(p.rows, p.width, pool, [&](int64_t row) {
-        const float* x = p.x + row * p.width;
+        const float *x = p.x + row * p.width, *gain = p.gain + row % p.gains * p.width;
         float* out = p.out + row * p.width;
         const float squares = total(x, p.width, [](F v) { return v * v; });
         const F inverse = set(1.0f / sqrtf(squares / static_cast<float>(p.width) + p.eps)), offset = set(p.offset);
         for (int64_t i = 0; i < p.width; i += N) {
             const int n = p.width - i < N ? static_cast<int>(p.width - i) : N;
-            store_some(out + i, load_some(x + i, n) * inverse * (load_some(p.gain + i, n) + offset), n);
+            store_some(out + i, load_some(x + i, n) * inverse * (load_some(gain + i, n) + offset), n);
         }
     });
 }
 
 static void layer_norm(const Norm& p, Pool& pool) {
     rows_in_parallel(p.rows, p.width, pool, [&](int64_t row) {
-        const float* x = p.x + row * p.width;
+        const float *x = p.x + row * p.width, *gain = p.gain + row % p.gains * p.width;
         float* out = p.out + row * p.width;
         const float width = static_cast<float>(p.width);
         const F mean = set(total(x, p.width, [](F v) { return v; }) / width);
@@ -48,7 +48,7 @@ static void layer_norm(const Norm& p, Pool& pool) {
         const F inverse = set(1.0f / sqrtf(squares / width + p.eps));
         for (int64_t i = 0; i < p.width; i += N) {
             const int n = p.width - i < N ? static_cast<int>(p.width - i) : N;
-            F y = (load_some(x + i, n) - mean) * inverse * load_some(p.gain + i, n);
+            F y = (load_some(x + i, n) - mean) * inverse * load_some(gain + i, n);
             if (p.bias) y = y + load_some(p.bias + i, n);
             store_some(out + i, y, n);
         }

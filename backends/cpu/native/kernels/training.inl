@@ -56,14 +56,14 @@ static void gated_back(const GatedBack& p, Pool& pool) {
 // With g = grad (gain + offset) and 1 / r the norm's divisor: r (g - x r^2 mean(g x)).
 static void rms_norm_back(const NormBack& p, Pool& pool) {
     rows_in_parallel(p.rows, p.width, pool, [&](int64_t row) {
-        const float *x = p.x + row * p.width, *grad = p.grad + row * p.width;
+        const float *x = p.x + row * p.width, *grad = p.grad + row * p.width, *gain = p.gain + row % p.gains * p.width;
         float* out = p.out + row * p.width;
         const F offset = set(p.offset);
         const auto some = [&](int64_t i) { return p.width - i < N ? static_cast<int>(p.width - i) : N; };
         F squares = set(0), shared = set(0);
         for (int64_t i = 0; i < p.width; i += N) {
             const int n = some(i);
-            const F v = load_some(x + i, n), g = load_some(grad + i, n) * (load_some(p.gain + i, n) + offset);
+            const F v = load_some(x + i, n), g = load_some(grad + i, n) * (load_some(gain + i, n) + offset);
             squares = fma(v, v, squares);
             shared = fma(v, g, shared);
         }
@@ -71,7 +71,7 @@ static void rms_norm_back(const NormBack& p, Pool& pool) {
         const F along = set(r * r * sum(shared) / width), inverse = set(r);
         for (int64_t i = 0; i < p.width; i += N) {
             const int n = some(i);
-            const F g = load_some(grad + i, n) * (load_some(p.gain + i, n) + offset);
+            const F g = load_some(grad + i, n) * (load_some(gain + i, n) + offset);
             store_some(out + i, inverse * (g - load_some(x + i, n) * along), n);
         }
     });

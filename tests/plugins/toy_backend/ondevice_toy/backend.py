@@ -43,10 +43,10 @@ class ToyBackend(Backend):
         return y if bias is None else y + bias
 
     def rms_norm(self, x, gain, eps, offset=0.0):
-        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * (gain + offset)
+        return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * numerics.gains(gain, x, offset)
 
     def layer_norm(self, x, gain, bias, eps):
-        y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * gain
+        y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * numerics.gains(gain, x)
         return y if bias is None else y + bias
 
     def act(self, x, kind):
