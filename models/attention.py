@@ -15,6 +15,11 @@ def attention(p: Scope, cfg: AttentionConfig, x: A, step: Step) -> A:
     if cfg.rope:
         freqs, scale, interleaved = p.ropes[cfg.rope]
         q, k = (p.ops.rope(t, step, freqs, interleaved, scale) for t in (q, k))
+    if cfg.qk_norm == "turned":
+        q, k = (p.ops.rms_norm(t, None, p.eps) for t in (q, k))
+    if s := cfg.sharpness:
+        q = q.reshape(B, T, cfg.heads * cfg.head_dim) * p.ops.sharpness(step, T, s.every, s.weight, s.ahead)
+        q = q.reshape(B, T, cfg.heads, cfg.head_dim)
     p.tap("q", q), p.tap("k", k)
     y = p.ops.attention(q, k, v, p.weight("sinks") if cfg.sinks else None, cfg.spec, step, p.layer)
     y = y.reshape(B, T, cfg.heads * cfg.head_dim)
@@ -37,7 +42,7 @@ def qkv(p: Scope, cfg: AttentionConfig, x: A) -> tuple[A, A, A, A | None]:
     if cfg.qk_norm == "width":
         q, k = p.norm("q_norm", q), p.norm("k_norm", k)
     q, k, v = (t.reshape(B, T, heads, d) for t, heads in ((q, cfg.heads), (k, cfg.kv_heads), (v, cfg.kv_heads)))
-    if cfg.qk_norm == "head":
+    if cfg.qk_norm in ("head", "heads"):
         q, k = p.norm("q_norm", q), p.norm("k_norm", k)
     return q, k, v, gate
 

@@ -13,8 +13,18 @@ from .ropes import RopeConfig, rope
 
 
 @dataclass(frozen=True)
+class Sharpness:
+    """Queries grow with their position: see Backend.sharpness."""
+
+    every: int
+    weight: float
+    ahead: int = 0
+
+
+@dataclass(frozen=True)
 class AttentionConfig:
-    """qk_norm: a norm of q and k in front of the positions: of each "head", or of all heads' "width" at once. qkv: how
+    """qk_norm: a norm of q and k in front of the positions: of each "head", each of the "heads" by gains of its own, or
+    of all heads' "width" at once; "turned": of each head, behind the positions and without gains. qkv: how
     the three are stored: "separate", "fused" (rows of q, then k, then v), or "grouped" (the same within each key
     head). gated: q holds, for each head, its query and then a gate, by whose sigmoid the head's answer is multiplied
     ("separate" alone)."""
@@ -29,6 +39,7 @@ class AttentionConfig:
     gated: bool = False
     bias: bool = False  # on q, k and v
     output_bias: bool = False
+    sharpness: Sharpness | None = None
     sinks: bool = False  # a learned score for each head that takes from its attention and gives nothing
 
     @property
@@ -176,6 +187,8 @@ class ModelConfig:
         softcap: float | None = None,
         sliding: Callable[[int], bool] = lambda layer: False,
         turns: Callable[[int, bool], bool] = lambda layer, slides: True,
+        local: Mapping[str, Any] | None = None,
+        by_layer: Callable[[int, bool], Mapping[str, Any]] = lambda layer, slides: {},
         attention: Mapping[str, Any] | None = None,
         mixers: Callable[[int], Mixer | None] = lambda layer: None,
         mlp: Mapping[str, Any] | None = None,
@@ -188,9 +201,11 @@ class ModelConfig:
         hf: config.json. Keyword arguments are the family's own facts, and the defaults that its config class has for
         what the file leaves out. ropes: "main", and "local" if layers with a window turn otherwise. sliding: which
         layers have the window, where the file has no layer_types; turns: which have positions (by index, and whether
-        there is a window). mixers: what a layer has in the place of attention. attention, mlp, layer: fields of
-        AttentionConfig, MLPConfig and LayerConfig, the rest ModelConfig's. feed_forward: one a layer, where it is not
-        the plain MLP. Raises BadFile and Unsupported for values that cannot be.
+        there is a window). local: the fields of AttentionSpec by which layers with a window differ from those without,
+        where it is not sliding_window. by_layer: the fields of AttentionConfig by which one layer differs. mixers: what
+        a layer has in the place of attention. attention, mlp, layer: fields of AttentionConfig, MLPConfig and
+        LayerConfig, the rest ModelConfig's. feed_forward: one a layer, where it is not the plain MLP. Raises BadFile
+        and Unsupported for values that cannot be.
         """
         heads, kv_heads = groups(hf)
         d, bias = head_dim(hf), flag(hf, "attention_bias")
@@ -199,11 +214,11 @@ class ModelConfig:
         biases = {"bias": bias, "output_bias": bias}
         full = AttentionConfig(heads, kv_heads, d, spec, **{**biases, **(attention or {})})
         slides = sliding_layers(hf, sliding)
-        windowed = replace(spec, window=whole(hf, "sliding_window")) if any(slides) else spec
+        windowed = replace(spec, **(local or {"window": whole(hf, "sliding_window")})) if any(slides) else spec
 
         def attends(i: int, slide: bool) -> AttentionConfig:
             rope = ("local" if slide and "local" in ropes else "main") if ropes and turns(i, slide) else None
-            return replace(full, rope=rope, spec=windowed if slide else spec)
+            return replace(full, **{"rope": rope, "spec": windowed if slide else spec, **by_layer(i, slide)})
 
         if feed_forward is None:
             feed_forward = [plain_mlp(hf, **(mlp or {}))] * len(slides)

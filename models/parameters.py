@@ -98,8 +98,8 @@ def _attention(a: AttentionConfig, width: int) -> Shapes:
         shapes["attn.o.bias"] = (width,)
     if a.sinks:
         shapes["attn.sinks"] = (a.heads,)
-    if a.qk_norm:
-        q, kv = (q, kv) if a.qk_norm == "width" else (a.head_dim, a.head_dim)
+    if a.qk_norm in ("head", "heads", "width"):
+        q, kv = (a.head_dim, a.head_dim) if a.qk_norm == "head" else (q, kv)
         shapes |= {"attn.q_norm": (q,), "attn.k_norm": (kv,)}
     return shapes
 

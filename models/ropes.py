@@ -99,11 +99,13 @@ def _longrope(rope: RopeConfig, freqs: np.ndarray, length: int) -> Frequencies:
     """A searched factor for each pair, one list for texts within the first training's context and one for longer ones
     (Ding et al. 2024)."""
     old, factor = _stretched_by(rope)
-    factors = numbers(rope.scaling, "long_factor" if length > old else "short_factor")
+    which = "long" if length > old else "short"
+    factors = numbers(rope.scaling, f"{which}_factor")
     if len(factors) != rope.dim // 2:
         raise contradiction(f"The config has {len(factors)} factors of longrope for {rope.dim // 2} pairs.")
     usual = math.sqrt(1 + math.log(factor) / math.log(old)) if factor > 1 < old else 1.0
-    return freqs / np.array(factors, np.float32), number(rope.scaling, "attention_factor", usual)
+    usual = number(rope.scaling, "attention_factor", usual)
+    return freqs / np.array(factors, np.float32), number(rope.scaling, f"{which}_mscale", usual)
 
 
 SCALINGS: dict[str, Callable[[RopeConfig, np.ndarray, int], Frequencies]] = {

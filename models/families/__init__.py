@@ -152,9 +152,9 @@ def experts(module: str, gate: str = "gate_proj", up: str = "up_proj", down: str
     }
 
 
-def shared_expert(module: str) -> dict[str, str]:
+def shared_expert(module: str, name: str = "shared_expert") -> dict[str, str]:
     """Names of the expert that every token goes through, and of its gate."""
-    parts = {f"shared.{part}": f"shared_expert.{part}_proj" for part in ("gate", "up", "down")}
+    parts = {f"shared.{part}": f"{name}.{part}_proj" for part in ("gate", "up", "down")}
     parts["shared_gate"] = "shared_expert_gate"
     return {f"layers.{{i}}.moe.{ours}": f"{module}.{theirs}.weight" for ours, theirs in parts.items()}
 

@@ -16,9 +16,9 @@ import twins
 ARCHITECTURES = {  # model type -> llama.cpp's name, where they differ
     "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "qwen2_moe": "qwen2moe", "mixtral": "llama", "mistral": "llama",
     "gpt_neox": "gptneox", "cohere": "command-r", "olmo3": "olmo2", "granitemoeshared": "granitemoe",
-    "gpt_oss": "gpt-oss", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2",
+    "gpt_oss": "gpt-oss", "llama4_text": "llama4", "ministral3": "mistral3", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2",
 }  # fmt: skip
-PERMUTED = ("llama", "smollm3", "granite", "granitemoe")  # q and k as Llama's
+PERMUTED = ("llama", "mistral3", "smollm3", "granite", "granitemoe")  # q and k as Llama's
 GRANITE = {
     "attention_multiplier": "attention.scale",
     "embedding_multiplier": "embedding_scale",
@@ -49,6 +49,12 @@ KEYS = {  # architecture -> its own metadata: an attribute of the config -> the 
     "gptneox": {"use_parallel_residual": "use_parallel_residual"},
     "granite": GRANITE,
     "granitemoe": GRANITE | {"shared_intermediate_size": "expert_shared_feed_forward_length"},
+    "llama4": {
+        "intermediate_size": "expert_feed_forward_length",
+        "intermediate_size_mlp": "feed_forward_length",
+        "interleave_moe_layer_step": "interleave_moe_layer_step",
+    },
+    "mistral3": {"sliding_window": "attention.sliding_window"},
     "lfm2": {"conv_L_cache": "shortconv.l_cache"},
     "olmo2": {"sliding_window": "attention.sliding_window"},
     "phi3": {"sliding_window": "attention.sliding_window"},
@@ -143,7 +149,10 @@ def _rope(writer: gguf.GGUFWriter, config: Any, head_dim: int) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType(rule["rope_type"]))
         writer.add_rope_scaling_factor(rule["factor"])
     if "mscale_all_dim" in rule:
-        writer.add_rope_scaling_yarn_log_mul(0.1 * rule["mscale_all_dim"])
+        unit = 1.0 if config.model_type == "ministral3" else 0.1
+        writer.add_rope_scaling_yarn_log_mul(unit * rule["mscale_all_dim"])
+    if "llama_4_scaling_beta" in rule:
+        writer.add_attn_temperature_scale(rule["llama_4_scaling_beta"])
     if "beta_fast" in rule:
         writer.add_rope_scaling_yarn_beta_fast(rule["beta_fast"])
     if rule["rope_type"] in ("yarn", "longrope"):
@@ -164,8 +173,8 @@ def _tensors(twin: Any, architecture: str) -> dict[str, np.ndarray]:
             k, v = np.split(by_head, [config.qk_nope_head_dim], axis=1)
             found[_rename(name.replace("kv_b", "k_b"), architecture)] = np.ascontiguousarray(k.swapaxes(1, 2))
             found[_rename(name.replace("kv_b", "v_b"), architecture)] = np.ascontiguousarray(v)
-        elif ".experts." in name and architecture == "gpt-oss":
-            found |= _clamped_experts(name, values)
+        elif ".experts." in name and architecture in ("gpt-oss", "llama4"):
+            found |= _fused_experts(name, values, architecture == "gpt-oss")
         elif "input_linear" in name:
             gate, up = np.split(values, 2, axis=-2)
             module = name.replace("block_sparse_moe.input_linear", "mlp.experts.{}_proj")
@@ -179,14 +188,15 @@ def _tensors(twin: Any, architecture: str) -> dict[str, np.ndarray]:
     return found | _factors(config, architecture)
 
 
-def _clamped_experts(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
-    """gpt-oss's: gate and up in turn, matrices transposed, biases beside them."""
+def _fused_experts(name: str, values: np.ndarray, in_turn: bool) -> dict[str, np.ndarray]:
+    """gpt-oss's: gate and up in turn, matrices transposed, biases beside them; and Llama 4's, one behind the other."""
     module, _, part = name.rpartition(".")
     bias = part.endswith("_bias")
     values = values if bias else np.ascontiguousarray(values.swapaxes(-1, -2))
     parts = {"down": values}
     if part.startswith("gate_up"):
-        parts = {"gate": values[:, ::2], "up": values[:, 1::2]}
+        halves = (values[:, ::2], values[:, 1::2]) if in_turn else np.split(values, 2, axis=1)
+        parts = dict(zip(("gate", "up"), halves, strict=True))
     suffix = "bias" if bias else "weight"
     return {_rename(f"{module}.{kind}_proj.{suffix}", "qwen2moe"): np.ascontiguousarray(v) for kind, v in parts.items()}
 

@@ -51,6 +51,8 @@ FILES = {
     "deepseek_v2": ("deepseek_v2", {}),
     "deepseek_v2-yarn": ("deepseek_v2-yarn", {"rope_parameters": EVEN_YARN}),
     "deepseek_v3": ("deepseek_v3", {}),
+    "llama4": ("llama4", {"attention_chunk_size": 8192, "floor_scale": 8192}),
+    "ministral3": ("ministral3", {}),
     "granitemoe": ("granitemoe", {}),
     "granitemoe-shared": ("granitemoe-shared", {}),
 }  # fmt: skip

@@ -13,7 +13,7 @@ import twins
 
 from ondevice.backends.base import AttentionSpec
 from ondevice.backends.reference import create as create_reference
-from ondevice.models.config import ModelConfig, MoEConfig
+from ondevice.models.config import ModelConfig, MoEConfig, Sharpness
 from ondevice.models.decoder import Decoder
 from ondevice.testing.family import check_decoder, check_family, logits_of, open_decoder
 
@@ -123,6 +123,11 @@ MUTATIONS = {
     "experts of all groups": ("deepseek_v3", lambda c: experts(rule=ruled(c, top_groups=4))(c)),
     "gates unscaled": ("deepseek_v2-yarn", lambda c: experts(rule=ruled(c, scale=1.0))(c)),
     "latent scores unsharpened": ("deepseek_v2-yarn", attention(spec=AttentionSpec(10**-0.5))),
+    "gates of all rivals": ("phimoe", lambda c: experts(rule=ruled(c, jitter=100.0))(c)),
+    "queries of one sharpness": ("ministral3", attention(sharpness=None)),
+    "sharper a token early": ("ministral3", attention(sharpness=Sharpness(4, 0.3, ahead=1))),
+    "chunks without end": ("llama4-experts", lambda c: attention(spec=AttentionSpec(8**-0.5))(c)),
+    "keys as long as they are": ("llama4-plain", attention(qk_norm="turned")),
     "an expert fewer": ("qwen3_moe", experts(per_token=1)),
 }
 

@@ -50,6 +50,14 @@ GRANITE = {
 }
 GPT2 = {"hidden_size": 48, "max_position_embeddings": 29, "activation_function": "gelu"}
 MOE = {"moe_intermediate_size": 12}
+PHIMOE = PLAIN | {"num_experts_per_tok": 2, "router_jitter_noise": 0.2}
+LLAMA4 = {"num_hidden_layers": 5, "attention_chunk_size": 4, "floor_scale": 3, "attn_scale": 0.7}
+SHARP = YARN | {
+    "original_max_position_embeddings": 4,
+    "llama_4_scaling_beta": 0.3,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 LFM2 = {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8}
 DELTA = {
     "num_hidden_layers": 4,
@@ -183,6 +191,50 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix
     ),
     "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "mixtral-window": ("Mixtral", {"num_local_experts": 30, "num_experts_per_tok": 3, "sliding_window": 4}),
+    "phimoe": ("Phimoe", PHIMOE | {"num_local_experts": 5}),
+    "phimoe-long": (
+        "Phimoe",
+        PHIMOE
+        | {
+            "num_local_experts": 30,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "sliding_window": 5,
+            "rope_parameters": {key: value for key, value in LONGROPE.items() if key != "partial_rotary_factor"}
+            | {
+                "short_factor": [1.0, 1.3, 1.5, 2.0],
+                "long_factor": [2.0, 7.5, 8.0, 9.0],
+                "short_mscale": 1.3,
+                "long_mscale": 1.6,
+                "original_max_position_embeddings": 32,
+            },
+        },
+    ),
+    "llama4": (
+        "Llama4",
+        LLAMA4 | {"num_local_experts": 5, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 28},
+    ),
+    "llama4-experts": (
+        "Llama4",
+        LLAMA4 | {"num_local_experts": 30, "num_experts_per_tok": 3, "no_rope_layers": [0, 1, 1, 0, 1]},
+    ),
+    "llama4-plain": (
+        "Llama4",
+        LLAMA4
+        | {
+            "num_local_experts": 4,
+            "moe_layers": [1],
+            "use_qk_norm": False,
+            "attn_temperature_tuning": False,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "ministral3": ("Ministral3", {"sliding_window": None, "rope_parameters": SHARP}),
+    "ministral3-window": (
+        "Ministral3",
+        {"sliding_window": 5, "tie_word_embeddings": True, "rope_parameters": SHARP | {"llama_4_scaling_beta": 0.7}},
+    ),
     "qwen2_moe": ("Qwen2Moe", SHARED | {"num_experts": 5, "num_experts_per_tok": 2}),
     "qwen2_moe-some": (
         "Qwen2Moe",
@@ -260,7 +312,8 @@ def make(name: str, **fields: Any) -> Any:
     pytest.importorskip("torch").manual_seed(0)  # some begin with parameters drawn by chance
     kind, own = TWINS[name]
     config_class = getattr(
-        transformers, {k: f"{k}TextConfig" for k in ("Gemma3", "Qwen3_5", "Qwen3_5Moe")}.get(kind, f"{kind}Config")
+        transformers,
+        {k: f"{k}TextConfig" for k in ("Gemma3", "Llama4", "Qwen3_5", "Qwen3_5Moe")}.get(kind, f"{kind}Config"),
     )
     sizes = deepcopy(TINY | {"pad_token_id": 0} | (MOE if kind == "Qwen3Moe" else {}) | own | fields)
     return randomise(getattr(transformers, f"{kind}{HEADS.get(kind, 'ForCausalLM')}")(config_class(**sizes)))
@@ -284,7 +337,7 @@ def with_tensors(twin: Any, tensors: dict[str, np.ndarray]) -> Any:
 
 def published(hf: dict[str, Any]) -> dict[str, Any]:
     """A config.json as models published before transformers 5 have it."""
-    if "rope_parameters" not in hf:
+    if "rope_parameters" not in hf or hf["model_type"] == "ministral3":  # which was published in no other form
         return hf
     rule = hf.pop("rope_parameters")
     if hf["model_type"] not in (

@@ -1,0 +1,29 @@
+"""PhiMoE: Mixtral with layer norms, biases, longrope, and gates by the sparsemixer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ...backends.base import RouteRule
+from ..config import ModelConfig, routed
+from ..fields import flag, head_dim, layer_count, number
+from ..ropes import rope
+from . import Family
+from .mixtral import NAMES
+
+
+def config(hf: Mapping) -> ModelConfig:
+    rule = RouteRule("sparsemixer", renormalise=False, jitter=number(hf, "router_jitter_noise", 0.01))
+    return ModelConfig.llama_like(
+        {"num_experts_per_tok": 2, **hf},
+        ropes={"main": rope(hf, head_dim(hf), base=1_000_000.0)},
+        sliding=lambda layer: hf.get("sliding_window") is not None,
+        feed_forward=[routed({"num_experts_per_tok": 2, **hf}, "intermediate_size", rule=rule)] * layer_count(hf),
+        norm="layer",
+        norm_bias=True,
+        norm_eps=number(hf, "rms_norm_eps", 1e-5),
+        head_bias=flag(hf, "lm_head_bias"),
+    )
+
+
+phimoe = Family("phimoe", model_types=("phimoe",), config=config, names=NAMES, models="Phi-3.5-MoE")
