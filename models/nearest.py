@@ -28,7 +28,7 @@ def _difference(family: Family, checkpoint: Checkpoint) -> tuple[int, str, str] 
         gguf = checkpoint.kind == "gguf"
         hf: Mapping = family.gguf.config(checkpoint.metadata, checkpoint) if gguf else checkpoint.config
         config = family.config({**hf, "model_type": family.model_types[0]})
-        where, _, unused = fit(family.gguf.names if gguf else family.names, config, checkpoint)
+        where, _, unused, _ = fit(family.gguf.names if gguf else family.names, config, checkpoint)
     except Exception:  # a config of another family may go wrong in any way in this one's hands, a plug-in's too
         return None
     missing = _kinds(name for name, found in where.items() if not found)

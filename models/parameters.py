@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ..backends.base import Backend, W
-from ..checkpoint import Checkpoint, release
+from ..checkpoint import Checkpoint
 from ..errors import BadFile
 from ..schemes import stack
 from ..tensors import Tensor
@@ -20,7 +20,7 @@ from .config import (
     ModelConfig,
     MoEConfig,
 )
-from .families import Family, NameMap
+from .families import Family, NameMap, text_part
 from .families.views import viewed, viewed_shape
 
 Shapes = dict[str, tuple[int, ...]]
@@ -127,18 +127,30 @@ def _mlp(f: MLPConfig, width: int, name: str) -> Shapes:
 
 def fit(
     names: NameMap, config: ModelConfig, checkpoint: Checkpoint
-) -> tuple[dict[str, list[str]], dict[str, tuple[str, ...]], list[str]]:
+) -> tuple[dict[str, list[str]], dict[str, tuple[str, ...]], list[str], list[str]]:
     """Our name -> the checkpoint's (several: experts, one a tensor; []: it is missing); our name -> how it lies there;
-    and the checkpoint's tensors that nobody asks for."""
+    the checkpoint's tensors that nobody asks for; and those of what the model has besides."""
     experts = max((f.experts for x in config.layers if isinstance(f := x.feed_forward, MoEConfig)), default=0)
     found = {name: names.find(name, checkpoint, experts) for name in expected(config)}
     used = {n for stored, _ in found.values() for n in stored}
-    unused = [n for n in checkpoint.names if n not in used and not names.ignored(n)]
-    return {n: stored for n, (stored, _) in found.items()}, {n: views for n, (_, views) in found.items()}, unused
+    behind = _guessing(config, checkpoint)
+    apart = [n for n in checkpoint.names if n not in used and names.apart(n, behind)]
+    unused = [n for n in checkpoint.names if n not in used and not names.ignored(n) and not names.apart(n, behind)]
+    where, views = {n: stored for n, (stored, _) in found.items()}, {n: views for n, (_, views) in found.items()}
+    return where, views, unused, apart
+
+
+def _guessing(config: ModelConfig, checkpoint: Checkpoint) -> range:
+    """Layers behind the last one that guess tokens further ahead (multi-token prediction, DeepSeek-AI 2024), which are
+    stored as further layers of the model."""
+    count = text_part(checkpoint.config).get("num_nextn_predict_layers")
+    layers = len(config.layers)
+    return range(layers, layers + (count if isinstance(count, int) else 0))
 
 
 class Parameters:
-    """A checkpoint's tensors under our names, checked against the config: every mismatch is reported at once."""
+    """A checkpoint's tensors under our names, checked against the config: every mismatch is reported at once. apart:
+    tensors of what the model has besides (eyes, ears, layers that guess further ahead), which nothing here uses."""
 
     def __init__(self, family: Family, config: ModelConfig, checkpoint: Checkpoint):
         self.shapes = expected(config)
@@ -146,8 +158,19 @@ class Parameters:
         self._family = family
         self._config = config
         self._names = family.gguf.names if checkpoint.kind == "gguf" else family.names
-        self._where, self._views, unused = fit(self._names, config, checkpoint)
+        self._where, self._views, unused, self.apart = fit(self._names, config, checkpoint)
         self._check(unused)
+
+    @property
+    def left_out(self) -> str:
+        """Of `apart`, for people; "" where there is none."""
+        if not self.apart:
+            return ""
+        size = sum(self.checkpoint.outline(name).nbytes for name in self.apart)
+        return (
+            f"{len(self.apart)} tensors ({size / 1e6:.1f} MB, such as {self.apart[0]:.80}) are left out: they see, "
+            "hear or guess several tokens ahead, which is not done here."
+        )
 
     def _check(self, unused: list[str]) -> None:
         missing = [self._names.spell(name) for name, found in self._where.items() if not found]
@@ -162,7 +185,7 @@ class Parameters:
 
     def _fault(self, name: str, found: str, count: int) -> str | None:
         """What is wrong with one tensor of the checkpoint, one of `count` that make up ours."""
-        tensor, shape = self.checkpoint[found], self.shapes[name]
+        tensor, shape = self.checkpoint.outline(found), self.shapes[name]
         if views := self._views[name]:
             seen = viewed_shape(tensor.shape, views, shape, name.endswith(".bias"))
             return None if seen == shape else f"{found} is {list(tensor.shape)}, which does not hold {list(shape)}"
@@ -197,7 +220,7 @@ class Parameters:
             tensor = self[name]
             weights[name] = ops.prepare(tensor)
             for stored in self.stored(name):  # a weight that is used in place takes its pages again when it is used
-                release(self.checkpoint[stored])
+                self.checkpoint.release(stored)
             progress(tensor.nbytes)
         return weights
 

@@ -1,8 +1,9 @@
 """Each weight format, defined over NumPy: what the stored bytes mean, how they are packed, how rows move.
 
-This is the definition; backends repack for their kernels and tools choose formats. Every quantized format here is
-affine in groups along the last axis: w = scale * code + bias, computed in float32, so one formula serves them all.
-GGUF's block types follow ggml's layouts (one NumPy structure each); the packed affine format is MLX's.
+This is the definition; backends repack for their kernels and tools choose formats. Every quantized format here but FP8
+is affine in groups along the last axis: w = scale * code + bias, computed in float32, so one formula serves them all.
+GGUF's block types follow ggml's layouts (one NumPy structure each); the packed affine format is MLX's; FP8 is
+DeepSeek's, floats of eight bits with a scale for each 128 of a row.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import Unsupported
-from .tensors import STORAGE, Affine, Blocks, Dense, Tensor, floats, store
+from .tensors import STORAGE, Affine, Blocks, Dense, Tensor, blank, floats, store
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 CHUNK = 1 << 22  # numbers converted at a time
@@ -31,13 +32,17 @@ LAYOUT = {  # kind -> one block as it lies in the file (ggml's names for the fie
     "Q5_K": np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128)]),
     "Q6_K": np.dtype([("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", "<f2")]),
     "MXFP4": np.dtype([("e", "u1"), ("qs", "u1", 16)]),
+    "FP8": np.dtype([("d", "<f4"), ("qs", "u1", 128)]),
 }
 LEGACY_BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8}  # the kinds that `to_affine` takes
 CODE_BITS = LEGACY_BITS | {"Q2_K": 2, "Q3_K": 3, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6, "MXFP4": 5}  # of `k_parts`
+FP8, FP8_BLOCK = Blocks("FP8"), 128
 
 
 def block_size(kind: str) -> int:
     """Numbers in one block of `kind`."""
+    if kind == "FP8":
+        return FP8_BLOCK
     return 32 if kind in LEGACY_BITS or kind == "MXFP4" else 256
 
 
@@ -51,6 +56,14 @@ def label(form: Dense | Affine | Blocks) -> str:
     if isinstance(form, Dense):
         return form.dtype
     return form.kind if isinstance(form, Blocks) else f"{form.bits}-bit (groups of {form.group_size})"
+
+
+def outline(shape: tuple[int, ...], form: Dense | Affine | Blocks) -> Tensor:
+    """A tensor that takes no memory, with the `nbytes` of a real one."""
+    if not isinstance(form, Blocks):
+        return blank(shape, form)
+    octets = np.broadcast_to(np.uint8(0), (*shape[:-1], row_bytes(form.kind, shape[-1])))
+    return Tensor(shape, form, {"weight": octets})
 
 
 def row_bytes(kind: str, columns: int) -> int:
@@ -121,10 +134,10 @@ class Parts(NamedTuple):
 
 
 def k_parts(tensor: Tensor) -> Parts:
-    """Codes, scales and biases of any Blocks tensor (groups of 32, or 16 for Q2_K, Q3_K, Q6_K), exactly as `to_float`
-    uses them: K-quants' two levels of scales are multiplied out in float32, which holds the product exactly."""
+    """Codes, scales and biases of any Blocks tensor but FP8 (groups of 32, or 16 for Q2_K, Q3_K, Q6_K), exactly as
+    `to_float` uses them: K-quants' two levels of scales are multiplied out in float32, which holds the product."""
     kind = _kind(tensor)
-    blocks = np.ascontiguousarray(tensor.parts["weight"]).view(LAYOUT[kind])  # [..., blocks per row]
+    blocks = _blocks(tensor)
     codes, scales, biases = _DECODE[kind](blocks)
     *rows, columns = tensor.shape
     groups = scales.reshape(*rows, -1)
@@ -132,9 +145,14 @@ def k_parts(tensor: Tensor) -> Parts:
 
 
 def _kind(tensor: Tensor) -> str:
-    if not isinstance(tensor.format, Blocks) or tensor.format.kind not in LAYOUT:
-        raise Unsupported(f"{tensor.format} is not one of GGUF's block types.", f"Known: {', '.join(LAYOUT)}.")
+    if not isinstance(tensor.format, Blocks) or tensor.format.kind not in CODE_BITS:
+        raise Unsupported(f"{tensor.format} has no codes with scales and biases.", f"Known: {', '.join(CODE_BITS)}.")
     return tensor.format.kind
+
+
+def _blocks(tensor: Tensor) -> np.ndarray:
+    """[..., blocks per row], each a structure"""
+    return np.ascontiguousarray(tensor.parts["weight"]).view(LAYOUT[tensor.format.kind])
 
 
 def _fields(octets: np.ndarray, width: int) -> np.ndarray:
@@ -220,6 +238,13 @@ def quantize_mxfp4(values: np.ndarray) -> Tensor:
     return Tensor(tuple(values.shape), Blocks("MXFP4"), {"weight": blocks})
 
 
+def fp8_blocks(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Codes uint8 [..., I] and the scale of each 128, float32 [..., I / 128] -> blocks, uint8 [..., I / 128 * 132]"""
+    blocks = np.empty(scales.shape, LAYOUT["FP8"])
+    blocks["d"], blocks["qs"] = scales, codes.reshape(*scales.shape, FP8_BLOCK)
+    return blocks.view(np.uint8).reshape(*scales.shape[:-1], -1)
+
+
 def _q2_k(b: np.ndarray) -> Decoded:
     codes = _fields(b["qs"].reshape(*b.shape, 2, 32), 2)
     return _flat(codes, b.shape), _f32(b["d"]) * (b["scales"] & 15), -(_f32(b["dmin"]) * (b["scales"] >> 4))
@@ -285,6 +310,9 @@ def to_float(tensor: Tensor) -> np.ndarray:
     """The tensor's numbers as float32, in its logical shape. A dense float32 tensor is returned as it is."""
     if isinstance(tensor.format, Dense):
         return floats(tensor.parts["weight"], tensor.format.dtype)
+    if tensor.format == FP8:
+        blocks = _blocks(tensor)
+        return (floats(blocks["qs"], "float8_e4m3fn") * blocks["d"][..., None]).reshape(tensor.shape)
     codes, scales, biases, group = parts(tensor)
     values = codes.reshape(*scales.shape, group) * scales[..., None]
     values += biases[..., None]

@@ -2,7 +2,7 @@
 
 A `Tensor` is a logical shape, a format (how numbers are stored) and the stored parts as NumPy arrays. The parts of a
 tensor read from a file are views of the file's memory map: nothing is read before someone touches it.
-bfloat16, which NumPy lacks, is held as its uint16 bit patterns; `format.dtype` says which it is.
+bfloat16 and float8, which NumPy lacks, are held as their bit patterns; `format.dtype` says which it is.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ STORAGE = {  # dtype name -> the NumPy dtype that stores it
     "int8": np.dtype(np.int8),
     "uint8": np.dtype(np.uint8),
     "uint32": np.dtype(np.uint32),
+    "float8_e4m3fn": np.dtype(np.uint8),
     "bool": np.dtype(np.bool_),
 }
 
@@ -51,7 +52,7 @@ class Blocks:
     """One of GGUF's block types, bytes as in the file. parts: `weight` uint8 [..., O, bytes per row].
 
     `kind` is ggml's name: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 (affine: `schemes.to_affine` keeps their codes exactly) or
-    Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, MXFP4 (schemes of their own).
+    Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, MXFP4 (schemes of their own); or FP8, which GGUF lacks.
     """
 
     kind: str
@@ -91,7 +92,7 @@ def blank(shape: tuple[int, ...], form: Dense | Affine) -> Tensor:
         return np.broadcast_to(np.zeros((), STORAGE[dtype]), (*shape[:-1], columns))
 
     if isinstance(form, Dense):
-        return Tensor(shape, form, {"weight": zeros(form.dtype, shape[-1])})
+        return Tensor(shape, form, {"weight": np.broadcast_to(np.zeros((), STORAGE[form.dtype]), shape)})
     groups, words = shape[-1] // form.group_size, shape[-1] * form.bits // 32
     parts = {"weight": zeros("uint32", words), "scales": zeros(form.dtype, groups), "biases": zeros(form.dtype, groups)}
     return Tensor(shape, form, parts)
@@ -114,8 +115,21 @@ def f32_to_bf16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
+def _e4m3fn(octets: np.ndarray) -> np.ndarray:
+    """The numbers that octets stand for: sign, four bits of exponent, three of mantissa, no infinities (Micikevicius et
+    al. 2022, FP8 Formats for Deep Learning)."""
+    exponent, mantissa = (octets >> 3 & 15).astype(np.int32), (octets & 7).astype(np.float32)
+    sizes = np.where(exponent > 0, np.ldexp(8 + mantissa, exponent - 10), np.ldexp(mantissa, -9))
+    return np.where(octets & 127 == 127, np.nan, np.where(octets >> 7, -sizes, sizes)).astype(np.float32)
+
+
+E4M3FN = _e4m3fn(np.arange(256, dtype=np.uint8))
+
+
 def floats(part: np.ndarray, dtype: str) -> np.ndarray:
-    """A stored part as float32: bfloat16 bit patterns widened, everything else cast (no copy when float32 already)."""
+    """A stored part as float32: bit patterns widened, everything else cast (no copy when float32 already)."""
+    if dtype == "float8_e4m3fn":
+        return E4M3FN[part]
     return bf16_to_f32(part) if dtype == "bfloat16" else part.astype(np.float32, copy=False)
 
 

@@ -103,7 +103,7 @@ class CpuBackend(TapedBackend):
     def footprint(self, tensor: Tensor) -> Footprint:
         from .weights import footprint
 
-        return footprint(tensor)
+        return footprint(tensor, self.exact)
 
     def positions(self, step: Step, tokens: int) -> A:
         return self._moving(positions, step, tokens)

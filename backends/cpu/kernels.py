@@ -84,7 +84,7 @@ class NativeKernels(NativeGradients, NumpyKernels):
     # ---- weights
 
     def prepare(self, tensor: Tensor) -> NativeWeight:
-        return NativeWeight(self.machine, tensor)
+        return NativeWeight(self.machine, tensor, self.exact)
 
     def release(self, weight: NativeWeight) -> None:
         weight.native = weight.numbers = weight.adapter = None

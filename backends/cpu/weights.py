@@ -25,7 +25,9 @@ class NativeWeight:
 
     __slots__ = ("adapter", "native", "numbers", "quantized", "shape")
 
-    def __init__(self, machine: _native.Machine, tensor: Tensor):
+    def __init__(self, machine: _native.Machine, tensor: Tensor, exact: bool):
+        if tensor.format == schemes.FP8:
+            tensor = schemes.to_dense(tensor, fp8_dtype(exact))
         self.shape = tensor.shape
         self.numbers: np.ndarray | None = None
         self.native: _native.Weight | None = None
@@ -47,11 +49,18 @@ class NativeWeight:
         return self.shape[-1]
 
 
-def footprint(tensor: Tensor) -> Footprint:
+def fp8_dtype(exact: bool) -> str:
+    """What floats of eight bits, which kernels do not read, become: in bfloat16 a scale's last bits are lost."""
+    return "float32" if exact else "bfloat16"
+
+
+def footprint(tensor: Tensor, exact: bool) -> Footprint:
     """Of a NativeWeight made of it: dense matrices stay in their file, tiles hold whole rows of sixteen."""
     form, numbers = tensor.format, Footprint(4 * tensor.size)
     if len(tensor.shape) < 2:
         return numbers
+    if form == schemes.FP8:
+        return Footprint(STORAGE[fp8_dtype(exact)].itemsize * tensor.size)
     if isinstance(form, Dense):
         return Footprint(0, tensor.nbytes) if form.dtype in FLOATS else numbers
     if isinstance(form, Affine) and form.group_size % 32 == 0:

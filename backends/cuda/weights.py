@@ -133,7 +133,7 @@ def prepare(tensor: Tensor, dtype: torch.dtype, device: torch.device, packed: bo
     form, parts = tensor.format, tensor.parts
     if isinstance(form, Dense):
         return DenseWeight(stored(parts["weight"], form.dtype, device).to(dtype))
-    if not packed:
+    if not packed or form == schemes.FP8:
         return DenseWeight(torch.from_numpy(schemes.to_float(tensor)).to(device, dtype))
     if isinstance(form, Affine):
         codes = torch.from_numpy(np.array(parts["weight"], np.uint32).view(np.int32)).to(device)
@@ -149,7 +149,7 @@ def prepare(tensor: Tensor, dtype: torch.dtype, device: torch.device, packed: bo
 def footprint(tensor: Tensor, dtype: torch.dtype, packed: bool) -> int:
     """Bytes of what `prepare` makes of it."""
     form = tensor.format
-    if isinstance(form, Dense) or not packed:
+    if isinstance(form, Dense) or form == schemes.FP8 or not packed:
         return tensor.size * dtype.itemsize
     if isinstance(form, Affine):
         return tensor.nbytes

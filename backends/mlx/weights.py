@@ -106,8 +106,7 @@ def _blocks(tensor: Tensor, dtype: mx.Dtype) -> Weight:
     kind = tensor.format.kind
     if kind in schemes.LEGACY_BITS:
         return prepare(schemes.to_affine(tensor), dtype)
-    parts = schemes.k_parts(tensor)
-    if parts.group_size < LEAST_GROUP:
+    if tensor.format == schemes.FP8 or (parts := schemes.k_parts(tensor)).group_size < LEAST_GROUP:
         return DenseWeight(settled(mx.array(schemes.to_float(tensor)), dtype))
     bits = schemes.CODE_BITS[kind]
     scales, biases = (settled(mx.array(p), dtype) for p in (parts.scales, parts.biases))
@@ -121,7 +120,7 @@ def footprint(tensor: Tensor, dtype: mx.Dtype) -> int:
         return tensor.parts["weight"].nbytes + size // form.group_size * 2 * width
     if isinstance(form, Blocks) and form.kind in schemes.LEGACY_BITS:
         return size * schemes.LEGACY_BITS[form.kind] // 8 + size // 32 * 2 * width
-    if isinstance(form, Blocks) and schemes.k_group(form.kind) >= LEAST_GROUP:
+    if isinstance(form, Blocks) and form != schemes.FP8 and schemes.k_group(form.kind) >= LEAST_GROUP:
         return size * schemes.CODE_BITS[form.kind] // 8 + size // schemes.k_group(form.kind) * 2 * width
     return size * width
 

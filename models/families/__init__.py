@@ -13,7 +13,7 @@ from ...errors import Unsupported
 from ...registry import broken_families, did_you_mean, families
 from ...tensors import Tensor
 from ..config import ModelConfig
-from .views import WRITTEN
+from .views import ROWS, WRITTEN
 
 if TYPE_CHECKING:
     from ...checkpoint import Checkpoint
@@ -24,13 +24,14 @@ STOPS = ("eos_token_id", "bos_token_id", "pad_token_id")
 class NameMap(dict):
     """Our names -> a checkpoint's. `{i}` stands for the layer, `{e}` for the expert; a tuple lists alternatives, best
     first. Biases need no entries: `x.bias` is found beside `x`'s `….weight`. Behind a name, `|` and how ours lies in
-    that tensor (families/views.py)."""
+    that tensor (families/views.py), or `|mlx` where it is mlx-lm's name and not transformers'."""
 
     IGNORED = re.compile(
         r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$|^lm_head\.weight$|^rope_(freqs|factors_(long|short))\.weight$"
+        r"|\.activation_scale$"
     )
 
-    SENSES = re.compile(  # what a model that also sees or hears has besides; and heads that guess several tokens ahead
+    SENSES = re.compile(  # of a model that also sees or hears; and what guesses several tokens ahead
         r"^(model\.)?(visual|vision_\w+|audio_\w+|embed_(vision|audio)|multi_modal_projector|mtp)\."
     )
 
@@ -39,6 +40,10 @@ class NameMap(dict):
 
     def places(self, name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Every name that one of ours may have in a checkpoint, `{e}` left in, and how it lies there."""
+        for spelled, views in self._places(name):
+            yield spelled, tuple(view for view in views if view != "mlx")
+
+    def _places(self, name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
         layer = re.match(r"layers\.(\d+)\.", name)
         key = re.sub(r"^layers\.\d+\.", "layers.{i}.", name)
         beside = key not in self and key.endswith(".bias")
@@ -51,19 +56,14 @@ class NameMap(dict):
         """The names alone."""
         return tuple(spelled for spelled, _ in self.places(name))
 
-    def written(self, name: str, quantized: bool) -> tuple[str, tuple[str, ...]]:
-        """Under which name one of ours is written, and how it lies there (for views.stored): Hugging Face's; a
-        quantized one as mlx-lm has it, experts stacked, where its name differs. Raises Unsupported where it lies within
-        another tensor only."""
-        places = list(self.places(name))
-        if quantized:
-            places = [(n, views) for n, views in places if "{e}" not in n and not views] + places
-        spelled, views = next((place for place in places if set(place[1]) <= WRITTEN), (None, ()))
+    def written(self, name: str, mlx: bool) -> tuple[str, tuple[str, ...]]:
+        """Under which name one of ours is written, and how it lies there (for views.stored): Hugging Face's, or
+        mlx-lm's where it has another. Raises Unsupported where a file of either has no place for it."""
+        places = sorted(self._places(name), key=lambda place: ("mlx" in place[1]) != mlx)
+        spelled, views = next((place for place in places if set(place[1]) - {"mlx"} <= WRITTEN), (None, ()))
         if spelled is None:
-            raise Unsupported(
-                f"{self.spell(name)} holds {name} and more, which is not written here.", "Use the model as it is."
-            )
-        return spelled, () if name.endswith(".bias") else views
+            raise Unsupported(f"There is no place for {name} in a file of this model.", "Use the model as it is.")
+        return spelled, tuple(view for view in views if view in ROWS or not (view == "mlx" or name.endswith(".bias")))
 
     def spell(self, name: str) -> str:
         """The first of them, or our own name where this map has none."""
@@ -81,8 +81,14 @@ class NameMap(dict):
         return [], ()
 
     def ignored(self, name: str) -> bool:
-        """A tensor that checkpoints carry and nobody needs here."""
-        return bool(self.IGNORED.search(name) or self.SENSES.search(name))
+        """A tensor that says nothing which the config or another tensor does not."""
+        return bool(self.IGNORED.search(name))
+
+    def apart(self, name: str, layers: range) -> bool:
+        """A tensor of something that a model has besides what writes text word by word. layers: numbers of those behind
+        the last one, which guess several tokens ahead."""
+        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        return bool(self.SENSES.search(name)) or (layer is not None and int(layer[1]) in layers)
 
 
 def _inside(name: str) -> tuple[str, ...]:
@@ -147,7 +153,7 @@ def experts(module: str, gate: str = "gate_proj", up: str = "up_proj", down: str
     """Names of experts, one a tensor below `module`, or stacked as mlx-lm has them."""
     parts = {"gate": (gate, "gate_proj"), "up": (up, "up_proj"), "down": (down, "down_proj")}
     return {
-        f"layers.{{i}}.moe.{ours}": (f"{module}.experts.{{e}}.{theirs}.weight", f"{module}.switch_mlp.{mlx}.weight")
+        f"layers.{{i}}.moe.{ours}": (f"{module}.experts.{{e}}.{theirs}.weight", f"{module}.switch_mlp.{mlx}.weight|mlx")
         for ours, (theirs, mlx) in parts.items()
     }
 

@@ -20,8 +20,8 @@ MODULES = {
 NAMES = LLAMA | experts(MLP) | {
     "layers.{i}.moe.router": f"{MLP}.gate.weight",
     "layers.{i}.moe.election": f"{MLP}.gate.e_score_correction_bias",
-    "layers.{i}.latent.k_up": f"{ATTENTION}.kv_b_proj.weight|first",
-    "layers.{i}.latent.v_up": f"{ATTENTION}.kv_b_proj.weight|last",
+    "layers.{i}.latent.k_up": f"{ATTENTION}.kv_b_proj.weight|heads|first",
+    "layers.{i}.latent.v_up": f"{ATTENTION}.kv_b_proj.weight|heads|last",
     **{f"layers.{{i}}.latent.{ours}": f"{ATTENTION}.{its}.weight" for ours, its in MODULES.items()},
     **{f"layers.{{i}}.moe.shared.{p}": f"{MLP}.shared_experts.{p}_proj.weight" for p in ("gate", "up", "down")},
 }  # fmt: skip

@@ -21,7 +21,7 @@ SIZES = {"n_embd": "hidden_size", "n_head": "num_attention_heads", "n_layer": "n
 def _places(module: str) -> tuple[str, ...]:
     """transformers' names, with the prefix and without, its matrices as [in, out]; mlx-lm's, which turns them round."""
     turned = "|T" if ".c_" in module else ""
-    return f"transformer.{module}.weight{turned}", f"{module}.weight{turned}", f"model.{module}.weight"
+    return f"transformer.{module}.weight{turned}", f"{module}.weight{turned}", f"model.{module}.weight|mlx"
 
 
 NAMES = NameMap(

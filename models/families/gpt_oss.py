@@ -15,19 +15,19 @@ NAMES = LLAMA | {
     "layers.{i}.attn.sinks": "model.layers.{i}.self_attn.sinks",
     "layers.{i}.moe.router": "model.layers.{i}.mlp.router.weight",
     "layers.{i}.moe.gate": (
-        f"{EXPERTS}.gate_proj.weight",
+        f"{EXPERTS}.gate_proj.weight|mlx",
         f"{EXPERTS}.gate_up_proj|T|even",
         f"{EXPERTS}.gate_up_proj_blocks|even",
     ),
     "layers.{i}.moe.up": (
-        f"{EXPERTS}.up_proj.weight",
+        f"{EXPERTS}.up_proj.weight|mlx",
         f"{EXPERTS}.gate_up_proj|T|odd",
         f"{EXPERTS}.gate_up_proj_blocks|odd",
     ),
-    "layers.{i}.moe.down": (f"{EXPERTS}.down_proj.weight", f"{EXPERTS}.down_proj|T", f"{EXPERTS}.down_proj_blocks"),
-    "layers.{i}.moe.gate.bias": (f"{EXPERTS}.gate_proj.bias", f"{EXPERTS}.gate_up_proj_bias|even"),
-    "layers.{i}.moe.up.bias": (f"{EXPERTS}.up_proj.bias", f"{EXPERTS}.gate_up_proj_bias|odd"),
-    "layers.{i}.moe.down.bias": (f"{EXPERTS}.down_proj.bias", f"{EXPERTS}.down_proj_bias"),
+    "layers.{i}.moe.down": (f"{EXPERTS}.down_proj.weight|mlx", f"{EXPERTS}.down_proj|T", f"{EXPERTS}.down_proj_blocks"),
+    "layers.{i}.moe.gate.bias": (f"{EXPERTS}.gate_proj.bias|mlx", f"{EXPERTS}.gate_up_proj_bias|even"),
+    "layers.{i}.moe.up.bias": (f"{EXPERTS}.up_proj.bias|mlx", f"{EXPERTS}.gate_up_proj_bias|odd"),
+    "layers.{i}.moe.down.bias": (f"{EXPERTS}.down_proj.bias|mlx", f"{EXPERTS}.down_proj_bias"),
 }
 GGUF_NAMES = gguf.NAMES | {
     "layers.{i}.attn.sinks": "blk.{i}.attn_sinks.weight",

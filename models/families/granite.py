@@ -20,9 +20,9 @@ MOE = "model.layers.{i}.block_sparse_moe"
 SHARED = "model.layers.{i}.shared_mlp"
 MOE_NAMES = LLAMA | {
     "layers.{i}.moe.router": (f"{MOE}.router.layer.weight", f"{MOE}.router.weight"),
-    "layers.{i}.moe.gate": (f"{MOE}.switch_mlp.gate_proj.weight", f"{MOE}.input_linear.weight|first"),
-    "layers.{i}.moe.up": (f"{MOE}.switch_mlp.up_proj.weight", f"{MOE}.input_linear.weight|last"),
-    "layers.{i}.moe.down": (f"{MOE}.switch_mlp.down_proj.weight", f"{MOE}.output_linear.weight"),
+    "layers.{i}.moe.gate": (f"{MOE}.switch_mlp.gate_proj.weight|mlx", f"{MOE}.input_linear.weight|first"),
+    "layers.{i}.moe.up": (f"{MOE}.switch_mlp.up_proj.weight|mlx", f"{MOE}.input_linear.weight|last"),
+    "layers.{i}.moe.down": (f"{MOE}.switch_mlp.down_proj.weight|mlx", f"{MOE}.output_linear.weight"),
     "layers.{i}.moe.shared.gate": f"{SHARED}.input_linear.weight|first",
     "layers.{i}.moe.shared.up": f"{SHARED}.input_linear.weight|last",
     "layers.{i}.moe.shared.down": f"{SHARED}.output_linear.weight",

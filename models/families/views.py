@@ -1,11 +1,13 @@
 """How a checkpoint may hold one of our tensors within another: transposed, or as some of its rows.
 
-A name map says so behind the tensor's name: `….c_attn.weight|T`, `….input_linear.weight|first`; `|kernels` are a
-convolution's, ours [C, taps], in files [C, 1, taps], in MLX's [C, taps, 1].
+A name map says so behind the tensor's name: `….c_attn.weight|T`, `….input_linear.weight|first`; `|heads`: the rows of
+all heads one after the other, where ours has them apart; `|kernels` are a convolution's, ours [C, taps], in files
+[C, 1, taps], in MLX's [C, taps, 1].
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,22 +34,42 @@ def viewed(tensor: Tensor, views: Sequence[str], shape: Sequence[int], bias: boo
     return Tensor(viewed_shape(tensor.shape, views, shape, bias), tensor.format, parts)
 
 
-WRITTEN = {"T", "kernels"}  # those that can be undone
+WRITTEN = {"T", "kernels", "heads", *ROWS}  # those that can be undone
 
 
-def stored(tensor: Tensor, views: Sequence[str]) -> Tensor:
-    """A dense tensor of ours as files have it: `viewed`, undone."""
-    if not views:
-        return tensor
-    shape, weight = stored_shape(tensor.shape, views), tensor.parts["weight"]
-    weight = weight.swapaxes(-1, -2) if "T" in views else weight.reshape(shape)
-    return Tensor(shape, tensor.format, {"weight": np.ascontiguousarray(weight)})
+def stored(tensors: Sequence[Tensor], views: Sequence[Sequence[str]], bias: bool) -> Tensor:
+    """Tensors of ours, of one format, as a file has them in one: `viewed`, undone. views: of each."""
+    shape = stored_shape([t.shape for t in tensors], views, bias)
+    if len(tensors) == 1 and shape == tensors[0].shape and "T" not in views[0]:
+        return tensors[0]
+    order = sorted(range(len(tensors)), key=lambda i: min(set(views[i]) & set(ROWS), default=""))
+    parts = {}
+    for key in tensors[0].parts:
+        whole = _together([tensors[i].parts[key] for i in order], "even" in views[order[0]], bias)
+        whole = whole.swapaxes(-1, -2) if "T" in views[0] else whole.reshape(*shape[:-1], -1)
+        parts[key] = np.ascontiguousarray(whole)
+    return Tensor(shape, tensors[0].format, parts)
 
 
-def stored_shape(shape: Sequence[int], views: Sequence[str]) -> tuple[int, ...]:
-    if "T" in views:
-        return (*shape[:-2], shape[-1], shape[-2])
-    return (shape[0], 1, *shape[1:]) if "kernels" in views else tuple(shape)
+def _together(parts: Sequence[np.ndarray], alternating: bool, bias: bool) -> np.ndarray:
+    """Rows of several, one after the other or in turn."""
+    axis = -1 if bias else -2
+    if len(parts) == 1 or not alternating:
+        return np.concatenate(parts, axis)
+    rows = len(parts) * parts[0].shape[axis]
+    shape = parts[0].shape
+    return np.stack(parts, axis).reshape(*shape[:axis], rows, *([] if bias else shape[-1:]))
+
+
+def stored_shape(shapes: Sequence[Sequence[int]], views: Sequence[Sequence[str]], bias: bool) -> tuple[int, ...]:
+    shape, axis = list(shapes[0]), -1 if bias else -2
+    if len(shapes) > 1:
+        shape[axis] = sum(s[axis] for s in shapes)
+    if "heads" in views[0]:
+        shape = [math.prod(shape[:-1]), shape[-1]]
+    if "T" in views[0]:
+        shape[-2:] = shape[-1], shape[-2]
+    return (shape[0], 1, *shape[1:]) if "kernels" in views[0] else tuple(shape)
 
 
 def viewed_shape(stored: Sequence[int], views: Sequence[str], shape: Sequence[int], bias: bool) -> tuple[int, ...]:
@@ -62,6 +84,8 @@ def _view(part: np.ndarray, views: Sequence[str], shape: Sequence[int], bias: bo
     for view in views:
         if view == "row":  # a matrix of one row, stored as a vector
             part = part.reshape(1, -1)
+            continue
+        if view == "heads":  # parted with the rows below
             continue
         if view == "kernels":
             part = part if bias or part.ndim < 3 else part.reshape(len(part), -1)

@@ -1,30 +1,81 @@
-"""How one of our tensors goes into a file of its family: under which name, laid out how, experts one by one."""
+"""How our tensors go into the files of their family: under which names, laid out how, several in one, experts apart."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 
 from ...checkpoint import Spec
-from ...schemes import row
+from ...errors import Unsupported
+from ...schemes import row, to_dense
 from ...tensors import Affine, Blocks, Dense, Tensor
 from . import NameMap
-from .views import stored, stored_shape
+from .views import ROWS, stored, stored_shape
+
+Format = Dense | Affine | Blocks
+WHOLE = ({"first", "last"}, {"even", "odd"})  # the parts of a stored tensor that make it up
 
 
-def specs(
-    names: NameMap, name: str, shape: Sequence[int], form: Dense | Affine | Blocks, load: Callable[[], Tensor]
-) -> Iterator[Spec]:
-    """What is written of `name`, which has `shape` and will be of `form`; load makes it, once for a stack of experts.
-    Raises Unsupported where it lies within another tensor only."""
-    spelled, views = names.written(name, not isinstance(form, Dense))
-    if "{e}" not in spelled:
-        yield Spec(spelled, stored_shape(shape, views), form, lambda: stored(load(), views))
-    else:
-        once = lru_cache(maxsize=1)(load)
-        for e in range(shape[0]):
-            yield Spec(spelled.replace("{e}", str(e)), tuple(shape[1:]), form, partial(_one, once, e))
+@dataclass(frozen=True)
+class Piece:
+    """One of our parameters on its way into a file: what it will be, and how to get it when its turn comes. expert: how
+    to get one of a stack, where that is less work than to get all."""
+
+    name: str
+    shape: tuple[int, ...]
+    form: Format
+    load: Callable[[], Tensor]
+    expert: Callable[[int], Tensor] | None = None
+
+
+def specs(names: NameMap, pieces: Iterable[Piece]) -> Iterator[Spec]:
+    """What is written of `pieces`, all that a folder will hold: in transformers' names where all of it is dense, else
+    in mlx-lm's. Each Spec is `of` the parameters that it holds. Raises Unsupported for a part of a tensor whose other
+    part is not among them."""
+    pieces = list(pieces)
+    mlx = any(not isinstance(piece.form, Dense) for piece in pieces)
+    within: dict[str, list[tuple[Piece, tuple[str, ...]]]] = {}
+    for piece in pieces:
+        spelled, views = names.written(piece.name, mlx)
+        within.setdefault(spelled, []).append((piece, views))
+    for spelled, held in within.items():
+        if "{e}" in spelled:
+            yield from _apart(spelled, *held[0])
+        else:
+            yield _together(spelled, [piece for piece, _ in held], [views for _, views in held])
+
+
+def _apart(spelled: str, piece: Piece, views: Sequence[str]) -> Iterator[Spec]:
+    """Experts, one a tensor."""
+    load = piece.expert or partial(_one, lru_cache(maxsize=1)(piece.load))
+    for e in range(piece.shape[0]):
+        yield Spec(spelled.replace("{e}", str(e)), piece.shape[1:], piece.form, partial(load, e), (piece.name,))
 
 
 def _one(load: Callable[[], Tensor], expert: int) -> Tensor:
     return row(load(), expert)
+
+
+def _together(spelled: str, pieces: Sequence[Piece], views: Sequence[Sequence[str]]) -> Spec:
+    """One tensor, or several in one."""
+    parts = {view for some in views for view in some if view in ROWS}
+    if (len(pieces) > 1 or parts) and (parts not in WHOLE or len(pieces) != len(parts)):
+        raise Unsupported(f"{spelled} holds more than {pieces[0].name}.", "Use the model as it is.")
+    bias = pieces[0].name.endswith(".bias")
+    form, shape = _common(pieces), stored_shape([piece.shape for piece in pieces], views, bias)
+    return Spec(spelled, shape, form, partial(_load, pieces, views, form, bias), tuple(piece.name for piece in pieces))
+
+
+def _common(pieces: Sequence[Piece]) -> Format:
+    """The format of several in one: dense, where they differ."""
+    forms = {piece.form for piece in pieces}
+    plain = [form for form in forms if isinstance(form, Dense)]
+    return forms.pop() if len(forms) == 1 else plain[0] if plain else Dense("bfloat16")
+
+
+def _load(pieces: Sequence[Piece], views: Sequence[Sequence[str]], form: Format, bias: bool) -> Tensor:
+    tensors = [piece.load() for piece in pieces]
+    if isinstance(form, Dense) and len(pieces) > 1:
+        tensors = [to_dense(tensor, form.dtype) for tensor in tensors]
+    return stored(tensors, views, bias)

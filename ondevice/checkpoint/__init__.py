@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadFile, Unavailable
-from ..schemes import label
+from ..schemes import label, outline
 from ..tensors import Tensor
 from . import folder, gguf
-from .files import Entry, release
+from .files import release
+from .quantized import AnyEntry
 from .write import Spec, write_folder
 
 __all__ = ["Checkpoint", "Spec", "Summary", "open_checkpoint", "release", "verify", "write_folder"]
@@ -34,7 +35,7 @@ class Checkpoint:
         self,
         path: Path,
         kind: str,
-        entries: Mapping[str, Entry | folder.AffineEntry],
+        entries: Mapping[str, AnyEntry],
         config: dict[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
         files: dict[str, Path] | None = None,
@@ -60,6 +61,16 @@ class Checkpoint:
         if name not in self._entries:
             raise BadFile(f"{self.path} has no tensor named {name!r}.", "Its download or conversion may be incomplete.")
         return self._entries[name].load()
+
+    def outline(self, name: str) -> Tensor:
+        """A tensor of that shape and format which takes no memory: nothing is read or put in another order."""
+        entry = self._entries[name]
+        return outline(entry.shape, entry.format)
+
+    def release(self, name: str) -> None:
+        """Give back the memory of a tensor's pages, as `release` does: of those in the file, where it was copied."""
+        for place in self._entries[name].places:
+            release(place.load())
 
     def close(self) -> None:
         """Let go of the files; they are unmapped when the last tensor taken from them is gone."""

@@ -84,6 +84,11 @@ class Entry:
     format: Dense | Blocks
     nbytes: int
 
+    @property
+    def places(self) -> tuple[Entry, ...]:
+        """What of the file it is made of."""
+        return (self,)
+
     def load(self) -> Tensor:
         if isinstance(self.format, Dense):
             stored, shape = STORAGE[self.format.dtype], self.shape

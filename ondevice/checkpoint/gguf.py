@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BadFile, Unsupported
-from ..schemes import LAYOUT, block_size, row_bytes
+from ..schemes import block_size, row_bytes
 from ..tensors import STORAGE, Blocks, Dense
 from .files import Entry, Mapped, check_overlaps, damaged
 
@@ -323,6 +323,6 @@ def _storage(file: Mapped, name: str, shape: tuple[int, ...], kind: int) -> tupl
     if kind in OTHER_TYPES:
         raise Unsupported(
             f"{file.path} stores {name!r} as {OTHER_TYPES[kind]}, which is not read here.",
-            f"Get the model as one of: F32, F16, BF16, {', '.join(LAYOUT)}.",
+            f"Get the model as one of: F32, F16, BF16, {', '.join(BLOCK_TYPES.values())}.",
         )
     raise damaged(file.path, f"the tensor {name!r} has the unknown type {kind}")

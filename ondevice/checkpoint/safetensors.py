@@ -12,6 +12,7 @@ from .files import Entry, Mapped, check_overlaps, damaged, parse_object
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "U32": "uint32", "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
 }  # fmt: skip
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_RANK = 8

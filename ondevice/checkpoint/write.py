@@ -37,12 +37,14 @@ class Spec:
     """A tensor to be written: what it will be, and how to get it when its turn comes.
 
     load() returns a Tensor of this shape and format; only an Affine's scales may come in another dtype than planned.
+    of: what it holds, by names that whoever planned it understands.
     """
 
     name: str
     shape: tuple[int, ...]
     format: Dense | Affine | Blocks
     load: Callable[[], Tensor]
+    of: tuple[str, ...] = ()
 
     @property
     def parts(self) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -55,7 +55,7 @@ def command(source, dest, to, kind, dtype, dequantize, model, only_plan, as_json
         work, run = _work(checkpoint, to, kind, dtype, dequantize)
         facts = {"source": str(checkpoint.path), "path": str(dest), "to": to, "tensors": len(work.specs)}
         facts |= {"source_bytes": checkpoint.nbytes, "bytes": work.nbytes, "formats": work.formats}
-        facts |= {"notes": list(work.notes)} if getattr(work, "notes", ()) else {}
+        facts |= {"notes": list(work.notes)} if work.notes else {}
         if only_plan:
             expected = estimate(work, dest)
             facts |= {"free_bytes": expected.free_bytes, "seconds": expected.seconds}

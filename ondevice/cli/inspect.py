@@ -72,6 +72,7 @@ def _facts(r: Report) -> dict[str, Any]:
         "biases": whole.biases,
         "bytes": whole.nbytes,
         "bits_per_weight": whole.bits,
+        "left_out": r.left_out,
         "lora": {"rank": r.rank, **r.lora},
         "components": [_share(share) for share in r.anatomy.components()],
         "layers": [_share(share) | {"is": what} for share, what in zip(r.anatomy.layers(), r.layers, strict=True)],
@@ -100,6 +101,8 @@ def _show(r: Report) -> None:
     if config.tied:
         console.answer("            the head is the embedding: counted once")
     console.answer(f"stored      {_size(whole.nbytes)}, {whole.bits:.2f} bits a parameter: {', '.join(whole.formats)}")
+    if r.left_out:
+        console.answer(f"            {r.left_out}")
     trained = ", ".join(f"{_count(n)} ({name})" for name, n in r.lora.items())
     console.answer(f"LoRA        rank {r.rank} trains {trained}")
     _memory(r)

@@ -61,7 +61,7 @@ def _quantization(path: Path) -> str:
         with open_checkpoint(path) as checkpoint:
             sizes: dict[str, int] = {}
             for name in checkpoint.names:
-                tensor = checkpoint[name]
+                tensor = checkpoint.outline(name)
                 f = tensor.format
                 kind = f.kind if isinstance(f, Blocks) else f.dtype
                 kind = f"{f.bits}-bit, groups of {f.group_size}" if isinstance(f, Affine) else kind

@@ -8,14 +8,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from ..backends.base import Backend, Footprint, LayerCache, StateCache
 from ..errors import OnDeviceError
 from ..models.config import ModelConfig, MoEConfig
 from ..models.parameters import Parameters
-from ..schemes import row_bytes
-from ..tensors import STORAGE, Affine, Blocks, Dense, Tensor, blank
+from ..schemes import outline
+from ..tensors import STORAGE, Affine, Tensor, blank
 
 CHUNK = 512  # tokens that go through the model at once, at most: engine.PREFILL_CHUNK
 TOKENIZER = 12_000_000, 600  # bytes: libraries that it loads, and for each token of the vocabulary
@@ -123,26 +121,18 @@ class Planner:
                 return
 
 
-def tensors_of(parameters: Parameters) -> dict[str, Tensor]:
-    """Every parameter without reading it: as it is stored, or one that takes no memory in its place."""
-    found = {}
-    for name, shape in parameters.shapes.items():
-        stored = parameters.checkpoint[parameters.stored(name)[0]]
-        found[name] = stored if _as_stored(parameters, name) else _standing_for(shape, stored.format)
-    return found
-
-
 def _as_stored(parameters: Parameters, name: str) -> bool:
     """Whether a parameter is one tensor of the file: not experts apart, not part of another, not transposed."""
     found = parameters.stored(name)
-    return len(found) == 1 and parameters.checkpoint[found[0]].shape == parameters.shapes[name]
+    return len(found) == 1 and parameters.checkpoint.outline(found[0]).shape == parameters.shapes[name]
 
 
-def _standing_for(shape: tuple[int, ...], form: Dense | Affine | Blocks) -> Tensor:
-    if isinstance(form, Blocks):
-        octets = np.broadcast_to(np.uint8(0), (*shape[:-1], row_bytes(form.kind, shape[-1])))
-        return Tensor(shape, form, {"weight": octets})
-    return blank(shape, form)
+def tensors_of(parameters: Parameters) -> dict[str, Tensor]:
+    """Every parameter's shape and format, without reading it."""
+    found = {}
+    for name, shape in parameters.shapes.items():
+        found[name] = outline(shape, parameters.checkpoint.outline(parameters.stored(name)[0]).format)
+    return found
 
 
 def idle_share(config: ModelConfig, name: str, tensor: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -12,9 +12,10 @@ import numpy as np
 
 from ..adapters import Adapter, Modules, read_adapter, write_adapter
 from ..adapters import LowRank as Update
-from ..checkpoint import Spec, write_folder
+from ..checkpoint import write_folder
 from ..errors import BadOption
-from ..models.families.views import stored
+from ..models.families.writing import Piece
+from ..models.families.writing import specs as laid_out
 from ..runtime.session import Session
 from ..runtime.side_files import side_files
 from ..schemes import to_float
@@ -68,7 +69,7 @@ def factors_of(path: str | Path, session: Session, settings: Settings) -> dict[s
 def write_model(dest: Path, session: Session, params: Params) -> None:
     """The whole model as a Hugging Face folder inside `dest`, which may hold other files of the run; config.json, by
     which it is known as a model, comes last."""
-    specs = [spec for name, values in params.items() for spec in _specs(session, name, values)]
+    specs = list(laid_out(session.family.names, (_piece(session, name, values) for name, values in params.items())))
     config = {k: v for k, v in session.hf_config.items() if k not in ("torch_dtype", "quantization_config")}
     config = {k: v for k, v in config.items() if k != "quantization"} | {"dtype": _dtype(session, "embed")}
     made = dest / f".model.{secrets.token_hex(4)}.partial"
@@ -82,19 +83,13 @@ def write_model(dest: Path, session: Session, params: Params) -> None:
 
 def _dtype(session: Session, name: str) -> str:
     """As the checkpoint stores it; bfloat16 for what was quantized."""
-    stored = session.checkpoint[session.parameters.stored(name)[0]].format
+    stored = session.checkpoint.outline(session.parameters.stored(name)[0]).format
     return stored.dtype if isinstance(stored, Dense) else "bfloat16"
 
 
-def _specs(session: Session, name: str, values: np.ndarray) -> Iterator[Spec]:
-    """One tensor, or one an expert where the family's files have it so."""
-    (spelled, views), dtype = session.family.names.written(name, quantized=False), _dtype(session, name)
-    values = stored(dense(values), views).parts["weight"]
-    parts = {spelled: values}
-    if "{e}" in spelled:
-        parts = {spelled.replace("{e}", str(e)): one for e, one in enumerate(values)}
-    for path, one in parts.items():
-        yield Spec(path, one.shape, Dense(dtype), partial(_stored, one, dtype))
+def _piece(session: Session, name: str, values: np.ndarray) -> Piece:
+    dtype = _dtype(session, name)
+    return Piece(name, values.shape, Dense(dtype), partial(_stored, values, dtype))
 
 
 def _stored(values: np.ndarray, dtype: str) -> Tensor:

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from .. import noise
-from ..checkpoint import Spec, folder, open_checkpoint, write_folder
+from ..checkpoint import folder, open_checkpoint, write_folder
 from ..checkpoint.files import read_object
 from ..errors import Unsupported
 from ..models.families import Family, family_for, family_of
-from ..models.families.views import stored_shape
+from ..models.families.writing import Piece
+from ..models.families.writing import specs as laid_out
 from ..models.parameters import expected
 from ..runtime.side_files import side_files
 from ..tensors import Dense, Tensor, dense
@@ -31,15 +32,14 @@ def untrained(source: Path, seed: int) -> Iterator[Path]:
     alone) and weights drawn by the seed. Raises Unsupported for models with experts or recurrent states."""
     family, hf, files = _described(source)
     config = family.config(hf)
-    specs = []
-    for name, shape in expected(config).items():
-        spelled, views = family.names.written(name, quantized=False)
-        if "{e}" in spelled or ".delta." in name:
-            raise Unsupported("Models with experts or states are not trained from scratch.", "Take another config.")
-        shape = stored_shape(shape, views)
-        specs.append(Spec(spelled, shape, Dense("float32"), partial(_drawn, name, shape, seed, config.norm_offset)))
+    shapes = expected(config)
+    if any(".moe." in name or ".delta." in name for name in shapes):
+        raise Unsupported("Models with experts or states are not trained from scratch.", "Take another config.")
+    draws = {name: partial(_drawn, name, shape, seed, config.norm_offset) for name, shape in shapes.items()}
+    pieces = (Piece(name, shapes[name], Dense("float32"), draw) for name, draw in draws.items())
     with tempfile.TemporaryDirectory(prefix="ondevice-scratch-") as temporary:
         dest = Path(temporary) / "model"
+        specs = list(laid_out(family.names, pieces))
         write_folder(dest, {k: v for k, v in hf.items() if not k.startswith("quantization")}, specs, files)
         yield dest
 

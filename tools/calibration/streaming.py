@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...backends.base import A, Backend, Step, W
-from ...checkpoint import release
 from ...models.config import ModelConfig
 from ...models.decoder import Decoder
 from ...models.parameters import Parameters
@@ -102,7 +101,7 @@ def stream(
             if prefix == "head" or not (config.tied and name == "embed"):
                 ops.release(weights.pop(name))
                 for stored in parameters.stored(name):
-                    release(parameters.checkpoint[stored])
+                    parameters.checkpoint.release(stored)
 
 
 def stages(config: ModelConfig, parameters: Parameters) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...errors import BadFile, Unsupported
-from ...schemes import CHUNK, LAYOUT, LEGACY_BITS, parts, take_rows, to_dense, to_float
+from ...schemes import CHUNK, FP8, LAYOUT, LEGACY_BITS, parts, take_rows, to_dense, to_float
 from ...tensors import Affine, Blocks, Dense, Tensor, floats
 
 TYPES: dict[str, Dense | Blocks] = {  # what can be written, by llama.cpp's names
@@ -39,6 +39,8 @@ class Loss:
 def nearest(tensor: Tensor) -> Dense | Blocks:
     """The type that a tensor has, or that loses least of it at about its size."""
     form = tensor.format
+    if form == FP8:
+        return Dense("bfloat16")
     if not isinstance(form, Affine):
         return form if form != Dense("float64") else Dense("float32")
     if tensor.shape[-1] % BLOCK:

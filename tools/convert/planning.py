@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint import Checkpoint, Spec, release, write_folder
+from ...checkpoint import Checkpoint, Spec, write_folder
 from ...errors import BadOption, Unsupported
-from ...models.families import NameMap, family_of
-from ...models.families.views import stored, stored_shape
+from ...models.families import family_of
+from ...models.families.writing import Piece
+from ...models.families.writing import specs as laid_out
 from ...models.parameters import Parameters
 from ...runtime.side_files import side_files
-from ...schemes import LEGACY_BITS, label, row, to_affine, to_dense
+from ...schemes import LEGACY_BITS, label, to_affine, to_dense
 from ...tensors import Affine, Blocks, Dense, Tensor
 
 Format = Dense | Affine | Blocks
@@ -24,12 +25,14 @@ FLOATS = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion, ready to run. specs: what will be written; sources: the format each of them has now."""
+    """A conversion, ready to run. specs: what will be written; sources: the format each of them has now; notes: what
+    people should know."""
 
     checkpoint: Checkpoint
     config: Mapping[str, Any]
     specs: tuple[Spec, ...]
     sources: tuple[Format, ...]
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def nbytes(self) -> int:
@@ -58,19 +61,17 @@ def plan(checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool = Fa
     family, hf_config = family_of(checkpoint)
     parameters = Parameters(family, family.config(hf_config), checkpoint)
     _check_k_quants(checkpoint, parameters, dtype)
-    specs: list[Spec] = []
-    sources: list[Format] = []
-    for name in parameters:
-        for source, spec in _specs(parameters, family.names, name, dtype, dequantize):
-            specs.append(spec)
-            sources.append(source)
-    return Plan(checkpoint, _config(checkpoint, hf_config, specs[0], dtype), tuple(specs), tuple(sources))
+    pieces = {name: _piece(parameters, name, dtype, dequantize) for name in parameters}
+    specs = tuple(laid_out(family.names, pieces.values()))
+    sources = tuple(_source(parameters, spec.of[0]) for spec in specs)
+    notes = (parameters.left_out,) if parameters.apart else ()
+    return Plan(checkpoint, _config(checkpoint, hf_config, pieces["embed"].form, dtype), specs, sources, notes=notes)
 
 
 def plan_hf(checkpoint: Checkpoint, dtype: str | None = None) -> Plan:
     """How to write a checkpoint such that transformers loads it: nothing quantized; in `dtype`, or in the types that
     its tensors have if all are dense, else bfloat16."""
-    quantized = any(checkpoint[name].quantized for name in checkpoint.names)
+    quantized = any(checkpoint.outline(name).quantized for name in checkpoint.names)
     return plan(checkpoint, dtype or ("bfloat16" if quantized else None), dequantize=quantized)
 
 
@@ -80,7 +81,7 @@ def convert(plan: Plan, dest: str | Path, written: Callable[[Spec], None] = lamb
 
 
 def _check_k_quants(checkpoint: Checkpoint, parameters: Parameters, dtype: str | None) -> None:
-    forms = (checkpoint[stored].format for name in parameters for stored in parameters.stored(name))
+    forms = (checkpoint.outline(stored).format for name in parameters for stored in parameters.stored(name))
     kinds = Counter(form.kind for form in forms if isinstance(form, Blocks) and form.kind not in LEGACY_BITS)
     if kinds and dtype is None:
         held = ", ".join(f"{count} as {kind}" for kind, count in kinds.most_common())
@@ -90,20 +91,16 @@ def _check_k_quants(checkpoint: Checkpoint, parameters: Parameters, dtype: str |
         )
 
 
-def _specs(
-    parameters: Parameters, names: NameMap, name: str, dtype: str | None, dequantize: bool
-) -> Iterator[tuple[Format, Spec]]:
-    """What one parameter is written as: one tensor, or one an expert where the family's files have it so."""
-    shape, held = parameters.shapes[name], parameters.stored(name)
-    source = parameters.checkpoint[held[0]].format
-    target = _target(source, dtype, dequantize)
-    spelled, views = names.written(name, isinstance(target, Affine))
-    if "{e}" not in spelled:
-        yield source, Spec(spelled, stored_shape(shape, views), target, partial(_load, parameters, name, target, views))
-        return
-    for e in range(shape[0]):
-        load = partial(_load_expert, parameters, name, e, target)
-        yield source, Spec(spelled.replace("{e}", str(e)), shape[1:], target, load)
+def _piece(parameters: Parameters, name: str, dtype: str | None, dequantize: bool) -> Piece:
+    target = _target(_source(parameters, name), dtype, dequantize)
+    load, expert = partial(_load, parameters, name, target), partial(_load_expert, parameters, name, target)
+    several = len(parameters.stored(name)) > 1
+    return Piece(name, parameters.shapes[name], target, load, expert if several else None)
+
+
+def _source(parameters: Parameters, name: str) -> Format:
+    """How a parameter is stored now."""
+    return parameters.checkpoint.outline(parameters.stored(name)[0]).format
 
 
 def _target(source: Format, dtype: str | None, dequantize: bool) -> Dense | Affine:
@@ -116,19 +113,18 @@ def _target(source: Format, dtype: str | None, dequantize: bool) -> Dense | Affi
     return Dense(dtype)
 
 
-def _load(parameters: Parameters, name: str, target: Format, views: Sequence[str]) -> Tensor:
-    made = stored(_convert(parameters[name], target), views)
+def _load(parameters: Parameters, name: str, target: Format) -> Tensor:
+    made = _convert(parameters[name], target)
     for source in parameters.stored(name):
-        release(parameters.checkpoint[source])
+        parameters.checkpoint.release(source)
     return made
 
 
-def _load_expert(parameters: Parameters, name: str, expert: int, target: Format) -> Tensor:
-    held = parameters.stored(name)
-    several = len(held) > 1
-    source = parameters.checkpoint[held[expert]] if several else row(parameters[name], expert)
-    made = _convert(source, target)
-    release(source)
+def _load_expert(parameters: Parameters, name: str, target: Format, expert: int) -> Tensor:
+    """One of experts that are stored one by one."""
+    source = parameters.stored(name)[expert]
+    made = _convert(parameters.checkpoint[source], target)
+    parameters.checkpoint.release(source)
     return made
 
 
@@ -138,8 +134,8 @@ def _convert(tensor: Tensor, target: Format) -> Tensor:
     return to_affine(tensor) if isinstance(tensor.format, Blocks) else tensor
 
 
-def _config(checkpoint: Checkpoint, hf: Mapping, embedding: Spec, dtype: str | None) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, hf: Mapping, embedding: Format, dtype: str | None) -> dict[str, Any]:
     """config.json with the type that the weights now have; a folder's own is kept where none was chosen."""
     if checkpoint.kind != "gguf" and dtype is None:
         return dict(hf)
-    return {key: value for key, value in hf.items() if key != "torch_dtype"} | {"dtype": embedding.format.dtype}
+    return {key: value for key, value in hf.items() if key != "torch_dtype"} | {"dtype": embedding.dtype}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ...checkpoint import Checkpoint, Spec, open_checkpoint, release
+from ...checkpoint import Checkpoint, Spec, open_checkpoint
 from ...checkpoint.write_gguf import ARCHITECTURE, write_gguf
 from ...errors import BadFile, BadOption, OnDeviceError, Unsupported
 from ...models.config import ModelConfig
@@ -31,12 +31,10 @@ FULL = ("router", "norm")  # small and delicate: llama.cpp keeps them, and every
 
 @dataclass(frozen=True)
 class GgufPlan(Plan):
-    """A conversion to GGUF, ready to run. losses: by tensor, filled while it is written. notes: what whoever uses the
-    file should know."""
+    """A conversion to GGUF, ready to run. losses: by tensor, filled while it is written."""
 
     metadata: Mapping[str, Any] = field(default_factory=dict)
     losses: dict[str, Loss] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
     @property
     def loss(self) -> Loss:
@@ -63,7 +61,8 @@ def plan_gguf(checkpoint: Checkpoint, kind: str | None = None) -> GgufPlan:
         metadata = _metadata(checkpoint, architecture, config, hf, specs) | tokenizer
         wrong = faults(architecture, config, metadata, specs, checkpoint.path)
         if not wrong:
-            return GgufPlan(checkpoint, hf, specs, sources, metadata, losses, notes(architecture, config))
+            told = (*notes(architecture, config), *([parameters.left_out] if parameters.apart else []))
+            return GgufPlan(checkpoint, hf, specs, sources, metadata, losses, notes=told)
         refused[architecture.gguf.architecture] = wrong
     raise _no_place(checkpoint.path, refused)
 
@@ -142,7 +141,7 @@ def _load(parameters, family, config, name, spelled, form, losses) -> Tensor:
     except OnDeviceError as error:
         raise type(error)(f"{spelled} cannot be written: {error.message}.", error.hint) from None
     for stored in parameters.stored(name):
-        release(parameters.checkpoint[stored])
+        parameters.checkpoint.release(stored)
     return made
 
 

@@ -14,7 +14,7 @@ from ...errors import Unsupported
 from ...models.config import ModelConfig
 from ...models.decoder import Decoder
 from ...models.families import NameMap
-from ...models.families.writing import specs
+from ...models.families.writing import Piece, specs
 from ...models.parameters import Parameters
 from ...schemes import LEGACY_BITS, label, to_affine, to_dense
 from ...tensors import Affine, Blocks, Dense, Tensor, dense
@@ -124,9 +124,9 @@ class Weights:
     # ---- writing
 
     def specs(self, names: NameMap) -> Iterator[Spec]:
-        """What is written, as this family's files name it; quantized experts as one stack, where mlx-lm has it so."""
-        for name, form in self.formats.items():
-            yield from specs(names, name, self.shapes[name], form, partial(self.__getitem__, name))
+        """What is written, as this family's files name it."""
+        forms = self.formats.items()
+        return specs(names, (Piece(n, self.shapes[n], form, partial(self.__getitem__, n)) for n, form in forms))
 
 
 def _stands(form: Format | Blocks) -> bool:

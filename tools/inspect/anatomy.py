@@ -169,7 +169,7 @@ def _stored(parameters: Parameters) -> Stored:
     for name in parameters:
         nbytes, size = 0.0, math.prod(parameters.shapes[name])
         for found in parameters.stored(name):
-            tensor = parameters.checkpoint[found]
+            tensor = parameters.checkpoint.outline(found)
             nbytes += tensor.nbytes * (1 if len(parameters.stored(name)) > 1 else size / users[found])
         stored[name] = round(nbytes), tensor.format
     return stored

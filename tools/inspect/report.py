@@ -21,7 +21,8 @@ from .text import Check, Tokens, check_template, tokens
 class Report:
     """layers: what each is made of, in words. lora: choice of matrices -> what is trained at `rank`. kv_bytes: what the
     cache keeps of a token. machine: the memory that the plan must stay below (None: unknown); fitting: what would do
-    so, where it does not. tokens, template: None where no tokenizer is here (`untold` says why)."""
+    so, where it does not. tokens, template: None where no tokenizer is here (`untold` says why). left_out: what
+    is stored and not used, in words."""
 
     source: Source
     licence: str | None
@@ -37,6 +38,7 @@ class Report:
     tokens: Tokens | None
     template: tuple[Check, ...] | None
     untold: str
+    left_out: str
 
 
 def report(source: Source, ops: Backend, context: int | None, batch: int, rank: int, kv_dtype: str | None) -> Report:
@@ -45,7 +47,7 @@ def report(source: Source, ops: Backend, context: int | None, batch: int, rank: 
     if not 1 <= (context or 1) <= source.config.context:
         raise BadOption(f"The model was made for {source.config.context} tokens, not {context}.", "Give fewer.")
     parts = anatomy(source.family, source.config, source.hf, source.checkpoint)
-    planner = _planner(source, ops, kv_dtype)
+    planner, left_out = _planner(source, ops, kv_dtype)
     one, two = (planner.plan(many * ROUND).cache for many in (1, 2))
     plan = planner.plan(context or min(source.config.context, DEFAULT_CONTEXT), batch)
     most = plan.device or memory_bytes()
@@ -66,18 +68,20 @@ def report(source: Source, ops: Backend, context: int | None, batch: int, rank: 
         found,
         checks,
         untold,
+        left_out,
     )
 
 
-def _planner(source: Source, ops: Backend, kv_dtype: str | None) -> Planner:
-    """From a config alone, experts are taken to stand apart in the files, as they are published."""
+def _planner(source: Source, ops: Backend, kv_dtype: str | None) -> tuple[Planner, str]:
+    """And what is left out. From a config alone, experts are taken to stand apart in the files, as they are
+    published."""
     if source.checkpoint is not None:
         parameters = Parameters(source.family, source.config, source.checkpoint)
-        return Planner.of(source.config, parameters, ops, kv_dtype)
+        return Planner.of(source.config, parameters, ops, kv_dtype), parameters.left_out
     shapes = expected(source.config)
     tensors = {name: blank(shape, promised(name, shape, source.hf)) for name, shape in shapes.items()}
     apart = [name for name, shape in shapes.items() if len(shape) > 2]
-    return Planner(source.config, tensors, ops, kv_dtype, apart)
+    return Planner(source.config, tensors, ops, kv_dtype, apart), ""
 
 
 def _text(source: Source) -> tuple[Tokens | None, tuple[Check, ...] | None, str]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...checkpoint import Spec, write_folder
 from ...errors import OnDeviceError
-from ...models.families.writing import specs
+from ...models.families.writing import Piece, specs
 from ...models.parameters import expected
 from ...tensors import Tensor
 from ..progress import Progress
@@ -93,10 +93,10 @@ def _nonzero(subject: Subject, cut: Cut) -> tuple[int, int]:
 
 
 def _specs(subject: Subject, cut: Cut) -> Iterator[Spec]:
-    """What is written, in Hugging Face's names; a stack of experts is cut once for all of them."""
-    for name, shape in expected(cut.made).items():
-        load = partial(_load, subject, cut, name)
-        yield from specs(subject.family.names, name, shape, load().format, load)
+    """What is written; a stack of experts is cut once for all of them."""
+    shapes = expected(cut.made)
+    loads = {name: partial(_load, subject, cut, name) for name in shapes}
+    return specs(subject.family.names, (Piece(n, shapes[n], load().format, load) for n, load in loads.items()))
 
 
 def _load(subject: Subject, cut: Cut, name: str) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...checkpoint import open_checkpoint, release
+from ...checkpoint import open_checkpoint
 from ...models.families import family_of
 from ...models.parameters import Parameters
 from ...registry import create_backend
@@ -94,4 +94,4 @@ class Subject(ExitStack):
 
     def release(self, name: str) -> None:
         for stored in self.parameters.stored(name):
-            release(self.checkpoint[stored])
+            self.checkpoint.release(stored)

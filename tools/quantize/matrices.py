@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ...checkpoint import release
 from ...errors import BadFile, BadOption
 from ...models.parameters import Parameters
 from ...schemes import label, to_float
@@ -71,7 +70,7 @@ def numbers(parameters: Parameters, name: str) -> np.ndarray:
     tensor = parameters[name]
     values = np.array(to_float(tensor))
     for stored in parameters.stored(name):
-        release(parameters.checkpoint[stored])
+        parameters.checkpoint.release(stored)
     require_finite(name, values, parameters)
     return values
 

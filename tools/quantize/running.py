@@ -180,9 +180,9 @@ def uniform(parameters: Parameters, names: NameMap, options: Options) -> tuple[d
     for name in matrices(parameters):
         columns = parameters.shapes[name][-1]
         group = fitted_group(columns, options.group_size)
-        spelled, views = names.written(name, quantized=True)
+        spelled, views = names.written(name, mlx=True)
         if group is None or views:
-            why = "it is stored transposed" if views else f"no group divides its rows of {columns}"
+            why = "it is stored transposed or in another" if views else f"no group divides its rows of {columns}"
             notes.append(f"{spelled} stays as it is: {why}.")
         else:
             plan[name] = Affine(options.bits, group, scale_dtype(parameters[name]))

@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from ...checkpoint import Spec, write_folder
-from ...models.families import Family, NameMap
-from ...models.families.writing import specs
+from ...models.families import Family
+from ...models.families.writing import Piece
+from ...models.families.writing import specs as laid_out
 from ...models.parameters import Parameters
 from ...runtime.side_files import side_files
 from ...schemes import label, to_dense
@@ -39,7 +40,7 @@ def write(
     written: Callable[[int, int], None], notes: tuple[str, ...] = (),
 ) -> Result:  # fmt: skip
     """`dest` appears complete or not at all; `written` hears bytes done and in all. Raises OnDeviceError."""
-    specs = list(_specs(parameters, family.names, plan, make))
+    specs = list(laid_out(family.names, _pieces(parameters, plan, make)))
     total, done = sum(spec.nbytes for spec in specs), 0
 
     def count(spec: Spec) -> None:
@@ -56,11 +57,11 @@ def write(
     return Result(dest, total, 8 * total / numbers, dict(formats.most_common()), tensors, notes)
 
 
-def _specs(parameters: Parameters, names: NameMap, plan: Plan, make: Make) -> Iterator[Spec]:
+def _pieces(parameters: Parameters, plan: Plan, make: Make) -> Iterator[Piece]:
     for name in parameters:
         planned = plan.get(name)
         load = partial(make, name) if planned else partial(_kept, parameters, name)
-        yield from specs(names, name, parameters.shapes[name], planned or load().format, load)
+        yield Piece(name, parameters.shapes[name], planned or load().format, load)
 
 
 def _kept(parameters: Parameters, name: str) -> Tensor:

@@ -57,6 +57,8 @@ def random_blocks(random: np.random.Generator, kind: str, shape: tuple[int, ...]
     blocks = octets.view(schemes.LAYOUT[kind])
     if kind == "MXFP4":
         blocks["e"] = 126 + random.integers(0, 2, blocks.shape, dtype=np.uint8)  # numbers of up to 3 and 6
+    if kind == "FP8":
+        blocks["qs"] &= 0xBF  # numbers of up to 1.875: half of the exponents, and no NaN
     for name in {"d", "m", "dmin"} & set(blocks.dtype.names):
         blocks[name] = random.standard_normal(blocks.shape).astype(np.float16)
     spread = float(np.std(schemes.to_float(Tensor(shape, Blocks(kind), {"weight": octets}))))
