@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import OnDeviceError
@@ -97,6 +98,18 @@ def table(rows: list[tuple[str, ...]], header: tuple[str, ...] = ()) -> None:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))] if lines else []
     for line in lines:
         answer("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def taught(what: str, facts: Mapping[str, Any]) -> None:
+    """What a model was before it was taught by its original, and after."""
+    rows = []
+    for name in ("original", "before", "after"):
+        kl = facts[name]["kl"]
+        figures = (f"{facts[name]['perplexity']:.2f}", f"{facts[name]['bits_per_byte']:.4f}")
+        rows.append((name, *figures, "" if kl is None else f"{kl:.4f}"))
+    table(rows, (what, "perplexity", "bits/byte", "KL"))
+    kept = f"{facts['steps']} steps in {facts['seconds']:.0f} s, the state behind step {facts['kept']} kept"
+    answer(f"{kept}; measured on text that was held out.")
 
 
 def side_by_side(texts: list[tuple[str, str]]) -> None:

@@ -25,8 +25,9 @@ def settings_options(command: Callable) -> Callable:
     """One option for each field of Settings, with its default and help."""
     for field in reversed(fields(Settings)):
         rules, kind = field.metadata, field.type.partition(" ")[0]
-        if field.name == "targets":
-            option = click.option("--target", "targets", multiple=True, help=rules["help"])
+        if kind.startswith("tuple"):
+            name = "--target" if field.name == "targets" else "--module-to-save"
+            option = click.option(name, field.name, multiple=True, help=rules["help"])
         elif kind == "bool":
             name = field.name.replace("_", "-")
             option = click.option(f"--{name}/--no-{name}", default=field.default, help=rules["help"])

@@ -32,6 +32,12 @@ FILE = click.Path(path_type=Path)
 @click.option("--seed", type=int, help="Of what the model says.")
 @click.option("--no-repair", is_flag=True, help="Leave what stays as it is, instead of making up for what goes.")
 @click.option("--dequantize", is_flag=True, help="Take quantized weights as the numbers they stand for (bfloat16).")
+@click.option("--heal", metavar="DATA", help="Then teach it by the original, on a text, a .jsonl, or `self`: what the "
+    "original says.")  # fmt: skip
+@click.option("--heal-steps", type=click.IntRange(1), metavar="N", help="At most so many steps.")
+@click.option("--heal-minutes", type=float, metavar="MINUTES", help="About so long; default: 10.")
+@click.option("--heal-rate", type=float, metavar="RATE", help="The highest learning rate; default: 5e-4.")
+@click.option("--backend", metavar="NAME", help="What healing runs on; default: cpu.")
 @click.option("--dry-run", is_flag=True, help="Show what would go and why, and write nothing.")
 @click.option("--plot", type=FILE, help="A picture of the scores: .png, .svg, …")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
@@ -75,7 +81,23 @@ def _options(given: dict):
         chosen["sparsity"] = Sparsity.parse(chosen["sparsity"])
     if "drop_layers" in chosen:
         chosen["drop_layers"] = _indices(chosen["drop_layers"])
+    chosen.pop("heal", None)
+    if healing := _healing(given):
+        chosen["heal"] = healing
     return Options(**chosen, repair=not given["no_repair"])
+
+
+def _healing(given: dict):
+    from ..tools.prune import Lessons
+
+    named = {"steps": "heal_steps", "minutes": "heal_minutes", "learning_rate": "heal_rate"}
+    chosen = {field: given[name] for field, name in named.items() if given[name] is not None}
+    if given["heal"] is None:
+        if chosen:
+            raise BadOption("There is nothing to heal by.", "Give --heal DATA, or --heal self.")
+        return None
+    data = None if given["heal"] == "self" else Path(given["heal"])
+    return Lessons(data, seed=given["seed"] or 0, **chosen)
 
 
 def _indices(text: str) -> tuple[int, ...]:
@@ -104,6 +126,9 @@ def _tell(facts: dict) -> None:
     console.answer(f"{'bytes':12}{_change(before['nbytes'], after['nbytes'])}")
     if after["nonzero"] is not None:
         console.answer(f"{'not zero':12}{_change(before['nonzero'], after['nonzero'])}")
+    if facts["healed"]:
+        console.answer()
+        console.taught("healing", facts["healed"])
     for note in facts["notes"]:
         console.answer(note)
     console.answer(f"Done in {facts['seconds']:.1f} s.")

@@ -11,7 +11,7 @@ from . import console
 from .model_options import size
 from .pull import fetch
 
-METHODS = ("auto", "gptq", "awq", "search", "rtn")
+METHODS = ("auto", "gptq", "awq", "search", "rtn", "distill")
 BITS = ("2", "3", "4", "5", "6", "8")
 
 
@@ -32,6 +32,9 @@ BITS = ("2", "3", "4", "5", "6", "8")
 )  # fmt: skip
 @click.option("--tokens", type=click.IntRange(2), help="Of calibration; default: 8192.")
 @click.option("--seed", type=int, help="Of the model's own text; default: 0.")
+@click.option("--start", type=click.Choice(METHODS[:-1]), help="What distill begins with; default: auto.")
+@click.option("--steps", type=click.IntRange(1), help="Of distill, at most.")
+@click.option("--minutes", type=float, help="Of distill's training, about; default: 10.")
 @click.option("--backend", default="cpu", show_default=True, metavar="NAME", help="What calibration runs on.")
 @click.option("--requantize", is_flag=True, help="Take weights that are quantized already as they come.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
@@ -62,6 +65,8 @@ def _tell(facts: dict) -> None:
     made = ", ".join(f"{size / 1e6:.1f} MB {name}" for name, size in facts["formats"].items())
     console.answer(f"{facts['source']} -> {facts['path']}")
     console.answer(f"{facts['nbytes'] / 1e6:.1f} MB, {facts['bpw']:.2f} bits a parameter: {made}")
+    if facts["taught"]:
+        console.taught("distilling", facts["taught"])
     for note in facts["notes"]:
         console.answer(note)
     console.answer(f"Done in {facts['seconds']:.1f} s.")

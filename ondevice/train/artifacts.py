@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from ..runtime.session import Session
 from ..runtime.side_files import side_files
 from ..schemes import to_float
 from ..tensors import Dense, Tensor, dense, store
-from .methods import Full, LowRank, Method, Prompt, make_method
+from .methods import Full, LowRank, Method, Prompt, Scales, make_method
 from .settings import Settings
 
 Params = Mapping[str, np.ndarray]
@@ -29,7 +29,9 @@ Params = Mapping[str, np.ndarray]
 def write_artifact(dest: Path, session: Session, method: Method, params: Params, settings: Settings) -> None:
     """The trained parameters: each file appears whole or not at all. Raises OnDeviceError."""
     if isinstance(method, Full):
-        write_model(dest, session, params)
+        write_model(dest, session, [_piece(session, name, values) for name, values in params.items()])
+    elif isinstance(method, Scales):
+        write_model(dest, session, [*with_scales(session, method, params)])
     else:
         write_adapter(dest, as_adapter(session, method, params, settings), Modules(session.family, session.config))
 
@@ -43,14 +45,18 @@ def as_adapter(session: Session, method: LowRank | Prompt, params: Params, setti
         updates[name] = Update(
             dense(down), dense(up), method.scale(target), None if magnitude is None else dense(magnitude)
         )
-    return Adapter(updates, rslora=settings.method == "rslora", dropout=settings.dropout, base=str(session.path))
+    whole = {name: dense(params[name]) for name in method.whole}
+    if "embed" in whole and session.config.tied:
+        whole["head"] = whole["embed"]
+    return Adapter(updates, whole, settings.method == "rslora", settings.dropout, str(session.path))
 
 
 def factors_of(path: str | Path, session: Session, settings: Settings) -> dict[str, np.ndarray]:
     """An adapter's numbers as the parameters of its method, to begin with. Raises what `read_adapter` raises, and
     BadOption where the settings would scale them otherwise."""
-    made, method = {}, make_method(session, settings)
-    adapter = read_adapter(path, Modules(session.family, session.config))
+    method, adapter = make_method(session, settings), read_adapter(path, Modules(session.family, session.config))
+    whole = getattr(method, "whole", ())
+    made = {name: to_float(adapter.replaced[name]) for name in whole if name in adapter.replaced}
     if adapter.prompt is not None:
         made[Prompt.NAME] = to_float(adapter.prompt)
     for name, update in adapter.updates.items():
@@ -66,10 +72,22 @@ def factors_of(path: str | Path, session: Session, settings: Settings) -> dict[s
     return made
 
 
-def write_model(dest: Path, session: Session, params: Params) -> None:
+def with_scales(session: Session, method: Scales, params: Params) -> Iterator[Piece]:
+    """The model with its scales as trained, all else as it was."""
+    for name, shape in session.parameters.shapes.items():
+        form = session.parameters[name].format
+        load = partial(method.trained, name, params) if name in method.tensors else partial(_own, session, name)
+        yield Piece(name, shape, form, load)
+
+
+def _own(session: Session, name: str) -> Tensor:
+    return session.parameters[name]
+
+
+def write_model(dest: Path, session: Session, pieces: Sequence[Piece]) -> None:
     """The whole model as a Hugging Face folder inside `dest`, which may hold other files of the run; config.json, by
     which it is known as a model, comes last."""
-    specs = list(laid_out(session.family.names, (_piece(session, name, values) for name, values in params.items())))
+    specs = list(laid_out(session.family.names, pieces))
     config = {k: v for k, v in session.hf_config.items() if k not in ("torch_dtype", "quantization_config")}
     config = {k: v for k, v in config.items() if k != "quantization"} | {"dtype": _dtype(session, "embed")}
     made = dest / f".model.{secrets.token_hex(4)}.partial"

@@ -21,13 +21,31 @@ LOGITS_BYTES = 32 << 20  # of the logits held at once; their gradient and the so
 
 
 @dataclass(frozen=True)
+class Taught:
+    """What a teacher makes of a batch: hidden [B * T, D of the teacher]; known [B * T], where it has something to say
+    (None: everywhere). Elsewhere the data's own tokens are learnt."""
+
+    hidden: A
+    known: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
 class Teacher:
     """What is imitated when distilling: a decoder, how much its logits are softened, and the share of the loss that
-    stays with the data's own tokens."""
+    stays with the data's own tokens. A subclass may read and speak in other tokens than the model that learns."""
 
     decoder: Decoder
-    temperature: float
-    hard: float
+    temperature: float = 1.0
+    hard: float = 0.0
+
+    def read(self, batch: Batch) -> Taught:
+        decoder = self.decoder
+        hidden = decoder.hidden(decoder.ops.array(batch.ids), batch.step)
+        return Taught(hidden.reshape(-1, decoder.config.width))
+
+    def logits(self, hidden: A) -> A:
+        """hidden [N, D] -> [N, V], V being the learning model's."""
+        return self.decoder.head(self.decoder.scope(), hidden)
 
 
 @dataclass(frozen=True)
@@ -61,54 +79,58 @@ class Learner:
     def loss(self, params: Params, batch: Batch, weights: np.ndarray, moment: int | None) -> A:
         """The sum of each target's loss times its weight [M]: a scalar to differentiate."""
         ops, places = self.decoder.ops, batch.places
-        hidden, taught = self.hidden(params, batch, moment), self._taught(batch)
+        hidden, taught = self.hidden(params, batch, moment), self.teacher and self.teacher.read(batch)
         targets, head = batch.targets.reshape(-1)[places], _of_head(params)
         total = None
         for at, end in self._chunks(len(places)):
             known = (
                 ops.array(targets[at:end]),
-                None if taught is None else ops.take(taught, places[at:end]),
+                self._told(taught, places[at:end]),
                 ops.array(weights[at:end].astype(np.float32), "float32"),
             )
             share = ops.remat(partial(self._share, moment, known))(head, ops.take(hidden, places[at:end]))
             total = share if total is None else total + share
         return total
 
-    def _share(self, moment: int | None, known: tuple[A, A | None, A], params: Params, x: A) -> A:
+    def _share(self, moment: int | None, known: tuple[A, tuple | None, A], params: Params, x: A) -> A:
         """known: targets, teacher's hidden rows and weights: constants, which must not be arguments (MLX)."""
         targets, taught, weights = known
         logits = self.decoder.head(self.method.scope(params, moment), x)
         return self.decoder.ops.sum(self._losses(logits, targets, taught) * weights)
 
-    def _losses(self, logits: A, targets: A, taught: A | None) -> A:
+    def _told(self, taught: Taught | None, places: np.ndarray) -> tuple[A, A | None] | None:
+        """Of some places: the teacher's hidden rows, and 1 where it has something to say."""
+        if taught is None:
+            return None
+        ops = self.decoder.ops
+        known = None if taught.known is None else ops.array(taught.known[places].astype(np.float32), "float32")
+        return ops.take(taught.hidden, places), known
+
+    def _losses(self, logits: A, targets: A, told: tuple[A, A | None] | None) -> A:
         """Each row's loss: of its target, or from a teacher (Hinton et al. 2015: with the gradient's size restored)."""
         ops, teacher = self.decoder.ops, self.teacher
-        if teacher is None:
+        if told is None:
             return ops.token_loss(logits, targets)
-        soft = 1 / teacher.temperature
-        wanted = teacher.decoder.head(teacher.decoder.scope(), taught) * soft
+        (hidden, known), soft = told, 1 / teacher.temperature
+        wanted = teacher.logits(hidden) * soft
         divergence = ops.token_loss(logits * soft, wanted) + ops.token_loss(wanted, wanted) * -1.0
         losses = divergence * ((1 - teacher.hard) * teacher.temperature**2)
-        return losses + ops.token_loss(logits, targets) * teacher.hard if teacher.hard else losses
+        if known is None:
+            return losses + ops.token_loss(logits, targets) * teacher.hard if teacher.hard else losses
+        plain = ops.token_loss(logits, targets)
+        return losses * known + plain * (known * (teacher.hard - 1.0) + 1.0)
 
     def losses(self, params: Params, batch: Batch, moment: int | None = None) -> np.ndarray:
         """Each target's loss, [M] float32, without gradients."""
         ops, places = self.decoder.ops, batch.places
-        hidden, taught = self.hidden(params, batch, moment), self._taught(batch)
+        hidden, taught = self.hidden(params, batch, moment), self.teacher and self.teacher.read(batch)
         targets, scope = batch.targets.reshape(-1)[places], self.method.scope(_of_head(params), moment)
         found = []
         for at, end in self._chunks(len(places)):
             logits = self.decoder.head(scope, ops.take(hidden, places[at:end]))
-            known = None if taught is None else ops.take(taught, places[at:end])
-            found.append(ops.numpy(self._losses(logits, ops.array(targets[at:end]), known)))
+            told = self._told(taught, places[at:end])
+            found.append(ops.numpy(self._losses(logits, ops.array(targets[at:end]), told)))
         return np.concatenate(found)
-
-    def _taught(self, batch: Batch) -> A | None:
-        """The teacher's last layer, [B * T, D of the teacher]."""
-        if self.teacher is None:
-            return None
-        decoder = self.teacher.decoder
-        return decoder.hidden(decoder.ops.array(batch.ids), batch.step).reshape(-1, decoder.config.width)
 
     def _chunks(self, count: int) -> Iterator[tuple[int, int]]:
         for at in range(0, count, self.chunk):

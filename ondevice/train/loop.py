@@ -50,13 +50,15 @@ class Saving:
 
 def train(
     session: Session, data: Data, settings: Settings, dest: str | Path | None = None, *, resume: bool = False,
-    saving: Saving | None = None, teacher: Session | None = None, initial: Mapping[str, np.ndarray] | None = None,
+    saving: Saving | None = None, teacher: Session | Teacher | None = None,
+    initial: Mapping[str, np.ndarray] | None = None,
     memory: int | None = None,
 ) -> Iterator[Event]:  # fmt: skip
     """Train, and end with Finished, which holds what was learnt.
 
     dest: the folder of the adapter (full: of the model), of metrics and checkpoints; None: nothing is written. resume:
-    go on with the run in dest, if there is one. teacher: imitated by the objective `distill`. initial: where the
+    go on with the run in dest, if there is one. teacher: imitated by the objective `distill`, as the settings say, or
+    as a Teacher says for itself. initial: where the
     parameters begin, by name, instead of the method's own choice. memory: bytes to plan for. Raises OnDeviceError's
     children; Ctrl-C leaves a checkpoint behind.
     """
@@ -72,7 +74,7 @@ class _Run:
 
     def __init__(
         self, session: Session, data: Data, settings: Settings, dest: Path | None, resume: bool,
-        teacher: Session | None, initial: Mapping[str, np.ndarray] | None, memory: int | None,
+        teacher: Session | Teacher | None, initial: Mapping[str, np.ndarray] | None, memory: int | None,
     ):  # fmt: skip
         _check(session, settings, teacher)
         self.session, self.data, self.settings, self.dest = session, data, settings, dest
@@ -93,8 +95,9 @@ class _Run:
         self.state = (states.load(dest, self.ops) if then else None) or self._fresh(begin)
         self.whole = self.state  # behind the last step that is told and validated: what a checkpoint holds
         self.ended = (then or {}).get("ended")
-        imitated = Teacher(teacher.decoder, settings.temperature, settings.hard) if teacher else None
-        self.learner = Learner(self.method, self.plan.remat, imitated)
+        if isinstance(teacher, Session):
+            teacher = Teacher(teacher.decoder, settings.temperature, settings.hard)
+        self.learner = Learner(self.method, self.plan.remat, teacher)
         self.objective = make_objective(settings, self.learner)
         self.virtual = settings.virtual_tokens if isinstance(self.method, Prompt) else 0
         self.every = settings.validate_every or max(1, -(-self.steps // 10))
@@ -292,7 +295,7 @@ def _fitting(initial: Mapping[str, np.ndarray], method: Method) -> dict[str, np.
     return dict(initial)
 
 
-def _check(session: Session, settings: Settings, teacher: Session | None) -> None:
+def _check(session: Session, settings: Settings, teacher: Session | Teacher | None) -> None:
     """Raises Unsupported for what cannot go together."""
     if "training" not in session.backend.features:
         raise Unsupported(f"The backend {session.backend.name} cannot train.", "Use another: see ondevice doctor.")
@@ -305,7 +308,7 @@ def _check(session: Session, settings: Settings, teacher: Session | None) -> Non
         raise Unsupported("Prompt tuning learns the next token only.", "Give --objective next-token, or --method lora.")
     if (settings.objective == "distill") != (teacher is not None):
         raise Unsupported("Distillation and a teacher belong together.", "Give --objective distill and --teacher.")
-    if teacher is not None and teacher.config.vocab != session.config.vocab:
+    if isinstance(teacher, Session) and teacher.config.vocab != session.config.vocab:
         raise Unsupported(
             f"The teacher knows {teacher.config.vocab} tokens, the model {session.config.vocab}: they do not match.",
             "Take a teacher of the same family.",

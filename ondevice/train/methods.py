@@ -19,9 +19,10 @@ from ..errors import BadOption
 from ..models.decoder import Decoder
 from ..models.scope import Lora, Scope
 from ..runtime.session import Session
+from ..tensors import Affine, Tensor, floats, store
 from .batches import Batch
 from .settings import Settings
-from .targets import Target, find_targets
+from .targets import Target, find_targets, find_whole
 
 Params = Mapping[str, A]
 
@@ -48,14 +49,22 @@ class Method(ABC):
 class LowRank(Method):
     """LoRA (Hu et al. 2021), rank-stabilised LoRA (Kalajdzievski 2023: alpha / sqrt(rank)) and DoRA (Liu et al. 2024).
     The factors begin as in peft: `down` uniform within sqrt(1 / inputs), `up` zero, so that the model starts unchanged.
+    whole: weights that are trained themselves, in float32 (an embedding that is the head as well in both its places).
     """
 
-    def __init__(self, session: Session, targets: Sequence[Target], settings: Settings):
-        self.decoder, self.settings = session.decoder, settings
+    def __init__(self, session: Session, targets: Sequence[Target], settings: Settings, whole: Sequence[str] = ()):
+        self.decoder, self.settings, self.whole = session.decoder, settings, tuple(whole)
         self.targets = {t.name: t for t in targets}
+        self._check_whole()
         if settings.method == "dora":
             self._check_dora()
         self.biases = {name: self._bias(name) for name in self.targets} if settings.method == "dora" else {}
+
+    def _check_whole(self) -> None:
+        reached = {*self.whole, "head"} if "embed" in self.whole and self.decoder.config.tied else {*self.whole}
+        both = [t.module for t in self.targets.values() if t.name in reached]
+        if both:
+            raise BadOption(f"{both[0]} cannot be adapted and trained whole.", "Leave out one of the two.")
 
     def _check_dora(self) -> None:
         odd = [t.module for t in self.targets.values() if len(t.shape) != 2 or t.name == "embed"]
@@ -70,7 +79,7 @@ class LowRank(Method):
         return target.alpha / (target.rank**0.5 if self.settings.method == "rslora" else target.rank)
 
     def initial(self) -> dict[str, np.ndarray]:
-        made = {}
+        made = {name: self._values(name) for name in self.whole}
         for name, t in self.targets.items():
             draw = noise.generator(self.settings.seed, f"{name}.lora_down")
             *experts, outputs, inputs = t.shape
@@ -87,16 +96,17 @@ class LowRank(Method):
         return made
 
     def _norms(self, name: str) -> np.ndarray:
-        ops = self.decoder.ops
-        return np.linalg.norm(ops.numpy(ops.dequantize(self._weight(name))), axis=-1)
-
-    def _weight(self, name: str):
         tied = name == "head" and self.decoder.config.tied
-        return self.decoder.weights["embed" if tied else name]
+        return np.linalg.norm(self._values("embed" if tied else name), axis=-1)
+
+    def _values(self, name: str) -> np.ndarray:
+        ops = self.decoder.ops
+        return np.array(ops.numpy(ops.dequantize(self.decoder.weights[name])), np.float32)
 
     def scope(self, params: Params, moment: int | None) -> Scope:
         names = [key.removesuffix(".lora_down") for key in params if key.endswith(".lora_down")]
-        return self.decoder.scope(loras={name: (self._lora(name, params, moment),) for name in names})
+        own = {name: params[name] for name in self.whole if name in params}
+        return self.decoder.scope(own, loras={name: (self._lora(name, params, moment),) for name in names})
 
     def _lora(self, name: str, params: Params, moment: int | None) -> Lora:
         ops, scale = self.decoder.ops, self.scale(self.targets[name])
@@ -151,10 +161,62 @@ class Prompt(Method):
         return own * ops.array(1 - virtual) + trained * ops.array(virtual)
 
 
+class Scales(Method):
+    """The scales and biases of quantized weights (MLX's affine kind), codes untouched; embeddings, heads and experts
+    included. For each group two numbers are trained that begin at zero, in steps of the group's own scale: `stretch`
+    moves codes away from their middle, `shift` moves all of them, so that the two hardly pull at each other."""
+
+    PARTS = ("stretch", "shift")
+
+    def __init__(self, session: Session):
+        self.decoder = session.decoder
+        found = {name: session.parameters[name] for name in session.parameters}
+        self.tensors = {name: tensor for name, tensor in found.items() if isinstance(tensor.format, Affine)}
+        if not self.tensors:
+            raise BadOption("There are no scales to train: nothing here is quantized so.", "Quantize it first.")
+
+    def initial(self) -> dict[str, np.ndarray]:
+        shapes = {name: tensor.parts["scales"].shape for name, tensor in self.tensors.items()}
+        return {f"{name}.{part}": np.zeros(shape, np.float32) for name, shape in shapes.items() for part in self.PARTS}
+
+    def scope(self, params: Params, moment: int | None) -> Scope:
+        named = [key.removesuffix(".stretch") for key in params if key.endswith(".stretch")]
+        return self.decoder.scope({name: self._weight(name, params) for name in named}, loras={})
+
+    def _weight(self, name: str, params: Params) -> A:
+        ops, form = self.decoder.ops, self.tensors[name].format
+        scales, biases = (ops.array(values, "float32") for values in self._own(name))
+        stretch, shift = (params[f"{name}.{part}"] for part in self.PARTS)
+        moved = biases + scales * shift + scales * stretch * -_middle(form)
+        codes = self.tensors[name].parts["weight"]
+        return ops.quantized(codes, scales + scales * stretch, moved, form.bits, form.group_size)
+
+    def _own(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        parts, dtype = self.tensors[name].parts, self.tensors[name].format.dtype
+        return floats(parts["scales"], dtype), floats(parts["biases"], dtype)
+
+    def trained(self, name: str, params: Mapping[str, np.ndarray]) -> Tensor:
+        """The weight with what was learnt: the codes that it had."""
+        tensor = self.tensors[name]
+        scales, biases = self._own(name)
+        stretch, shift = (params[f"{name}.{part}"] for part in self.PARTS)
+        moved = biases + scales * (shift - stretch * np.float32(_middle(tensor.format)))
+        made = {"scales": scales * (1 + stretch), "biases": moved}
+        kept = {part: store(values, tensor.format.dtype) for part, values in made.items()}
+        return Tensor(tensor.shape, tensor.format, {"weight": tensor.parts["weight"], **kept})
+
+
+def _middle(form: Affine) -> float:
+    return ((1 << form.bits) - 1) / 2
+
+
 def make_method(session: Session, settings: Settings) -> Method:
     """Raises BadOption where the settings fit nothing in this model."""
     if settings.method == "full":
         return Full(session)
     if settings.method == "prompt":
         return Prompt(session, settings)
-    return LowRank(session, find_targets(session.family, session.config, settings), settings)
+    if settings.method == "scales":
+        return Scales(session)
+    targets = find_targets(session.family, session.config, settings)
+    return LowRank(session, targets, settings, find_whole(session.family, session.config, settings))

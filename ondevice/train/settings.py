@@ -10,11 +10,11 @@ from typing import Any
 from ..errors import BadOption
 from ..registry import did_you_mean
 
-METHODS = ("lora", "rslora", "dora", "full", "prompt")
+METHODS = ("lora", "rslora", "dora", "full", "prompt", "scales")
 OBJECTIVES = ("next-token", "dpo", "orpo", "distill")
 SCHEDULES = ("constant", "linear", "cosine")
-RATES = {"full": 2e-5, "prompt": 1e-2}  # learning rates by method where none is given; LoRA and its kin: USUAL_RATE
-USUAL_RATE = 2e-4
+RATES = {"full": 2e-5, "prompt": 1e-2, "scales": 1e-3}  # learning rates by method where none is given
+USUAL_RATE = 2e-4  # of LoRA and its kin
 
 
 def option(default: Any, help: str, **checks: Any) -> Any:
@@ -37,6 +37,9 @@ class Settings:
         "What LoRA adapts: all-linear, or a name such as q_proj, embed_tokens or layers.3.mlp.up_proj; with a rank and "
         "an alpha of its own as NAME:RANK:ALPHA. May be given several times.",
     )
+    modules_to_save: tuple[str, ...] = option(
+        (), "Weights that are trained whole beside LoRA, such as embed_tokens or norm. May be given several times."
+    )
     layers: int | None = option(None, "Adapt only the last N layers; with -N only the first N.")
     virtual_tokens: int = option(16, "Tokens that prompt tuning learns.", least=1)
 
@@ -48,7 +51,9 @@ class Settings:
     pack: bool = option(False, "Several examples in a row; none sees another.")
     shuffle: bool = option(True, "Another order in each epoch; without, the data's own.")
 
-    learning_rate: float | None = option(None, "The highest; default: 2e-4, full 2e-5, prompt 1e-2.", above=0)
+    learning_rate: float | None = option(
+        None, "The highest; default: 2e-4, full 2e-5, prompt 1e-2, scales 1e-3.", above=0
+    )
     schedule: str = option("linear", "How it falls after the warmup.", known=SCHEDULES)
     warmup: float = option(0.05, "Steps over which it rises: a number of them, or a share below 1.", least=0)
     weight_decay: float = option(0.0, "AdamW's decoupled decay.", least=0)

@@ -46,6 +46,18 @@ def find_targets(family: Family, config: ModelConfig, settings: Settings) -> lis
     return [Target(n, candidates[n], shapes[n], *chosen[n]) for n in kept]
 
 
+def find_whole(family: Family, config: ModelConfig, settings: Settings) -> list[str]:
+    """Our names of what `settings.modules_to_save` asks for. Raises BadOption for an entry that matches nothing."""
+    candidates = {name: _module(family, name) for name in expected(config)}
+    chosen: dict[str, None] = {}
+    for pattern in settings.modules_to_save:
+        names = [name for name in candidates if _matches(pattern, name, candidates[name])]
+        if not names:
+            raise BadOption(f"The module {pattern!r} is not in this model.", _candidates(pattern, candidates))
+        chosen |= dict.fromkeys(names)
+    return list(chosen)
+
+
 def adaptable(config: ModelConfig) -> Shapes:
     """Name -> shape of the weights that a LoRA can adapt: matrices, one by one or stacked by expert; a convolution's
     taps and a table of positions are none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ondevice.errors import BadOption
 from ondevice.runtime.session import open_session
 from ondevice.testing.family import logits_of
 from ondevice.train import Settings, load_data, train
@@ -39,6 +40,40 @@ def test_peft_sees_what_we_see(tiny, session, data_file, tmp_path, method):
         session.adapt([])
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     assert np.abs(ours - before).max() > 0.1
+
+
+@pytest.mark.parametrize("saved", [("embed_tokens",), ("lm_head", "model.norm")])
+def test_peft_reads_what_was_trained_whole(tiny, session, data_file, tmp_path, saved):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    finished = trained(session, data_file, tmp_path / "out", modules_to_save=saved)
+    network = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "out")
+    theirs = logits_of(network.float().eval(), IDS)
+    session.adapt([(tmp_path / "out", 1.0)])
+    try:
+        ours = logits(session)
+    finally:
+        session.adapt([])
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert {name for name in finished.parameters if not name.endswith(("down", "up"))} == {
+        {"embed_tokens": "embed", "lm_head": "head", "model.norm": "norm"}[name] for name in saved
+    }
+
+
+def test_what_is_trained_whole_goes_where_full_training_goes(session, data_file):
+    """LoRA's factors begin at no change, so the first step sees the same gradient."""
+    data = load_data(data_file, session, 64, validation=0)
+    common = {"steps": 1, "learning_rate": 1e-2, "clip": 0.0}
+    *_, part = train(session, data, Settings(modules_to_save=("embed_tokens",), **common))
+    *_, full = train(session, data, Settings(method="full", **common))
+    np.testing.assert_allclose(part.parameters["embed"], full.parameters["embed"], atol=2e-5)
+
+
+def test_a_weight_is_trained_in_one_way(session, data_file):
+    both = Settings(targets=("q_proj",), modules_to_save=("q_proj",))
+    with pytest.raises(BadOption, match="cannot be adapted and trained whole"):
+        list(train(session, load_data(data_file, session, 64), both))
+    with pytest.raises(BadOption, match="'q_porj' is not in this model"):
+        list(train(session, load_data(data_file, session, 64), Settings(modules_to_save=("q_porj",))))
 
 
 def test_a_whole_model(session, data_file, tmp_path):

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..teaching import Taught
+
 
 @dataclass(frozen=True)
 class Score:
@@ -39,7 +41,8 @@ class Size:
 @dataclass(frozen=True)
 class Result:
     """path: what was written, None for a rehearsal. scores: by what was chosen. sizes: kind of part -> how many there
-    were, how many are left. notes: what could not be done as asked, for people. seconds: it took."""
+    were, how many are left. notes: what could not be done as asked, for people. healed:
+    where it was asked for. seconds: it took."""
 
     path: Path | None
     before: Size
@@ -47,4 +50,5 @@ class Result:
     scores: tuple[Scores, ...]
     sizes: Mapping[str, tuple[int, int]]
     notes: tuple[str, ...] = ()
+    healed: Taught | None = None
     seconds: float = 0.0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import BadOption
+from ..teaching import Lessons
 
 SPARSE = {  # method -> one line of help
     "sparsegpt": "by what a weight's loss costs once the others have made up for it (slower, better)",
@@ -72,7 +73,8 @@ class Options:
 
     method: of sparsity. calibration: a text or .jsonl; None: what the model itself says, drawn with `seed`; `tokens`
     of it are run, `length` a window. repair: what stays is changed to make up for what goes. dequantize: take weights
-    that are quantized as what they stand for.
+    that are quantized as what they stand for. heal: teach what is left, on `backend`; None:
+    leave it.
     """
 
     vocabulary: Amount | None = None
@@ -90,6 +92,8 @@ class Options:
     seed: int = 0
     repair: bool = True
     dequantize: bool = False
+    heal: Lessons | None = None
+    backend: str = "cpu"
 
     def __post_init__(self):
         if self.method not in SPARSE:
@@ -98,6 +102,8 @@ class Options:
             raise BadOption("--vocabulary and --keep-vocabulary say two things.", "Give one of them.")
         if self.layers and self.drop_layers:
             raise BadOption("--layers and --drop-layers say two things.", "Give one of them.")
+        if self.sparsity and self.heal:
+            raise BadOption("What is healed does not stay zero.", "Use --sparsity without --heal.")
         if self.sparsity and self.structured:
             raise BadOption("--sparsity goes alone.", "Prune in two steps: first the structure, then --sparsity.")
         if not (self.structured or self.sparsity):

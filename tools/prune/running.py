@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
@@ -40,7 +41,8 @@ def prune(source: Path, dest: Path | None, options: Options) -> Iterator[Progres
         for choose in _choosers(options):
             cut, scores = yield from choose(subject, cut)
             found += [scores] if scores.rows else []
-        result = yield from write(subject, cut, dest)
+        make = write_healed if options.heal and dest is not None else write
+        result = yield from make(subject, cut, dest)
         yield replace(result, scores=tuple(found), seconds=time.perf_counter() - started)
 
 
@@ -83,6 +85,19 @@ def write(subject: Subject, cut: Cut, dest: Path | None) -> Generator[Progress, 
             replace(size, nonzero=n) for size, n in zip((before, after), _nonzero(subject, cut), strict=True)
         )
     return Result(dest, before, after, (), {k: (old[k], new[k]) for k in old if old[k]})
+
+
+def write_healed(subject: Subject, cut: Cut, dest: Path) -> Generator[Progress, None, Result]:
+    """The same, taught by the original before it appears. Training is loaded for those who use it."""
+    from .healing import heal
+
+    parent = dest.absolute().parent
+    with tempfile.TemporaryDirectory(prefix=f".{dest.name}.", suffix=".partial", dir=parent) as folder:
+        pruned, healed = Path(folder) / "pruned", Path(folder) / "healed"
+        result = yield from write(subject, cut, pruned)
+        found = yield from heal(subject, cut, pruned, healed)
+        healed.rename(dest)
+    return replace(result, path=dest, healed=found)
 
 
 def _nonzero(subject: Subject, cut: Cut) -> tuple[int, int]:

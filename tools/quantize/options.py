@@ -14,6 +14,7 @@ METHODS = {  # name -> one line of help
     "awq": "columns that meet large inputs are scaled up before they are rounded",
     "search": "scale and zero point of each group by weighted error",
     "rtn": "nearest value, as mx.quantize",
+    "distill": "as --start says, then scales and biases are trained against the original",
 }
 MODES = ("affine", "mxfp4")
 GROUPS = (128, 64, 32)
@@ -28,7 +29,8 @@ class Options:
     mode: affine, or mxfp4 (4-bit floats, 32 to a power of two), which knows rtn alone. calibration: a text or .jsonl;
     None: what the model itself says, drawn with `seed`; `tokens` of it, `length` a window (None: 512, but 256 of its
     own text, which comes token by token); `sensitivity_tokens` of those for the choice of bits. requantize: take
-    weights that are quantized already as they come.
+    weights that are quantized already as they come. start, steps, minutes: of distill: the method it begins with, and
+    how long it trains at most.
     """
 
     method: str = "auto"
@@ -43,10 +45,15 @@ class Options:
     seed: int = 0
     requantize: bool = False
     mode: str = "affine"
+    start: str = "auto"
+    steps: int | None = None
+    minutes: float = 10.0
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise BadOption(f"There is no method {self.method!r}.", f"Choose from {', '.join(METHODS)}.")
+        if self.start not in METHODS or self.start == "distill":
+            raise BadOption(f"Distilling cannot start with {self.start!r}.", "Choose auto, gptq, awq, search or rtn.")
         if self.mode not in MODES:
             raise BadOption(f"There is no mode {self.mode!r}.", f"Choose from {', '.join(MODES)}.")
         if self.mode == "mxfp4" and (self.method != "rtn" or self.bits != 4):
@@ -57,8 +64,8 @@ class Options:
             raise BadOption(
                 f"Groups of {self.group_size} are not supported.", f"Choose from {', '.join(map(str, GROUPS))}."
             )
-        if self.targeted and self.method != "auto":
-            raise BadOption(f"{self.method} takes --bits, not a target.", "Use --method auto, which chooses bits.")
+        if self.targeted and self.first != "auto":
+            raise BadOption(f"{self.first} takes --bits, not a target.", "Use --method auto, which chooses bits.")
         if self.target_bytes is not None and self.target_bpw is not None:
             raise BadOption("Two targets were given.", "Give --target-size or --target-bpw.")
 
@@ -66,6 +73,11 @@ class Options:
     def window(self) -> int:
         """Tokens of a calibration window."""
         return self.length or (512 if self.calibration else 256)
+
+    @property
+    def first(self) -> str:
+        """The method that chooses codes."""
+        return self.start if self.method == "distill" else self.method
 
     @property
     def targeted(self) -> bool:

@@ -54,6 +54,10 @@ def quantize(
         raise OnDeviceError(f"{dest} exists already.", "Choose another name, or remove it first.")
     if not dest.absolute().parent.is_dir():
         raise OnDeviceError(f"There is no folder {dest.absolute().parent} to write to.", "Create it first.")
+    if options.method == "distill":
+        from .distilling import distill  # training is loaded for those who use it
+
+        return distill(source, dest, options, progress, backend)
     with open_checkpoint(source) as checkpoint:
         job = _Job(source, dest, options, progress, checkpoint)
         result = job.nearest() if options.method == "rtn" else job.calibrated(backend)
@@ -80,7 +84,7 @@ class _Job:
         if self.options.method == "auto":
             require_reachable(self.parameters, plan, *self._sizes(plan))
         require_finite_all(self.parameters)
-        work = Work(self.dest, self._fingerprint())
+        work = Work(self.dest, fingerprint(self.source, self.options))
         ops = backend if isinstance(backend, Backend) else create_backend(backend, exact=True)
         with open_session(self.source, backend=ops) as session:
             ids = self._samples(session, work)
@@ -112,14 +116,6 @@ class _Job:
             self.progress(Progress("Writing", done, total, "bytes"))
 
         return write(self.dest, self.parameters, self.family, self.hf_config, plan, make, written, notes)
-
-    def _fingerprint(self) -> dict:
-        file = self.parameters.checkpoint.path
-        files = sorted(file.glob("*.safetensors")) if file.is_dir() else [file]
-        held = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        text = self.options.calibration
-        told = (text.stat().st_size, text.stat().st_mtime_ns) if text else None
-        return {"version": VERSION, "files": held, "text": told, **asdict(self.options)}
 
     def _samples(self, session: Session, work: Work) -> np.ndarray:
         kept = work.arrays("samples")
@@ -172,6 +168,15 @@ class _Job:
         if options.target_bpw is not None:
             return int(options.target_bpw * sum(parameters[name].size for name in parameters) / 8), fixed
         return fixed + sum(affine_bytes(parameters.shapes[name], form) for name, form in plan.items()), fixed
+
+
+def fingerprint(source: Path, options: Options) -> dict:
+    """Of all that a result depends on."""
+    files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
+    held = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    text = options.calibration
+    told = (text.stat().st_size, text.stat().st_mtime_ns) if text else None
+    return {"version": VERSION, "files": held, "text": told, **asdict(options)}
 
 
 def uniform(parameters: Parameters, names: NameMap, options: Options) -> tuple[dict[str, Affine], tuple[str, ...]]:

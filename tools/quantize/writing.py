@@ -16,6 +16,7 @@ from ...models.parameters import Parameters
 from ...runtime.side_files import side_files
 from ...schemes import label, to_dense
 from ...tensors import Affine, Blocks, Dense, Tensor
+from ..teaching import Taught
 
 Make = Callable[[str], Tensor]  # our name -> what it has become
 Plan = Mapping[str, Affine | Blocks | Dense]  # our name -> what it becomes, where it is not left as it is
@@ -24,7 +25,8 @@ Plan = Mapping[str, Affine | Blocks | Dense]  # our name -> what it becomes, whe
 @dataclass(frozen=True)
 class Result:
     """What was made. bpw: bits a parameter, of the whole model. formats: name -> bytes. tensors: Hugging Face's name ->
-    format, for each matrix. notes: what could not be done as asked, for people. seconds: it took."""
+    format, for each matrix. notes: what could not be done as asked, for people. taught: by distilling. seconds: it
+    took."""
 
     path: Path
     nbytes: int
@@ -32,6 +34,7 @@ class Result:
     formats: Mapping[str, int]
     tensors: Mapping[str, str]
     notes: tuple[str, ...]
+    taught: Taught | None = None
     seconds: float = 0.0
 
 

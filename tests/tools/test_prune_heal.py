@@ -1,0 +1,183 @@
+"""prune --heal: the original teaches what is left of it, in the tokens that stay; bad input."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from wide_models import LLAMA, write_model
+
+from ondevice.cli import main
+from ondevice.errors import OnDeviceError
+from ondevice.runtime.session import open_session
+from ondevice.runtime.tokenizer import load_tokenizer
+from ondevice.tools.prune import Amount, Lessons, Options, Progress, prune
+from ondevice.tools.prune.subject import Subject
+from ondevice.tools.prune.tokens import Merges, rewritten
+from ondevice.tools.prune.translation import Translation, Translator
+from ondevice.train.batches import make_batch
+from ondevice.train.data import Example
+from ondevice.train.encode import encoded
+
+PROSE = "the end and the other hand in the band, on the one hand and then there is the sand. "
+QUICK = {"minutes": 5.0, "length": 24, "batch_size": 4, "learning_rate": 1e-2, "held_out": 0.2}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("whole") / "in", LLAMA, "float32")
+
+
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prose") / "prose.txt"
+    path.write_text(PROSE * 40)
+    return path
+
+
+@pytest.fixture(scope="module")
+def fewer(model, tmp_path_factory):
+    """(Translation, original's tokenizer, tokenizer with fewer tokens, old ids that stay)."""
+    folder = tmp_path_factory.mktemp("fewer")
+    with Subject(model, Options(vocabulary=Amount(100))) as subject:
+        merges, old, files = Merges(subject.files), subject.tokenizer, subject.files
+    made = [id for id, text in merges.texts.items() if len(text) > 1 and id not in old.special_ids]
+    gone = {id for id in made if id not in {n for other in made[: len(made) // 2] for n in merges.needs(other)}}
+    kept = np.array([id for id in range(old.vocab_size) if id not in gone])
+    for name, content in rewritten(merges, files, kept).items():
+        (folder / name).write_bytes(content)
+    new = load_tokenizer(folder)
+    return Translation(old, new, kept), old, new, kept
+
+
+def test_tokens_that_went_begin_with_what_is_now_said_first(fewer):
+    translation, old, new, kept = fewer
+    assert translation.firsts[kept].tolist() == list(range(len(kept)))
+    gone = np.setdiff1d(np.arange(old.vocab_size), kept)
+    assert len(gone) >= 3
+    for id in gone.tolist():
+        assert translation.firsts[id] == new.encode(old.decode([id]))[0]
+
+
+def test_probability_is_neither_lost_nor_made(fewer):
+    translation, old, _, kept = fewer
+    logits = np.random.default_rng(3).normal(size=(5, old.vocab_size)).astype(np.float32) * 4
+    wanted = np.zeros((5, len(kept)))
+    for id, first in enumerate(translation.firsts):
+        wanted[:, first] += np.exp(logits[:, id].astype(np.float64))
+    assert np.abs(np.exp(translation.spoken(logits).astype(np.float64)) / wanted - 1).max() < 1e-5
+
+
+def test_the_original_is_read_where_both_ways_of_cutting_meet(fewer, model):
+    translation, old, new, _kept = fewer
+    ids = new.encode(PROSE)
+    restored = translation.restored(ids)
+    assert restored == old.encode(PROSE) and len(restored) < len(ids)
+    rows = [encoded(ids, [(0, len(ids))]), encoded(ids[:9], [(0, 9)])]
+    batch = make_batch([Example((row,), str(i)) for i, row in enumerate(rows)], [[0], [1]])
+    with open_session(model, backend="reference") as original:
+        taught = Translator(original.decoder, translation=translation).read(batch)
+        hidden = original.backend.numpy(taught.hidden).reshape(*batch.ids.shape, -1)
+        alone = original.decoder.hidden(original.backend.array(np.array([restored], np.int32)), _whole(restored))
+        alone = original.backend.numpy(alone)[0]
+    known = taught.known.reshape(batch.ids.shape)
+    text, at = [old.decode(restored[: i + 1]) for i in range(len(restored))], 0
+    for place in range(len(ids) - 1):
+        so_far = new.decode(ids[: place + 1])
+        assert known[0, place] == (so_far in text), so_far
+        if known[0, place]:
+            at += 1
+            assert np.abs(hidden[0, place] - alone[text.index(so_far)]).max() < 1e-5
+    assert 0 < at < len(ids) - 1
+    assert not known[1, 8:].any()
+
+
+def _whole(ids):
+    from ondevice.backends.base import Step
+
+    return Step.whole(1, len(ids))
+
+
+def healed(source, dest, prose, steps, **options):
+    *events, result = prune(source, dest, Options(heal=Lessons(prose, steps=steps, **QUICK), **options))
+    assert any(event.stage.startswith("Learning") for event in events if isinstance(event, Progress))
+    assert not list(dest.parent.glob(".*.partial"))
+    return result.healed
+
+
+def test_layers_are_made_up_for(tmp_path, model, prose):
+    made = healed(model, tmp_path / "out", prose, 40, drop_layers=(1,))
+    assert made.after.kl < 0.8 * made.before.kl and made.steps == 40
+    assert made.original.kl is None
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32")
+    ids = np.arange(20, dtype=np.int32)[None]
+    with open_session(tmp_path / "out", backend="reference") as session:
+        logits = session.backend.numpy(session.decoder(session.backend.array(ids), _whole(ids[0])))
+    import torch
+
+    assert np.abs(theirs(torch.tensor(ids)).logits.detach().numpy() - logits).max() < 1e-4
+
+
+def test_tokens_are_made_up_for(tmp_path, model, prose):
+    chosen = {"vocabulary": Amount(100), "calibration": prose, "length": 24}
+    made = healed(model, tmp_path / "out", prose, 12, **chosen)
+    assert made.after.bits_per_byte < made.before.bits_per_byte
+    assert made.after.kl is None
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 100
+    with open_session(tmp_path / "out", backend="reference") as session:
+        assert set(session.parameters) & {"embed", "head"} == {"embed"}
+
+
+def test_quantized_layers_stay_quantized(tmp_path, model, prose, quantize_folder):
+    source = quantize_folder(model, tmp_path / "in", {"": (8, 32)})
+    made = healed(source, tmp_path / "out", prose, 40, drop_layers=(1,))
+    assert made.after.kl < made.before.kl
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]["bits"] == 8
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"short", "passages of 24 tokens to learn from"),
+        (b"\xff\xfe", "not UTF-8"),
+        (None, "cannot be read"),
+    ],
+)
+def test_data_that_nothing_can_be_learnt_from(tmp_path, model, data, message):
+    path = tmp_path / "data.txt"
+    if data is not None:
+        path.write_bytes(data)
+    with pytest.raises(OnDeviceError, match=message):
+        list(prune(model, tmp_path / "out", Options(drop_layers=(1,), heal=Lessons(path, **QUICK))))
+    assert not list(tmp_path.glob("*out*")) and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--drop-layers", "1", "--heal-steps", "3"], "There is nothing to heal by"),
+        (["--drop-layers", "1", "--heal", "self", "--heal-minutes", "0"], "are no time"),
+        (["--sparsity", "50%", "--heal", "self"], "does not stay zero"),
+    ],
+)
+def test_requests_that_make_no_sense(tmp_path, model, capsys, options, message):
+    with pytest.raises(SystemExit) as stop:
+        main(["prune", str(model), str(tmp_path / "out"), *options])
+    assert stop.value.code and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_heals_by_what_the_model_says(tmp_path, model, capsys, monkeypatch):
+    monkeypatch.setattr(Lessons, "__init__", _short(Lessons.__init__))
+    with pytest.raises(SystemExit) as stop:
+        main(["prune", str(model), str(tmp_path / "out"), "--drop-layers", "1", "--heal", "self", "--heal-steps", "2"])
+    assert stop.value.code == 0
+    told = capsys.readouterr().out
+    assert "bits/byte" in told and "original" in told and "2 steps in" in told
+
+
+def _short(init):
+    """Healing whose own text is short: a small model writes nonsense all the same."""
+    return lambda self, data=None, **given: init(self, data, sampled=256, length=16, **given)

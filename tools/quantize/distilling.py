@@ -1,0 +1,86 @@
+"""Scales and biases of a quantized model trained against the original: codes stay, what they stand for moves.
+
+The gradient of a scale is that of the weights summed over its group, each with its code (scales alone, as in
+PEQA, Kim et al. 2023; here with the divergence from the original as the loss). Layer by layer: a layer's
+numbers are unpacked when it runs, forward and back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from ...backends.base import Backend
+from ...checkpoint import write_folder
+from ...models.families.writing import specs as laid_out
+from ...registry import create_backend
+from ...runtime.session import Session, open_session
+from ...runtime.side_files import side_files
+from ...train import Finished
+from ...train.artifacts import with_scales
+from ...train.learner import Teacher
+from ...train.methods import Scales
+from ..progress import Progress
+from ..teaching import Lessons, Taught, passages, quality, settings_for, taught
+from .options import Options
+from .running import fingerprint, quantize
+from .work import Work
+from .writing import Result
+
+RATE = 2e-3  # of a group's scale, a step
+
+
+def distill(source: Path, dest: Path, options: Options, progress: Callable, backend: str | Backend) -> Result:
+    """`dest`, quantized as `options.start` does it and then taught. What that made is kept in the hidden folder beside
+    `dest`, as `quantize` keeps its work."""
+    started = time.perf_counter()
+    work = Work(dest, {"of": "distill", **fingerprint(source, options)})
+    work.keep_record("begun", True)
+    made = work.path / "start"
+    first = work.record("start")
+    if first is None or not made.is_dir():
+        first = replace(quantize(source, made, replace(options, method=options.start), progress, backend), path=None)
+        work.keep_record("start", vars(first))
+    first = Result(**work.record("start"))
+    with ExitStack() as stack:
+        ops = backend if isinstance(backend, Backend) else create_backend(backend)
+        original = stack.enter_context(open_session(source, backend=ops))
+        student = stack.enter_context(open_session(made, backend=ops))
+        found = _heard(_taught(original, student, dest, options), progress)
+    work.remove()
+    seconds = time.perf_counter() - started
+    return replace(first, path=dest, notes=tuple(first.notes), taught=found, seconds=seconds)
+
+
+def _heard(events: Generator[Progress, None, Taught], progress: Callable) -> Taught:
+    while True:
+        try:
+            progress(next(events))
+        except StopIteration as end:
+            return end.value
+
+
+def _taught(original: Session, student: Session, dest: Path, options: Options) -> Generator[Progress, None, Taught]:
+    started = time.perf_counter()
+    lessons = Lessons(
+        options.calibration, options.steps, options.minutes, options.window, sampled=2 * options.tokens,
+        learning_rate=RATE, seed=options.seed,
+    )  # fmt: skip
+    data, held = yield from passages(lessons, original, student)
+    first = yield from quality(original, held, "The original")
+    before = yield from quality(student, held, "Before distilling", original)
+    settings = settings_for(lessons, method="scales", remat=True)
+    _, finished = yield from taught(student, data, settings, Teacher(original.decoder), lessons)
+    _write(student, finished, dest)
+    with open_session(dest, backend=original.backend) as made:
+        after = yield from quality(made, held, "After distilling", original)
+    return Taught(finished.step, finished.kept, time.perf_counter() - started, first, before, after)
+
+
+def _write(student: Session, finished: Finished, dest: Path) -> None:
+    pieces = with_scales(student, Scales(student), finished.parameters)
+    specs = list(laid_out(student.family.names, pieces))
+    write_folder(dest, student.hf_config, specs, side_files(student.checkpoint))

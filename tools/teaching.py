@@ -1,0 +1,159 @@
+"""A model that was made smaller, taught by what it was made from: the text, the time, what was gained.
+
+Passages of a text (or what the original says itself) are learnt from by the divergence from the original's predictions;
+the last of them are held out, and tell what came of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..errors import BadFile, BadOption
+from ..runtime.session import Session
+from ..train import Data, Example, Finished, Settings, StepDone, Validating, load_data, train
+from ..train.encode import encoded
+from ..train.learner import Teacher
+from .calibration import Sampling, samples
+from .evaluate.text import Evaluation, evaluate
+from .progress import Progress
+
+PROBED = 2  # steps by which the time of one is told: the first also prepares
+PASSES = 3  # over the data at most, where the number of steps is not given
+FEWEST = 8  # passages, of which one is held out
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """data: a text or .jsonl; None: what the original says, `sampled` tokens. steps: at most as many as `minutes` have
+    room for. Of the data's passages of `length` tokens, `held_out` (but no more than `judged` tokens) are not learnt
+    from: what was gained is measured on them."""
+
+    data: Path | None = None
+    steps: int | None = None
+    minutes: float = 10.0
+    length: int = 256
+    batch_size: int = 4
+    learning_rate: float = 5e-4
+    sampled: int = 32768
+    held_out: float = 0.1
+    judged: int = 4096
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.minutes > 0:
+            raise BadOption(f"{self.minutes:g} minutes are no time to learn in.", "Give more than 0.")
+
+
+@dataclass(frozen=True)
+class Quality:
+    """On text that was held out. kl: from the original, where both know the same tokens."""
+
+    perplexity: float
+    bits_per_byte: float
+    kl: float | None = None
+
+
+@dataclass(frozen=True)
+class Taught:
+    """steps that were made, and the one whose state was kept. original, before, after: on the same text."""
+
+    steps: int
+    kept: int
+    seconds: float
+    original: Quality
+    before: Quality
+    after: Quality
+
+
+def settings_for(lessons: Lessons, **more) -> Settings:
+    return Settings(
+        objective="distill", batch_size=lessons.batch_size, max_length=lessons.length, seed=lessons.seed,
+        learning_rate=lessons.learning_rate, schedule="cosine", warmup=0.1, **more,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ what is learnt from
+
+
+def passages(lessons: Lessons, original: Session, student: Session) -> Generator[Progress, None, tuple[Data, str]]:
+    """Examples for the student, and a text that none of them shows. Raises BadOption where there are too few, BadFile
+    for what cannot be read."""
+    if lessons.data is not None and lessons.data.suffix == ".jsonl":
+        examples = load_data(lessons.data, student, lessons.length, validation=0).train
+    else:
+        texts = yield from _texts(lessons, original)
+        cut = [student.tokenizer.encode(text)[: lessons.length] for text in texts]
+        learnt = [encoded(ids, [(0, len(ids))]) for ids in cut if len(ids) > 1]
+        examples = [Example((ids,), f"passage {number}") for number, ids in enumerate(learnt, 1)]
+    if len(examples) < FEWEST:
+        raise BadOption(
+            f"{lessons.data or 'The text'} holds {len(examples)} passages of {lessons.length} tokens to learn from.",
+            f"Give a longer text: {FEWEST * lessons.length} tokens or more.",
+        )
+    learnt, held = _parted(examples, lessons)
+    text = "\n".join(student.tokenizer.decode(e.sequences[0].ids.tolist()) for e in held)
+    return Data(learnt, held[: -(-len(held) // 2)]), text
+
+
+def _texts(lessons: Lessons, original: Session) -> Generator[Progress, None, list[str]]:
+    """A text in windows of the original's tokens; or what it writes itself."""
+    if lessons.data is None:
+        for event in samples(original, None, lessons.sampled, lessons.length, lessons.seed):
+            if isinstance(event, Sampling):
+                yield Progress("The original writes what it teaches by", event.done, event.total, "tokens")
+        windows = event.tolist()
+    else:
+        ids = original.tokenizer.encode(_read(lessons.data))
+        windows = [ids[at : at + lessons.length] for at in range(0, len(ids), lessons.length)]
+    return [original.tokenizer.decode(window, skip_special=False) for window in windows]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise BadFile(f"{path} is not UTF-8 text.", "Convert it first: iconv -t utf-8.") from None
+    except OSError as error:
+        raise BadFile(f"{path} cannot be read: {error.strerror}.", "Check the path and its rights.") from None
+
+
+def _parted(examples: Sequence[Example], lessons: Lessons) -> tuple[list[Example], list[Example]]:
+    """What is learnt from, and the last ones, for measuring."""
+    count = min(max(1, round(lessons.held_out * len(examples))), max(1, lessons.judged // lessons.length))
+    return list(examples[:-count]), list(examples[-count:])
+
+
+# ------------------------------------------------------------------------------------------------ the training
+
+
+def taught(
+    student: Session, data: Data, settings: Settings, teacher: Teacher, lessons: Lessons
+) -> Generator[Progress, None, tuple[Settings, Finished]]:
+    """As many steps as were asked for, or as there is time and data for: two are tried before, and thrown away."""
+    most = lessons.steps or -(-PASSES * len(data.train) // settings.batch_size)
+    seconds, last = 0.0, time.perf_counter()
+    for event in train(student, replace(data, valid=[]), replace(settings, steps=PROBED), teacher=teacher):
+        if isinstance(event, StepDone):
+            yield Progress("Seeing how long a step takes", event.step, PROBED, "steps")
+            seconds, last = time.perf_counter() - last, time.perf_counter()
+    settings = replace(settings, steps=max(1, min(most, int(60 * lessons.minutes / seconds))))
+    for event in train(student, data, settings, teacher=teacher):
+        if isinstance(event, StepDone):
+            yield Progress("Learning from the original", event.step, settings.steps, f"steps, loss {event.loss:.3f}")
+        elif isinstance(event, Validating):
+            yield Progress("Looking at what was held out", event.done, event.total, "batches")
+    return settings, event
+
+
+def quality(
+    session: Session, text: str, stage: str, original: Session | None = None
+) -> Generator[Progress, None, Quality]:
+    """original: from which the divergence is measured."""
+    for event in evaluate(session, text, min(512, session.config.context), None, original):
+        if isinstance(event, Evaluation):
+            return Quality(event.perplexity, event.bits_per_byte, event.kl)
+        yield Progress(f"{stage}: measuring", event.done, event.total, "windows")
+    raise AssertionError("an evaluation ends with what it found")
