@@ -132,3 +132,9 @@ def test_functions_fit_a_screen():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 assert node.end_lineno - node.lineno < 80, f"{path}:{node.lineno} {node.name}"
+
+
+def test_tests_are_packages():
+    """What they share is imported by its whole name, so that folders can be run together in any order."""
+    folders = {path.parent for path in (ROOT / "tests").rglob("test_*.py") if "toy_" not in str(path)}
+    assert not [folder for folder in folders if not (folder / "__init__.py").is_file()]

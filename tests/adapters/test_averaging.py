@@ -7,13 +7,14 @@ import json
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import IDS
 from safetensors.numpy import load_file
 
 from ondevice.adapters import Modules, averaged, read_adapter, stacked
 from ondevice.backends.base import Step
 from ondevice.cli.average import command
 from ondevice.errors import BadOption
+
+from .conftest import IDS
 
 ALL = {"target_modules": "all-linear"}
 

@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-from conftest import IDS, says
 
 from ondevice.errors import BadOption, OnDeviceError
 from ondevice.models.decoder import Decoder
@@ -14,6 +13,8 @@ from ondevice.runtime.session import open_session
 from ondevice.schemes import to_float
 from ondevice.testing.family import check_decoder
 from ondevice.tools.fuse import Fused, Options, drift, fuse
+
+from .conftest import IDS, says
 
 KINDS = {
     "lora": ("llama", {"target_modules": "all-linear"}),

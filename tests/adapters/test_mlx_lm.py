@@ -6,11 +6,12 @@ import json
 
 import numpy as np
 import pytest
-from conftest import IDS, says
 
 from ondevice.adapters import Modules, read_adapter, write_adapter
 from ondevice.errors import BadFile, Unsupported
 from ondevice.testing.family import check_decoder
+
+from .conftest import IDS, says
 
 ATTENTION = ["self_attn.q_proj", "self_attn.v_proj"]
 KINDS = {  # name -> the model, layers, keys, kind of fine-tune

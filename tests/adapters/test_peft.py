@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import IDS, says
 from safetensors.numpy import load_file
 
 from ondevice.adapters import Modules, read_adapter, write_adapter
 from ondevice.testing.family import check_decoder
+
+from .conftest import IDS, says
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 KINDS = {  # name -> the model, what differs from rank 4 and alpha 8

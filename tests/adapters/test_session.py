@@ -7,7 +7,6 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import IDS, says
 from safetensors.numpy import load_file, save_file
 
 from ondevice.adapters import Modules, read_adapter
@@ -16,6 +15,8 @@ from ondevice.errors import BadFile, OnDeviceError, Unavailable, Unsupported
 from ondevice.runtime.engine import GenerateOptions
 from ondevice.runtime.session import open_session
 from ondevice.testing.family import check_decoder
+
+from .conftest import IDS, says
 
 FIRST, SECOND = {"target_modules": "all-linear"}, {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "r": 3}
 

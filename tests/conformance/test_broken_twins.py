@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from broken_twins import TWINS
 
 from ondevice.testing.suite import CASES, run
+from tests.conformance.broken_twins import TWINS
 
 
 @pytest.mark.parametrize("name", TWINS)

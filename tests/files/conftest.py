@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_models import write_gguf, write_hf
+
+from tests.files.small_models import write_gguf, write_hf
 
 
 @pytest.fixture

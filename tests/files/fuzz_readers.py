@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
-from small_models import write_gguf, write_hf, write_llama
 
 from ondevice import schemes
 from ondevice.checkpoint import open_checkpoint, verify
 from ondevice.errors import OnDeviceError
 from ondevice.tools.convert import convert, plan
+from tests.files.small_models import write_gguf, write_hf, write_llama
 
 GROWTH_LIMIT = 200 << 20
 INTERESTING = [0, 1, 7, 8, 31, 32, 255, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, 1 << 63,

@@ -7,12 +7,12 @@ import json
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from small_models import write_hf
 
 from ondevice import schemes
 from ondevice.checkpoint import Summary, open_checkpoint, verify
 from ondevice.errors import BadFile, Unsupported
 from ondevice.tensors import Affine
+from tests.files.small_models import write_hf
 
 INDEX = "model.safetensors.index.json"
 

@@ -8,11 +8,11 @@ import time
 import gguf
 import numpy as np
 import pytest
-from small_models import write_gguf
 
 from ondevice.checkpoint import open_checkpoint, release
 from ondevice.errors import BadFile, Unavailable, Unsupported
 from ondevice.tensors import Blocks, Dense
+from tests.files.small_models import write_gguf
 
 
 def u32(n: int) -> bytes:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
-from small_models import KINDS, random_blocks
 
 from ondevice import schemes
 from ondevice.errors import Unsupported
 from ondevice.tensors import Affine, Blocks, Dense, Tensor, dense, f32_to_bf16, floats, store
+from tests.files.small_models import KINDS, random_blocks
 
 LEGACY = tuple(schemes.LEGACY_BITS)
 

@@ -7,10 +7,10 @@ from functools import cache, partial
 from pathlib import Path
 
 import pytest
-import twins
 
 from ondevice.backends.base import Backend
 from ondevice.registry import create_backend, probe_backends
+from tests.models import twins
 
 
 @pytest.fixture(scope="session")

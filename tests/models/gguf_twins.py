@@ -11,12 +11,14 @@ from typing import Any
 
 import gguf
 import numpy as np
-import twins
+
+from tests.models import twins
 
 ARCHITECTURES = {  # model type -> llama.cpp's name, where they differ
     "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "qwen2_moe": "qwen2moe", "mixtral": "llama", "mistral": "llama",
     "gpt_neox": "gptneox", "cohere": "command-r", "olmo3": "olmo2", "granitemoeshared": "granitemoe",
-    "gpt_oss": "gpt-oss", "llama4_text": "llama4", "ministral3": "mistral3", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2",
+    "gpt_oss": "gpt-oss", "llama4_text": "llama4", "ministral3": "mistral3",
+    "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2",
 }  # fmt: skip
 PERMUTED = ("llama", "mistral3", "smollm3", "granite", "granitemoe")  # q and k as Llama's
 GRANITE = {

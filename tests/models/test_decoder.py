@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import twins
 
 from ondevice.backends.base import Step
 from ondevice.backends.reference import create as create_reference
@@ -17,6 +16,7 @@ from ondevice.models.random import random_weights
 from ondevice.models.scope import Lora
 from ondevice.tensors import dense
 from ondevice.testing.family import open_decoder
+from tests.models import twins
 
 RANDOM = np.random.default_rng(5)
 IDS = RANDOM.integers(0, 61, (2, 9)).astype(np.int32)

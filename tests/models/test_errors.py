@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import gguf_twins
 import numpy as np
 import pytest
-import twins
 from safetensors.numpy import load_file, save_file
 
 from ondevice import registry
@@ -25,6 +23,7 @@ from ondevice.checkpoint import open_checkpoint
 from ondevice.errors import BadFile, OnDeviceError, Unsupported
 from ondevice.registry import families
 from ondevice.testing.family import open_decoder
+from tests.models import gguf_twins, twins
 
 
 @pytest.fixture

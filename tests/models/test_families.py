@@ -6,16 +6,16 @@ import ast
 from pathlib import Path
 
 import pytest
-import twins
 
 from ondevice.registry import families
+from tests.models import twins
 
 ROOT = Path(__file__).parents[2]
 FAMILIES = ROOT / "models" / "families"
 
 
 def table() -> str:
-    """README's, of the families of this package: `python tests/models/test_families.py` prints it."""
+    """README's, of the families of this package: `python -m tests.models.test_families` prints it."""
     rows = ["| models | `model_type` | GGUF |", "| --- | --- | --- |"]
     ours = {name: f for name, f in families().items() if f.models}
     for name, family in sorted(ours.items(), key=lambda item: item[1].models.lower()):

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import twins
 
 from ondevice.checkpoint import open_checkpoint
 from ondevice.errors import BadFile, Unsupported
@@ -19,6 +18,7 @@ from ondevice.tensors import Dense
 from ondevice.testing.family import check_family
 from ondevice.tools.convert import convert, plan, plan_hf
 from ondevice.tools.convert.blocks import nearest
+from tests.models import twins
 
 torch = pytest.importorskip("torch")
 safetensors = pytest.importorskip("safetensors.torch")

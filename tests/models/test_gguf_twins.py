@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gguf_twins
 import pytest
-import twins
 
 from ondevice.testing.family import check_family
+from tests.models import gguf_twins, twins
 
 LLAMA3 = twins.LLAMA3 | {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
 GEMMA = {"num_hidden_layers": 7, "query_pre_attn_scalar": 8, "sliding_window": 3}

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import twins
 
 from ondevice.backends.base import Backend
 from ondevice.backends.reference import create as create_reference
@@ -21,6 +20,7 @@ from ondevice.runtime.engine import Engine, GenerateOptions, Token
 from ondevice.runtime.tokenizer import load_tokenizer
 from ondevice.schemes import to_float
 from ondevice.testing.family import open_decoder
+from tests.models import twins
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

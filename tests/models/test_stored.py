@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import gguf_twins
 import numpy as np
 import pytest
-import twins
 from safetensors.numpy import save_file
 
 from ondevice.checkpoint import Spec, open_checkpoint, write_folder
@@ -18,6 +16,7 @@ from ondevice.schemes import quantize_affine, to_float
 from ondevice.tensors import Blocks, dense
 from ondevice.testing.family import check_family
 from ondevice.tools.convert import convert, plan, plan_hf
+from tests.models import gguf_twins, twins
 
 pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-from twins import DELTA
 
 from ondevice.checkpoint import open_checkpoint
 from ondevice.errors import BadFile
 from ondevice.models.families import family_of
 from ondevice.models.parameters import Parameters
 from ondevice.testing.family import TINY, check_family, randomise
+from tests.models.twins import DELTA
 
 transformers = pytest.importorskip("transformers")
 VISION = {

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import twins
 
 from ondevice.backends.base import AttentionSpec
 from ondevice.backends.reference import create as create_reference
 from ondevice.models.config import ModelConfig, MoEConfig, Sharpness
 from ondevice.models.decoder import Decoder
 from ondevice.testing.family import check_decoder, check_family, logits_of, open_decoder
+from tests.models import twins
 
 
 @pytest.mark.parametrize(("backend", "name"), twins.PAIRS, indirect=["backend"])

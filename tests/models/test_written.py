@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import twins
 
 from ondevice.checkpoint import open_checkpoint
 from ondevice.testing.family import TINY, logits_of
 from ondevice.tools.convert import convert, plan_hf
+from tests.models import twins
 
 transformers = pytest.importorskip("transformers")
 

@@ -7,7 +7,8 @@ import re
 import sys
 
 import pytest
-from pages import Page, Ran
+
+from tests.plugins.pages import Page, Ran
 
 PAGE = Page("adding-a-backend.md", "toy_backend")
 

@@ -6,10 +6,10 @@ import re
 import shutil
 
 import pytest
-from pages import Page
 
 from ondevice.models import families
 from ondevice.models.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig
+from tests.plugins.pages import Page
 
 PAGE = Page("families.md", "toy_family")
 

@@ -20,11 +20,11 @@ from typing import Any
 
 import gguf
 import llama_cpp
-from small_tokenizers import as_gguf, sentencepiece_model
-from texts import some_texts, texts
 
 from ondevice.checkpoint import open_checkpoint
 from ondevice.runtime.tokenizer.pretokenizers import RULES
+from tests.runtime.small_tokenizers import as_gguf, sentencepiece_model
+from tests.runtime.texts import some_texts, texts
 
 OUT = Path(__file__).with_name("oracle.json.gz")
 

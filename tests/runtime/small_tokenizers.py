@@ -6,12 +6,12 @@ import io
 from typing import Any
 
 import sentencepiece
-from texts import lines
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from ondevice.runtime.tokenizer import proto
 from ondevice.runtime.tokenizer.pretokenizers import QWEN2
 from ondevice.runtime.tokenizer.vocabulary import SPACE, Kind
+from tests.runtime.texts import lines
 
 CONTROL = ["<|im_start|>", "<|im_end|>"]
 

@@ -8,14 +8,14 @@ import threading
 import time
 
 import pytest
-from families import CONVERSATIONS, OPTIONS, TEMPLATES, USER
-from small_tokenizers import byte_level, llama_like
-from texts import SPECIAL, texts
 
 from ondevice.errors import BadFile, OnDeviceError, Unsupported
 from ondevice.runtime import sandbox
 from ondevice.runtime.template import ChatTemplate, encode_chat
 from ondevice.runtime.tokenizer import load_tokenizer
+from tests.runtime.families import CONVERSATIONS, OPTIONS, TEMPLATES, USER
+from tests.runtime.small_tokenizers import byte_level, llama_like
+from tests.runtime.texts import SPECIAL, texts
 
 TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
 

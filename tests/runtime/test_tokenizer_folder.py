@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from small_tokenizers import byte_level, llama_like
-from texts import texts
 
 from ondevice.errors import BadFile, OnDeviceError, Unsupported
 from ondevice.runtime.tokenizer import load_tokenizer
+from tests.runtime.small_tokenizers import byte_level, llama_like
+from tests.runtime.texts import texts
 
 
 @pytest.fixture(scope="module", name="kinds")

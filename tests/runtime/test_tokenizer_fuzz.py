@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_tokenizers import as_gguf, byte_level, llama_like, sentencepiece_model
 
 from ondevice.errors import OnDeviceError
 from ondevice.runtime.tokenizer import load_tokenizer, proto
+from tests.runtime.small_tokenizers import as_gguf, byte_level, llama_like, sentencepiece_model
 
 VALUES = [
     None, True, -1, 0, 3, 10**6, 2**32 - 1, 2**40, 1.5, "", "x", "▁", "<0x41>", [], {}, ["a"], [["a", "b"]],

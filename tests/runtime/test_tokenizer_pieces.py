@@ -8,11 +8,11 @@ import struct
 
 import pytest
 import sentencepiece
-from small_tokenizers import as_gguf, sentencepiece_model
-from texts import texts
 
 from ondevice.errors import BadFile
 from ondevice.runtime.tokenizer import load_tokenizer, proto
+from tests.runtime.small_tokenizers import as_gguf, sentencepiece_model
+from tests.runtime.texts import texts
 
 PREFIX = pytest.mark.parametrize("dummy_prefix", [True, False], ids=["prefix", "no prefix"])
 

@@ -1,14 +1,11 @@
-"""Twins and small files are made where the models and readers are tested."""
+"""A folder quantized tensor by tensor."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-
-sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("models", "files", "runtime")]
 
 
 @pytest.fixture

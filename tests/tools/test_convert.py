@@ -10,11 +10,8 @@ import sys
 import time
 import tracemalloc
 
-import gguf_twins
 import numpy as np
 import pytest
-import twins
-from small_models import write_llama
 
 from ondevice import schemes
 from ondevice.checkpoint import open_checkpoint, verify
@@ -25,6 +22,8 @@ from ondevice.registry import create_backend
 from ondevice.testing.family import check_family
 from ondevice.tools import convert as tool
 from ondevice.tools.convert import planning
+from tests.files.small_models import write_llama
+from tests.models import gguf_twins, twins
 
 WIDE = {"hidden_size": 96, "intermediate_size": 64, "head_dim": 32}  # rows of whole blocks
 LEGACY = {".weight": "Q5_1"}

@@ -6,11 +6,8 @@ import json
 import shutil
 
 import gguf
-import gguf_twins
 import numpy as np
 import pytest
-import twins
-from small_models import random_blocks, write_llama
 
 from ondevice import schemes
 from ondevice.checkpoint import open_checkpoint
@@ -22,6 +19,8 @@ from ondevice.testing.family import check_family, logits_of
 from ondevice.tools import convert as tool
 from ondevice.tools.convert import to_gguf
 from ondevice.tools.convert.blocks import keeps_codes, nearest, to_type
+from tests.files.small_models import random_blocks, write_llama
+from tests.models import gguf_twins, twins
 from tests.tiny_model import write_tiny_model
 
 WIDE = {"hidden_size": 96, "intermediate_size": 64, "head_dim": 32}  # rows of whole blocks

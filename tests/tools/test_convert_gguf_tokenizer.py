@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-import small_tokenizers
-from texts import lines
 from tokenizers import Regex, pre_tokenizers
 
 from ondevice.errors import BadFile, Unsupported
 from ondevice.runtime.tokenizer import Kind, gguf_tokenizer, load_tokenizer, proto
 from ondevice.runtime.tokenizer.pretokenizers import RULES
+from tests.runtime import small_tokenizers
+from tests.runtime.texts import lines
 
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "LlamaTokenizer"}
 

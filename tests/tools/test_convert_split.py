@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gguf
-import gguf_twins
 import numpy as np
 import pytest
-import twins
 
 from ondevice.checkpoint import open_checkpoint, verify
 from ondevice.errors import BadFile
@@ -14,6 +12,7 @@ from ondevice.registry import create_backend
 from ondevice.testing.family import check_family
 from ondevice.tools import convert as tool
 from ondevice.tools.convert import planning
+from tests.models import gguf_twins, twins
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import twins
 
 from ondevice.backends.base import AttentionSpec
 from ondevice.errors import BadOption, ContextFull
@@ -23,6 +22,7 @@ from ondevice.testing.family import open_decoder
 from ondevice.tools.explain import explain, page, positions_of
 from ondevice.tools.explain.glossary import DOCS, LANGUAGES, TERMS, WORDS, anchor
 from ondevice.tools.explain.seeing import attention_weights, see
+from tests.models import twins
 from tests.tiny_model import write_tiny_model
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import twins
 from PIL import Image
 
 from ondevice.errors import BadFile, BadOption, OnDeviceError, Unsupported
@@ -23,6 +22,7 @@ from ondevice.tools.inspect.anatomy import Anatomy, anatomy, component
 from ondevice.tools.inspect.report import described, report
 from ondevice.tools.inspect.sources import open_source
 from ondevice.tools.inspect.text import check_template
+from tests.models import twins
 from tests.tiny_model import CHATML, write_tiny_model
 
 

@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-from wide_models import LLAMA, write_model
 
 from ondevice.backends.base import Step
 from ondevice.cli import main
@@ -14,6 +13,7 @@ from ondevice.errors import BadOption, OnDeviceError
 from ondevice.runtime.session import open_session
 from ondevice.runtime.tokenizer import load_tokenizer
 from ondevice.tools.prune import Amount, Options, Result, prune
+from tests.tools.wide_models import LLAMA, write_model
 
 TEXTS = [
     "the and thetheand",

@@ -7,9 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_prune import logits, pruned
-from twins import make
-from wide_models import LLAMA, MOE, parameters, write_model
 
 from ondevice.cli import main
 from ondevice.errors import BadFile, BadOption, OnDeviceError
@@ -22,6 +19,10 @@ from ondevice.tools.prune.sparsity import _by_inputs
 from ondevice.tools.prune.subject import Subject
 from ondevice.tools.quantize import Options as QuantizeOptions
 from ondevice.tools.quantize import quantize
+from tests.models.twins import make
+from tests.tools.wide_models import LLAMA, MOE, parameters, write_model
+
+from .test_prune import logits, pruned
 
 DEEP = LLAMA | {"num_hidden_layers": 5}
 IDS = np.arange(3, 35, dtype=np.int32)[None]

@@ -8,10 +8,7 @@ import os
 
 import numpy as np
 import pytest
-import twins
 from safetensors import safe_open
-from small_models import write_llama
-from wide_models import LLAMA, MOE, parameters, write_model
 
 from ondevice.backends.base import Step
 from ondevice.checkpoint import verify
@@ -24,6 +21,9 @@ from ondevice.tools.calibration import samples
 from ondevice.tools.quantize import Options, quantize
 from ondevice.tools.quantize.calibrated import Rounding
 from ondevice.tools.quantize.matrices import matrices
+from tests.files.small_models import write_llama
+from tests.models import twins
+from tests.tools.wide_models import LLAMA, MOE, parameters, write_model
 
 IDS = np.arange(3, 23, dtype=np.int32)[None]
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from wide_models import LLAMA, MOE, parameters, write_model
 
 from ondevice.backends.base import Step
 from ondevice.models.decoder import Decoder
@@ -23,6 +22,7 @@ from ondevice.tools.quantize.gptq import gptq, inverse_factor, search
 from ondevice.tools.quantize.matrices import affine_bytes
 from ondevice.tools.quantize.sensitivity import Cost, Measured, measure
 from ondevice.tools.quantize.statistics import Inputs
+from tests.tools.wide_models import LLAMA, MOE, parameters, write_model
 
 
 def problem(rows=6, columns=128, seed=0):

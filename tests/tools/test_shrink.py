@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-from wide_models import LLAMA, write_model
 
 from ondevice.cli import main
 from ondevice.errors import BadOption, OnDeviceError
@@ -14,6 +13,7 @@ from ondevice.runtime.session import open_session
 from ondevice.tools.shrink import Options, Outcome, Result, shrink
 from ondevice.tools.shrink.plans import proposals
 from ondevice.tools.shrink.report import frontier
+from tests.tools.wide_models import LLAMA, write_model
 
 
 @pytest.fixture

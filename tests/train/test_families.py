@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -16,7 +13,6 @@ from ondevice.train import Data, Encoded, Example, Settings, StepDone, train
 
 from .oracle import peft_losses
 
-sys.path.append(str(Path(__file__).parents[1] / "models"))
 KINDS = (
     "llama-biases", "gemma2", "gemma3-full", "granite", "mistral", "phi3", "cohere-biases", "gpt2", "lfm2", "qwen3_5",
     "qwen3_moe", "qwen2_moe", "lfm2-moe",
@@ -26,7 +22,7 @@ KINDS = (
 @pytest.fixture(scope="module")
 def twin_folder(tmp_path_factory):
     pytest.importorskip("transformers")
-    import twins
+    from tests.models import twins
 
     def make(name):
         folder = tmp_path_factory.mktemp("twins") / name
