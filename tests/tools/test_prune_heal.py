@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-from wide_models import LLAMA, write_model
 
 from ondevice.cli import main
 from ondevice.errors import OnDeviceError
@@ -19,6 +18,7 @@ from ondevice.tools.prune.translation import Translation, Translator
 from ondevice.train.batches import make_batch
 from ondevice.train.data import Example
 from ondevice.train.encode import encoded
+from tests.tools.wide_models import LLAMA, write_model
 
 PROSE = "the end and the other hand in the band, on the one hand and then there is the sand. "
 QUICK = {"minutes": 5.0, "length": 24, "batch_size": 4, "learning_rate": 1e-2, "held_out": 0.2}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from wide_models import LLAMA, MOE, parameters, write_model
 
 from ondevice.backends.base import Step
 from ondevice.errors import BadOption, OnDeviceError
@@ -13,6 +12,7 @@ from ondevice.schemes import to_float
 from ondevice.tensors import Affine
 from ondevice.tools.quantize import Options, quantize
 from ondevice.train.methods import Scales
+from tests.tools.wide_models import LLAMA, MOE, parameters, write_model
 
 PROSE = "the end and the other hand in the band, on the one hand and then there is the sand. " * 40
 
