@@ -70,6 +70,12 @@ class DeltaConfig:
     value_dim: int
     taps: int
     act: str = "silu"
+    grouped: bool = False  # q, k, v and gate of each key head lie together, in one matrix, and so do b and a
+
+    @property
+    def group(self) -> tuple[int, int, int]:
+        """How many numbers of q, of k and of v a key head has."""
+        return self.key_dim, self.key_dim, self.values // self.key_heads
 
     @property
     def keys(self) -> int:

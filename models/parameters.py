@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from ..backends.base import Backend, W
 from ..checkpoint import Checkpoint
 from ..errors import BadFile
-from ..schemes import stack
-from ..tensors import Tensor
+from ..schemes import stack, to_float
+from ..tensors import Tensor, dense
 from .config import (
     AttentionConfig,
     ConvolutionConfig,
@@ -82,6 +82,8 @@ def _convolution(c: ConvolutionConfig, width: int) -> Shapes:
 def _delta(d: DeltaConfig, width: int) -> Shapes:
     mixed = 2 * d.keys + d.values
     linear = {"qkv": mixed, "gate": d.values, "a": d.heads, "b": d.heads}
+    if d.grouped:
+        linear = {"qkv_gate": mixed + d.values, "b_a": 2 * d.heads}
     vectors = {"rate": d.heads, "shift": d.heads, "norm": d.value_dim}
     shapes: Shapes = {f"delta.{name}": (rows, width) for name, rows in linear.items()}
     shapes |= {f"delta.{name}": (size,) for name, size in vectors.items()}
@@ -130,8 +132,7 @@ def fit(
 ) -> tuple[dict[str, list[str]], dict[str, tuple[str, ...]], list[str], list[str]]:
     """Our name -> the checkpoint's (several: experts, one a tensor; []: it is missing); our name -> how it lies there;
     the checkpoint's tensors that nobody asks for; and those of what the model has besides."""
-    experts = max((f.experts for x in config.layers if isinstance(f := x.feed_forward, MoEConfig)), default=0)
-    found = {name: names.find(name, checkpoint, experts) for name in expected(config)}
+    found = {name: names.find(name, checkpoint, _several(config, name)) for name in expected(config)}
     used = {n for stored, _ in found.values() for n in stored}
     behind = _guessing(config, checkpoint)
     apart = [n for n in checkpoint.names if n not in used and names.apart(n, behind)]
@@ -146,6 +147,16 @@ def _guessing(config: ModelConfig, checkpoint: Checkpoint) -> range:
     count = text_part(checkpoint.config).get("num_nextn_predict_layers")
     layers = len(config.layers)
     return range(layers, layers + (count if isinstance(count, int) else 0))
+
+
+def _several(config: ModelConfig, name: str) -> int:
+    """In how many tensors one of ours may lie: one an expert, or one a head."""
+    if not name.startswith("layers."):
+        return 1
+    layer, kind = config.layers[int(name.split(".")[1])], name.split(".")[-1]
+    if isinstance(layer.mixer, AttentionConfig) and kind in ("q_norm", "k_norm"):
+        return layer.mixer.heads if kind == "q_norm" else layer.mixer.kv_heads
+    return layer.feed_forward.experts if isinstance(layer.feed_forward, MoEConfig) else 1
 
 
 class Parameters:
@@ -189,7 +200,9 @@ class Parameters:
         if views := self._views[name]:
             seen = viewed_shape(tensor.shape, views, shape, name.endswith(".bias"))
             return None if seen == shape else f"{found} is {list(tensor.shape)}, which does not hold {list(shape)}"
-        if count > 1 or len(tensor.shape) == 2 < len(shape):
+        if count > 1 and len(shape) == 1:
+            shape = (shape[0] // count,)  # one head's
+        elif count > 1 or len(tensor.shape) == 2 < len(shape):
             shape = shape[1:]  # one expert's
         if tensor.shape != shape:
             return f"{found} is {list(tensor.shape)}, not {list(shape)}"
@@ -204,8 +217,12 @@ class Parameters:
         """The tensor in Hugging Face's arrangement ([out, in]), whatever file it came from."""
         shape, views = self.shapes[name], self._views[name]
         parts = [self.checkpoint[n] for n in self._where[name]]
-        parts = [viewed(part, views, shape, name.endswith(".bias")) for part in parts]
-        tensor = parts[0] if len(parts[0].shape) == len(shape) else stack(parts)
+        layer = int(name.split(".")[1]) if name.startswith("layers.") else None
+        mixer = None if layer is None else self._config.layers[layer].mixer
+        parts = [viewed(part, views, shape, name.endswith(".bias"), mixer) for part in parts]
+        tensor = parts[0] if parts[0].shape == shape else stack(parts)
+        if len(shape) == 1 < len(tensor.shape):  # heads' gains, end to end
+            tensor = dense(to_float(tensor).ravel())
         arrange = self._family.gguf.arrange if self.checkpoint.kind == "gguf" else None
         return arrange(name, tensor, self._config) if arrange else tensor
 

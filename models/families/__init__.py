@@ -22,9 +22,10 @@ STOPS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
 class NameMap(dict):
-    """Our names -> a checkpoint's. `{i}` stands for the layer, `{e}` for the expert; a tuple lists alternatives, best
-    first. Biases need no entries: `x.bias` is found beside `x`'s `….weight`. Behind a name, `|` and how ours lies in
-    that tensor (families/views.py), or `|mlx` where it is mlx-lm's name and not transformers'."""
+    """Our names -> a checkpoint's. `{i}` stands for the layer, `{e}` for the expert, `{h}` for the head of a norm; a
+    tuple lists alternatives, best first. Biases need no entries: `x.bias` is found beside `x`'s `….weight`. Behind a
+    name, `|` and how ours lies in that tensor (families/views.py), or `|mlx` where it is mlx-lm's name and not
+    transformers'."""
 
     IGNORED = re.compile(
         r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$|^lm_head\.weight$|^rope_(freqs|factors_(long|short))\.weight$"
@@ -60,7 +61,8 @@ class NameMap(dict):
         """Under which name one of ours is written, and how it lies there (for views.stored): Hugging Face's, or
         mlx-lm's where it has another. Raises Unsupported where a file of either has no place for it."""
         places = sorted(self._places(name), key=lambda place: ("mlx" in place[1]) != mlx)
-        spelled, views = next((place for place in places if set(place[1]) - {"mlx"} <= WRITTEN), (None, ()))
+        written = (place for place in places if set(place[1]) - {"mlx"} <= WRITTEN and "{h}" not in place[0])
+        spelled, views = next(written, (None, ()))
         if spelled is None:
             raise Unsupported(f"There is no place for {name} in a file of this model.", "Use the model as it is.")
         return spelled, tuple(view for view in views if view in ROWS or not (view == "mlx" or name.endswith(".bias")))
@@ -69,13 +71,14 @@ class NameMap(dict):
         """The first of them, or our own name where this map has none."""
         return next(iter(self.spellings(name)), name)
 
-    def find(self, name: str, checkpoint: Checkpoint, experts: int) -> tuple[list[str], tuple[str, ...]]:
-        """The names under which a checkpoint holds one of our tensors (one, or one an expert; [] when it does not) and
-        how it lies there."""
+    def find(self, name: str, checkpoint: Checkpoint, several: int) -> tuple[list[str], tuple[str, ...]]:
+        """The names under which a checkpoint holds one of our tensors (one; `several`, one an expert or head; [] where it
+        is missing) and how it lies there."""
         for place, views in self.places(name):
             for spelling in (place, *_inside(place)):
-                count = experts if "{e}" in spelling else 1
-                names = [*takewhile(checkpoint.__contains__, (spelling.replace("{e}", str(e)) for e in range(count)))]
+                count = several if re.search(r"\{[eh]\}", spelling) else 1
+                spelled = (re.sub(r"\{[eh]\}", str(n), spelling) for n in range(count))
+                names = [*takewhile(checkpoint.__contains__, spelled)]
                 if 0 < len(names) == count:
                     return names, views
         return [], ()

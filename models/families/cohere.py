@@ -5,22 +5,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...errors import Unsupported
 from ..config import ModelConfig
 from ..fields import flag, head_dim, number, whole
 from ..ropes import rope
 from . import LLAMA, Family, Gguf, gguf
 
+NAMES = LLAMA | {
+    f"layers.{{i}}.attn.{part}_norm": f"model.layers.{{i}}.self_attn.{part}_norm.weight|flat" for part in "qk"
+}
+GGUF_NAMES = gguf.NAMES | {f"layers.{{i}}.attn.{part}_norm": f"blk.{{i}}.attn_{part}_norm.weight|flat" for part in "qk"}
+
 
 def config(hf: Mapping) -> ModelConfig:
-    if flag(hf, "use_qk_norm"):
-        raise Unsupported("This Command R norms each head of q and k by gains of its own.", "Take a smaller one.")
     second, pattern = hf.get("model_type") == "cohere2", whole(hf, "sliding_window_pattern", 4)
     return ModelConfig.llama_like(
         {"sliding_window": 4096, **hf},
         tied=True,
         ropes={"main": rope(hf, head_dim(hf), base=10_000.0 if second else 500_000.0, interleaved=True)},
         sliding=lambda layer: second and (layer + 1) % pattern != 0,
+        attention={"qk_norm": "heads" if flag(hf, "use_qk_norm") else None},
         turns=lambda layer, slides: slides or not second,
         layer={"parallel": True, "shared_norm": True},
         norm="layer",
@@ -30,11 +33,15 @@ def config(hf: Mapping) -> ModelConfig:
 
 
 def _gguf(architecture: str, *kind: str) -> Gguf:
-    return Gguf(architecture, gguf.NAMES, lambda metadata, checkpoint: gguf.config(metadata, checkpoint, *kind))
+    def read(metadata: Mapping, checkpoint) -> dict:
+        normed = "blk.0.attn_q_norm.weight" in checkpoint
+        return gguf.config(metadata, checkpoint, *kind) | {"use_qk_norm": normed}
+
+    return Gguf(architecture, GGUF_NAMES, read)
 
 
 cohere = Family(
-    "cohere", ("cohere",), config, LLAMA, _gguf("command-r", "cohere", "CohereForCausalLM"), models="Command R, Aya"
+    "cohere", ("cohere",), config, NAMES, _gguf("command-r", "cohere", "CohereForCausalLM"), models="Command R, R+, Aya"
 )
 cohere2 = Family(
     "cohere2", ("cohere2",), config, LLAMA, _gguf("cohere2", "cohere2", "Cohere2ForCausalLM"), models="Command R7B"

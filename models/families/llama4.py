@@ -15,9 +15,9 @@ MLP, EXPERTS = "model.layers.{i}.feed_forward", "model.layers.{i}.feed_forward.e
 NAMES = LLAMA | shared_expert(MLP) | {
     **{f"layers.{{i}}.mlp.{part}": f"{MLP}.{part}_proj.weight" for part in ("gate", "up", "down")},
     "layers.{i}.moe.router": f"{MLP}.router.weight",
-    "layers.{i}.moe.gate": (f"{EXPERTS}.gate_proj.weight", f"{EXPERTS}.gate_up_proj|T|first"),
-    "layers.{i}.moe.up": (f"{EXPERTS}.up_proj.weight", f"{EXPERTS}.gate_up_proj|T|last"),
-    "layers.{i}.moe.down": (f"{EXPERTS}.down_proj.weight", f"{EXPERTS}.down_proj|T"),
+    "layers.{i}.moe.gate": (f"{EXPERTS}.gate_proj.weight|mlx", f"{EXPERTS}.gate_up_proj|T|first"),
+    "layers.{i}.moe.up": (f"{EXPERTS}.up_proj.weight|mlx", f"{EXPERTS}.gate_up_proj|T|last"),
+    "layers.{i}.moe.down": (f"{EXPERTS}.down_proj.weight|mlx", f"{EXPERTS}.down_proj|T"),
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from . import LLAMA, Family, experts, shared_expert
 DELTA = {
     "qkv": "in_proj_qkv.weight", "gate": "in_proj_z.weight", "a": "in_proj_a.weight", "b": "in_proj_b.weight",
     "taps": "conv1d.weight|kernels", "rate": "A_log", "shift": "dt_bias", "norm": "norm.weight",
-    "out": "out_proj.weight",
+    "out": "out_proj.weight", "qkv_gate": "in_proj_qkvz.weight", "b_a": "in_proj_ba.weight",
 }  # fmt: skip
 MLP = "model.layers.{i}.mlp"
 MOE = experts(MLP) | shared_expert(MLP) | {"layers.{i}.moe.router": f"{MLP}.gate.weight"}
@@ -35,7 +35,7 @@ def config(hf: Mapping) -> ModelConfig:
         value_dim=whole(hf, "linear_value_head_dim", 128),
         taps=whole(hf, "linear_conv_kernel_dim", 4, least=2),
     )
-    every_layer = _experts(hf) if hf.get("model_type") == "qwen3_5_moe_text" else plain_mlp(hf, bias=False)
+    every_layer = plain_mlp(hf, bias=False) if hf.get("model_type") == "qwen3_5_text" else _experts(hf)
     return ModelConfig.llama_like(
         {**hf, "layer_types": None, "head_dim": d},
         ropes={"main": rope(hf, d, share=0.25)},

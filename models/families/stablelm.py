@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...errors import Unsupported
 from ..config import ModelConfig
 from ..fields import flag, head_dim, number
 from ..ropes import rope
 from . import LLAMA, Family, Gguf, gguf
 
+NAMES = LLAMA | {
+    f"layers.{{i}}.attn.{part}_norm": f"model.layers.{{i}}.self_attn.{part}_layernorm.norms.{{h}}.weight"
+    for part in "qk"
+}
+GGUF_NAMES = gguf.NAMES | {f"layers.{{i}}.attn.{part}_norm": f"blk.{{i}}.attn_{part}_norm.weight|flat" for part in "qk"}
+
 
 def config(hf: Mapping) -> ModelConfig:
-    if flag(hf, "qk_layernorm"):
-        raise Unsupported("This StableLM norms each head of q and k by gains of its own.", "Take a smaller StableLM.")
     parallel = flag(hf, "use_parallel_residual")
     return ModelConfig.llama_like(
         hf,
         ropes={"main": rope(hf, head_dim(hf), share=0.25)},
-        attention={"bias": flag(hf, "use_qkv_bias"), "output_bias": False},
+        attention={
+            "bias": flag(hf, "use_qkv_bias"),
+            "output_bias": False,
+            "qk_norm": "heads" if flag(hf, "qk_layernorm") else None,
+        },
         layer={"parallel": parallel, "shared_norm": parallel},
         norm="layer",
         norm_bias=True,
@@ -37,7 +44,7 @@ stablelm = Family(
     "stablelm",
     model_types=("stablelm",),
     config=config,
-    names=LLAMA,
-    gguf=Gguf("stablelm", gguf.NAMES, _from_gguf),
-    models="StableLM 3B, StableLM 2 1.6B",
+    names=NAMES,
+    gguf=Gguf("stablelm", GGUF_NAMES, _from_gguf),
+    models="StableLM 3B, StableLM 2",
 )

@@ -2,7 +2,7 @@
 
 A name map says so behind the tensor's name: `….c_attn.weight|T`, `….input_linear.weight|first`; `|heads`: the rows of
 all heads one after the other, where ours has them apart; `|kernels` are a convolution's, ours [C, taps], in files
-[C, 1, taps], in MLX's [C, taps, 1].
+[C, 1, taps], in MLX's [C, taps, 1]; `|grouped`: ours lie by key head; `|flat`: ours is a vector.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 
 from ...schemes import to_float
 from ...tensors import Dense, Tensor, dense
+from ..config import DeltaConfig, Mixer
 
 ROWS = {  # of the rows that a stored tensor has for each expert or head: those that are ours, n of `total`
     "first": lambda n, total: slice(n),
@@ -23,14 +24,19 @@ ROWS = {  # of the rows that a stored tensor has for each expert or head: those 
 }
 
 
-def viewed(tensor: Tensor, views: Sequence[str], shape: Sequence[int], bias: bool) -> Tensor:
-    """What of a stored tensor is ours, which has `shape`; bias: its last axis is of rows, not of columns. A quantized
-    tensor that is transposed becomes float32, for its groups run along the wrong axis."""
+def viewed(
+    tensor: Tensor, views: Sequence[str], shape: Sequence[int], bias: bool, mixer: Mixer | None = None
+) -> Tensor:
+    """What of a stored tensor is ours, which has `shape`; bias: its last axis is of rows, not of columns; mixer: its
+    layer's. A quantized tensor that is transposed becomes float32, for its groups run along the wrong axis."""
     if not views:
         return tensor
     if "T" in views and not isinstance(tensor.format, Dense):
         tensor = dense(to_float(tensor))
-    parts = {key: np.ascontiguousarray(_view(part, views, shape, bias)) for key, part in tensor.parts.items()}
+    parts = {key: _view(part, views, shape, bias) for key, part in tensor.parts.items()}
+    if "grouped" in views:
+        parts = {key: part[_by_key_head(mixer)] for key, part in parts.items()}
+    parts = {key: np.ascontiguousarray(part) for key, part in parts.items()}
     return Tensor(viewed_shape(tensor.shape, views, shape, bias), tensor.format, parts)
 
 
@@ -80,8 +86,19 @@ def viewed_shape(stored: Sequence[int], views: Sequence[str], shape: Sequence[in
         return tuple(stored)
 
 
+def _by_key_head(mixer: DeltaConfig) -> np.ndarray:
+    """All heads' queries, then keys, then values -> of each key head its own."""
+    channels = np.split(np.arange(2 * mixer.keys + mixer.values), (mixer.keys, 2 * mixer.keys))
+    return np.concatenate([part.reshape(mixer.key_heads, -1) for part in channels], axis=1).ravel()
+
+
 def _view(part: np.ndarray, views: Sequence[str], shape: Sequence[int], bias: bool) -> np.ndarray:
     for view in views:
+        if view == "grouped":  # an order, see `viewed`
+            continue
+        if view == "flat":
+            part = part.reshape(-1)
+            continue
         if view == "row":  # a matrix of one row, stored as a vector
             part = part.reshape(1, -1)
             continue

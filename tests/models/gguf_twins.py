@@ -167,9 +167,10 @@ def _tensors(twin: Any, architecture: str) -> dict[str, np.ndarray]:
     for name, values in twins.saved(twin).items():
         if name in tied:
             continue
-        expert = re.search(r"experts\.(\d+)\.", name)
-        if expert:
-            experts.setdefault(_rename(name.replace(expert[0], "experts."), architecture), []).append(values)
+        one = re.search(r"(experts|\.norms)\.\d+\.", name)  # of several experts, of the norms of several heads
+        if one:
+            together = name.replace(one[0], "experts." if "experts" in one[0] else ".")
+            experts.setdefault(_rename(together, architecture), []).append(values)
         elif "kv_b_proj" in name:
             by_head = values.reshape(config.num_attention_heads, -1, values.shape[-1])
             k, v = np.split(by_head, [config.qk_nope_head_dim], axis=1)

@@ -66,6 +66,7 @@ DELTA = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 4,
 }
+NEXT = {"num_experts": 5, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 20}
 SHARED = {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 20, "hidden_size": 48}
 LATENT = {
     "num_key_value_heads": 6,
@@ -148,6 +149,7 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix
             "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
         },
     ),
+    "stablelm-norms": ("StableLm", PLAIN | {"qk_layernorm": True, "use_parallel_residual": True}),
     "starcoder2": ("Starcoder2", {"sliding_window": 5}),
     "starcoder2-bare": ("Starcoder2", {"use_bias": False, "tie_word_embeddings": False, "hidden_act": "gelu"}),
     "gpt_neox": ("GPTNeoX", PLAIN),
@@ -163,6 +165,7 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix
     ),
     "cohere": ("Cohere", {"logit_scale": 0.5}),
     "cohere-biases": ("Cohere", {"attention_bias": True, "tie_word_embeddings": False}),
+    "cohere-norms": ("Cohere", {"use_qk_norm": True}),
     "cohere2": ("Cohere2", PLAIN | {"num_hidden_layers": 5, "sliding_window": 4, "logit_scale": 0.25}),
     "glm4": ("Glm4", {"rope_parameters": HALF}),
     "glm4-first": ("Glm", {"attention_bias": False, "rope_parameters": HALF}),
@@ -184,6 +187,14 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix
     "lfm2-moe": (
         "Lfm2Moe",
         LFM2 | MOE | {"num_dense_layers": 1, "num_experts": 5, "num_experts_per_tok": 2, "routed_scaling_factor": 1.5},
+    ),
+    "qwen3_next": ("Qwen3Next", DELTA | MOE | NEXT),
+    "qwen3_next-some": (
+        "Qwen3Next",
+        DELTA
+        | MOE
+        | NEXT
+        | {"linear_num_key_heads": 3, "mlp_only_layers": [1], "norm_topk_prob": False, "tie_word_embeddings": True},
     ),
     "qwen3_5-moe": (
         "Qwen3_5Moe",
@@ -346,6 +357,7 @@ def published(hf: dict[str, Any]) -> dict[str, Any]:
         "lfm2_moe",
         "qwen3_5_text",
         "qwen3_5_moe_text",
+        "qwen3_next",
     ):  # which have been published in no other form
         hf.pop("layer_types", None)
     full = dict(rule.get("full_attention", rule))
