@@ -72,7 +72,7 @@ class NameMap(dict):
         return next(iter(self.spellings(name)), name)
 
     def find(self, name: str, checkpoint: Checkpoint, several: int) -> tuple[list[str], tuple[str, ...]]:
-        """The names under which a checkpoint holds one of our tensors (one; `several`, one an expert or head; [] where it
+        """The names under which a checkpoint holds one of our tensors (one; `several`, one an expert or head; [] if it
         is missing) and how it lies there."""
         for place, views in self.places(name):
             for spelling in (place, *_inside(place)):
