@@ -496,9 +496,12 @@ class Backend(ABC):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         decay: float = 0.0,
-    ) -> tuple[dict[str, A], dict]:
+        bits: int = 32,
+    ) -> tuple[dict[str, A], dict[str, A]]:
         """One AdamW update, bias-corrected, decoupled decay (Loshchilov and Hutter 2019), step counting from 1.
-        state: {} at first. Returns new params and state."""
+        state: {} at first. bits: of the moments kept from step to step: 32, or 8 for arrays of 4,096 numbers and more
+        (`moments`). Returns new params and state: arrays by name, which come back from `array(numpy(a), "float32")` as
+        they were."""
         raise self._lacks("training")
 
     def inverse_norm(self, weight: W, down: A, up: A, scale: float) -> A:

@@ -16,7 +16,7 @@ from .. import noise, schemes
 from ..errors import BadOption, ContextFull, Unsupported
 from ..registry import Plugin, Probe
 from ..tensors import STORAGE, Dense, Tensor, floats, store
-from . import sampling
+from . import moments, sampling
 from .base import (
     FEATURES,
     AttentionSpec,
@@ -396,6 +396,17 @@ class NumpyKernels(NumpyRecurrence, NumpyGradients):
         v = (1 - betas[1]) * grad * grad if v is None else betas[1] * v + (1 - betas[1]) * grad * grad
         moved = (m / (1 - betas[0] ** step)) / (np.sqrt(v / (1 - betas[1] ** step)) + eps)
         return param * (1 - rate * decay) - rate * moved, m, v
+
+    def adamw8(
+        self, param: np.ndarray, grad: np.ndarray, m: np.ndarray | None, m_scale: np.ndarray | None,
+        r: np.ndarray | None, r_scale: np.ndarray | None, step: int, rate: float, betas: tuple[float, float],
+        eps: float, decay: float,
+    ) -> tuple[np.ndarray, ...]:  # fmt: skip
+        """As `adamw`, with the first moment and the second's root as `moments.compress` writes them."""
+        first = None if m is None else moments.expand(m, m_scale, param.shape, signed=True)
+        second = None if r is None else moments.expand(r, r_scale, param.shape, signed=False) ** 2
+        param, first, second = self.adamw(param, grad, first, second, step, rate, betas, eps, decay)
+        return param, *moments.compress(first, signed=True), *moments.compress(np.sqrt(second), signed=False)
 
 
 class ReferenceBackend(TapedBackend):

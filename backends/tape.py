@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from . import moments
 from .base import (
     A,
     AttentionSpec,
@@ -304,15 +305,17 @@ class TapedBackend(Backend):
 
     def adamw(
         self, params: Mapping[str, A], grads: Mapping[str, A], state: dict, step: int, rate: float,
-        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, decay: float = 0.0,
-    ) -> tuple[dict[str, A], dict]:  # fmt: skip
-        fresh, moments = {}, {}
+        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, decay: float = 0.0, bits: int = 32,
+    ) -> tuple[dict[str, A], dict[str, A]]:  # fmt: skip
+        fresh, kept = {}, {}
         for name, param in params.items():
-            old = [state[key].data if key in state else None for key in (f"{name}.m", f"{name}.v")]
-            new, m, v = self.kernels.adamw(param.data, grads[name].data, *old, step, rate, betas, eps, decay)
+            packed = moments.packed(param.data.size, bits)
+            run, parts = (self.kernels.adamw8, moments.PACKED) if packed else (self.kernels.adamw, moments.PLAIN)
+            old = [state[f"{name}.{part}"].data if state else None for part in parts]
+            new, *more = run(param.data, grads[name].data, *old, step, rate, betas, eps, decay)
             fresh[name] = Array(self, new)
-            moments[f"{name}.m"], moments[f"{name}.v"] = Array(self, m), Array(self, v)
-        return fresh, moments
+            kept |= {f"{name}.{part}": Array(self, values) for part, values in zip(parts, more, strict=True)}
+        return fresh, kept
 
     def _gradient(self, leaf: Array) -> Array:
         return Array(self, np.zeros_like(leaf.data) if leaf.node.grad is None else leaf.node.grad)

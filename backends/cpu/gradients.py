@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from .. import moments
 from ..base import AttentionSpec, Step
 from ..reference_gradients import Gradients, Need
 from .arguments import ACTIVATIONS, native_mask, native_step, ones
 
+CODES = [(moments.levels(signed), moments.code(7 if signed else 8)) for signed in (True, False)]
+TABLES = [(levels, code.edges, code.starts) for levels, code in CODES]  # of the first moment, and of the second's root
 NARROW = 16  # columns of a kernel's panel: a result narrower than that is computed turned
 
 
@@ -142,6 +145,19 @@ class NativeGradients:
         out = [np.empty(param.shape, np.float32) for _ in range(3)]
         given = [None if x is None else self.plain(x) for x in (param, grad, m, v)]
         self.machine.adamw(*given, step, rate, *betas, eps, decay, *out)
+        return tuple(out)
+
+    def adamw8(
+        self, param: np.ndarray, grad: np.ndarray, m: np.ndarray | None, m_scale: np.ndarray | None,
+        r: np.ndarray | None, r_scale: np.ndarray | None, step: int, rate: float, betas: tuple[float, float],
+        eps: float, decay: float,
+    ) -> tuple[np.ndarray, ...]:  # fmt: skip
+        blocks = moments.blocks(param.size)
+        out = [np.empty(param.shape, np.float32)]
+        for _ in range(2):
+            out += [np.empty(blocks * moments.BLOCK // 4, np.int32), np.empty(blocks, np.float32)]
+        old = None if m is None else (m, m_scale, r, r_scale)
+        self.machine.adamw8(self.plain(param), self.plain(grad), old, *TABLES, step, rate, *betas, eps, decay, *out)
         return tuple(out)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ... import noise
+from .. import moments
 from .weights import affine
 
 
@@ -64,18 +66,21 @@ class TorchTraining:
     @torch.no_grad()
     def adamw(
         self, params: Mapping[str, torch.Tensor], grads: Mapping[str, torch.Tensor], state: dict, step: int,
-        rate: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, decay: float = 0.0,
-    ) -> tuple[dict[str, torch.Tensor], dict]:  # fmt: skip
-        fresh, moments = {}, {}
+        rate: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, decay: float = 0.0, bits: int = 32,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:  # fmt: skip
+        fresh, kept = {}, {}
         for name, param in params.items():
-            grad, blank = grads[name].float(), torch.zeros_like(param, dtype=torch.float32)
-            m, v = (state.get(f"{name}.{moment}", blank) for moment in "mv")
+            packed = moments.packed(param.numel(), bits)
+            grad = grads[name].float()
+            m, v = _moments(state, name, param, packed)
             m = betas[0] * m + (1 - betas[0]) * grad
             v = betas[1] * v + (1 - betas[1]) * grad * grad
             moved = (m / (1 - betas[0] ** step)) / ((v / (1 - betas[1] ** step)).sqrt() + eps)
             fresh[name] = (param.float() * (1 - rate * decay) - rate * moved).to(param.dtype)
-            moments[f"{name}.m"], moments[f"{name}.v"] = m, v
-        return fresh, moments
+            values = (*_compress(m, True), *_compress(v.sqrt(), False)) if packed else (m, v)
+            parts = moments.PACKED if packed else moments.PLAIN
+            kept |= {f"{name}.{part}": a for part, a in zip(parts, values, strict=True)}
+        return fresh, kept
 
 
 def _detached(value: Any) -> Any:
@@ -85,3 +90,35 @@ def _detached(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _detached(v) for name, v in value.items()}
     return type(value)(map(_detached, value)) if type(value) in (list, tuple) else value
+
+
+def _moments(
+    state: Mapping[str, torch.Tensor], name: str, param: torch.Tensor, packed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first and the second, float32."""
+    if not state:
+        blank = torch.zeros_like(param, dtype=torch.float32)
+        return blank, blank
+    found = [state[f"{name}.{part}"] for part in (moments.PACKED if packed else moments.PLAIN)]
+    if not packed:
+        return found[0], found[1]
+    return _expand(found[0], found[1], param.shape, True), _expand(found[2], found[3], param.shape, False).square()
+
+
+def _compress(values: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`moments.compress`"""
+    edges = torch.from_numpy(moments.code(7 if signed else 8).edges[1:-1]).to(values.device)
+    padding = moments.blocks(values.numel()) * moments.BLOCK - values.numel()
+    rows = torch.nn.functional.pad(values.reshape(-1), (0, padding)).reshape(-1, moments.BLOCK)
+    scales = rows.abs().amax(dim=1)
+    share = rows.abs() * (1 / torch.where(scales == 0, 1.0, scales))[:, None]
+    found = torch.bucketize(share, edges, out_int32=True, right=True)
+    found = found + 128 * (rows < 0) if signed else found
+    return found.to(torch.uint8).reshape(-1).view(torch.int32), scales
+
+
+def _expand(codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, ...], signed: bool) -> torch.Tensor:
+    """`moments.expand`"""
+    levels = torch.from_numpy(moments.levels(signed)).to(codes.device)
+    values = levels[codes.view(torch.uint8).int()].reshape(-1, moments.BLOCK) * scales[:, None]
+    return values.reshape(-1)[: math.prod(shape)].reshape(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from ... import noise
+from .. import moments
 from .attention import plain
 
 
@@ -59,17 +61,53 @@ class MlxTraining:
 
     def adamw(
         self, params: Mapping[str, mx.array], grads: Mapping[str, mx.array], state: dict, step: int, rate: float,
-        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, decay: float = 0.0,
-    ) -> tuple[dict[str, mx.array], dict]:  # fmt: skip
-        fresh, moments = {}, {}
+        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, decay: float = 0.0, bits: int = 32,
+    ) -> tuple[dict[str, mx.array], dict[str, mx.array]]:  # fmt: skip
+        fresh, kept = {}, {}
         for name, param in params.items():
+            packed = moments.packed(param.size, bits)
             grad = grads[name].astype(mx.float32)
-            m, v = (state.get(f"{name}.{moment}", mx.zeros(param.shape)) for moment in "mv")
+            m, v = _moments(state, name, param.shape, packed)
             m = betas[0] * m + (1 - betas[0]) * grad
             v = betas[1] * v + (1 - betas[1]) * mx.square(grad)
             moved = (m / (1 - betas[0] ** step)) / (mx.sqrt(v / (1 - betas[1] ** step)) + eps)
             new = param.astype(mx.float32) * (1 - rate * decay) - rate * moved
             fresh[name] = new.astype(param.dtype)
-            moments[f"{name}.m"], moments[f"{name}.v"] = m, v
-        mx.eval(fresh, moments)
-        return fresh, moments
+            values = (*_compress(m, True), *_compress(mx.sqrt(v), False)) if packed else (m, v)
+            parts = moments.PACKED if packed else moments.PLAIN
+            more = {f"{name}.{part}": a for part, a in zip(parts, values, strict=True)}
+            if packed:
+                mx.eval(fresh[name], more)  # now: the float32 moments of one array at a time
+            kept |= more
+        mx.eval(fresh, kept)
+        return fresh, kept
+
+
+def _moments(state: Mapping[str, mx.array], name: str, shape: tuple[int, ...], packed: bool) -> list[mx.array]:
+    """The first and the second, float32."""
+    if not state:
+        return [mx.zeros(shape), mx.zeros(shape)]
+    found = [state[f"{name}.{part}"] for part in (moments.PACKED if packed else moments.PLAIN)]
+    return [_expand(*found[:2], shape, True), mx.square(_expand(*found[2:], shape, False))] if packed else found
+
+
+def _compress(values: mx.array, signed: bool) -> tuple[mx.array, mx.array]:
+    """`moments.compress`"""
+    table = moments.code(7 if signed else 8)
+    edges, starts = mx.array(table.edges), mx.array(table.starts)
+    padding = moments.blocks(values.size) * moments.BLOCK - values.size
+    rows = mx.pad(values.reshape(-1), (0, padding)).reshape(-1, moments.BLOCK)
+    scales = mx.abs(rows).max(axis=1)
+    share = mx.minimum(mx.abs(rows) * (1 / mx.where(scales == 0, 1.0, scales))[:, None], 1.0)
+    found = starts[mx.view(share, mx.int32) >> moments.SHIFT]
+    for _ in range(2):
+        found = found + (share >= edges[found + 1])
+    found = found + 128 * (rows < 0) if signed else found
+    return mx.view(found.astype(mx.uint8).reshape(-1), mx.int32), scales
+
+
+def _expand(codes: mx.array, scales: mx.array, shape: tuple[int, ...], signed: bool) -> mx.array:
+    """`moments.expand`"""
+    levels = mx.array(moments.levels(signed))
+    values = levels[mx.view(codes, mx.uint8)].reshape(-1, moments.BLOCK) * scales[:, None]
+    return values.reshape(-1)[: math.prod(shape)].reshape(shape)

@@ -189,8 +189,9 @@ class _Run:
             grads = {name: g * (self.settings.clip / (norm + 1e-6)) for name, g in grads.items()}
         state = self.state
         params, moments = self.ops.adamw(
-            state.params, grads, state.moments, step, rate, decay=self.settings.weight_decay
-        )
+            state.params, grads, state.moments, step, rate, decay=self.settings.weight_decay,
+            bits=self.settings.moment_bits,
+        )  # fmt: skip
         self.ops.sync()
         self.state = replace(state, params=params, moments=moments, step=step)
         seconds = time.perf_counter() - started

@@ -16,7 +16,7 @@ from .learner import LOGITS_BYTES
 from .settings import Settings
 
 SHARE = 0.8  # of the memory there is, to be used: other programs live here too
-COPIES = 6  # of each parameter, in float32: itself, its gradient, two moments, the best, and one being replaced
+COPIES = 3  # of each parameter, in float32, at every moment: itself, the best, and its gradient
 LOGITS = 3  # their values, their softmax and their gradient
 OUTPUTS = 1.2  # numbers kept for each output of a linear map, with a LoRA: measured on SmolLM2-135M, batch 4 x 256
 WIDTHS = 4  # and for each of the stream: what norms read, and its sums
@@ -41,7 +41,9 @@ def plan(session: Session, data: Data, settings: Settings, parameters: int, memo
     device = session.backend.device_memory()
     most = memory if memory is not None else int(SHARE * (device or memory_bytes() or 1 << 62))
     held = session.checkpoint.nbytes if device else used_bytes()
-    for found in _ways(session, data, settings, held + 4 * COPIES * parameters + LOGITS * LOGITS_BYTES):
+    moments = 2 * parameters * settings.moment_bits // 8
+    fixed, update = held + 4 * COPIES * parameters + moments, 4 * parameters + moments  # an update makes them anew
+    for found in _ways(session, data, settings, fixed, update):
         if found.memory <= most:
             return found
     raise OnDeviceError(
@@ -51,14 +53,15 @@ def plan(session: Session, data: Data, settings: Settings, parameters: int, memo
     )
 
 
-def _ways(session: Session, data: Data, settings: Settings, fixed: int) -> Iterator[Plan]:
-    """From the fastest to the leanest."""
+def _ways(session: Session, data: Data, settings: Settings, fixed: int, update: int) -> Iterator[Plan]:
+    """From the fastest to the leanest. Of the two passes and of the update behind them, the larger counts."""
     tokens = settings.max_length if settings.pack else max(e.length for e in [*data.train, *data.valid])
     tokens += settings.virtual_tokens if settings.method == "prompt" else 0
     sequences = 2 if settings.objective in ("dpo", "orpo") else 1
     for rows in [settings.micro_batch] if settings.micro_batch else _halves(settings.batch_size):
         for remat in (False, True) if settings.remat is None else (settings.remat,):
-            yield Plan(rows, remat, fixed + rows * sequences * tokens * activation_bytes(session, remat))
+            passes = LOGITS * LOGITS_BYTES + rows * sequences * tokens * activation_bytes(session, remat)
+            yield Plan(rows, remat, fixed + max(passes, update))
 
 
 def _halves(count: int) -> list[int]:

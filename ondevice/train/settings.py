@@ -12,6 +12,7 @@ from ..registry import did_you_mean
 
 METHODS = ("lora", "rslora", "dora", "full", "prompt", "scales")
 OBJECTIVES = ("next-token", "dpo", "orpo", "distill")
+OPTIMIZERS = {"adamw": 32, "adamw8bit": 8}  # bits of the moments
 SCHEDULES = ("constant", "linear", "cosine")
 RATES = {"full": 2e-5, "prompt": 1e-2, "scales": 1e-3}  # learning rates by method where none is given
 USUAL_RATE = 2e-4  # of LoRA and its kin
@@ -56,6 +57,7 @@ class Settings:
     )
     schedule: str = option("linear", "How it falls after the warmup.", known=SCHEDULES)
     warmup: float = option(0.05, "Steps over which it rises: a number of them, or a share below 1.", least=0)
+    optimizer: str = option("adamw", "adamw8bit: moments of 2 bytes a parameter, not 8.", known=OPTIMIZERS)
     weight_decay: float = option(0.0, "AdamW's decoupled decay.", least=0)
     clip: float = option(1.0, "Largest norm of a step's gradient; 0: unlimited.", least=0)
     seed: int = option(0, "Same seed, same adapter.")
@@ -96,6 +98,10 @@ class Settings:
             raise BadOption(f"{name} {value} makes no sense.", f"Give more than {rules['above']}.")
         if "below" in rules and not value < rules["below"]:
             raise BadOption(f"{name} {value} makes no sense.", f"Give less than {rules['below']}.")
+
+    @property
+    def moment_bits(self) -> int:
+        return OPTIMIZERS[self.optimizer]
 
     @property
     def rate(self) -> float:

@@ -28,6 +28,22 @@ def test_from_fast_to_lean(session, data):
         plan(session, data, settings, 10_000, 1_000_000)
 
 
+def test_moments_in_eight_bits_are_planned(session, data):
+    """Few examples, many parameters: then the update is what memory goes into. Old and new moments: 16 bytes, or 4."""
+    wide, lean = (plan(session, data, Settings(optimizer=o), 10**9, 10**12).memory for o in ("adamw", "adamw8bit"))
+    assert wide - lean == 12 * 10**9
+
+
+def test_eight_bits_learn_as_well(session, data):
+    def run(optimizer):
+        settings = Settings(steps=30, rank=128, learning_rate=5e-3, optimizer=optimizer)
+        return [e.loss for e in train(session, data, settings) if isinstance(e, StepDone)]
+
+    whole, packed = run("adamw"), run("adamw8bit")
+    assert whole != packed and whole[-1] < 0.6 * whole[0]
+    assert packed[-1] == pytest.approx(whole[-1], rel=0.1)
+
+
 @pytest.mark.parametrize("lean", [{"remat": True}, {"micro_batch": 1}, {"micro_batch": 3, "remat": True}])
 def test_lean_is_the_same(session, data, lean):
     """Rows of several lengths: each target counts the same in whatever batch it stands."""

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
 from ondevice.errors import OnDeviceError
 from ondevice.train import Saved, Saving, Settings, StepDone, Validating, load_data, train
@@ -82,6 +83,7 @@ def test_ctrl_c_leaves_a_checkpoint(tiny, data_file, tmp_path):
 
 
 SETTINGS = Settings(steps=8, batch_size=3, dropout=0.2, rank=2)
+WIDE = Settings(steps=8, batch_size=3, rank=128, optimizer="adamw8bit")  # so wide that moments are kept in eight bits
 
 
 def interrupted(session, data, dest, settings=SETTINGS, behind=5):
@@ -96,13 +98,25 @@ def data(session, data_file):
     return load_data(data_file, session, 64)
 
 
-def test_goes_on_where_it_was(session, data, tmp_path):
-    interrupted(session, data, tmp_path / "out")
-    events = list(train(session, data, SETTINGS, tmp_path / "out", resume=True))
+def goes_on(session, data, dest, settings):
+    interrupted(session, data, dest, settings)
+    events = list(train(session, data, settings, dest, resume=True))
     assert [e.step for e in events if isinstance(e, StepDone)] == [6, 7, 8]
-    whole = list(train(session, data, SETTINGS))
+    whole = list(train(session, data, settings))
     ours, theirs = events[-1].parameters, whole[-1].parameters
     assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+def test_goes_on_where_it_was(session, data, tmp_path):
+    goes_on(session, data, tmp_path / "out", SETTINGS)
+
+
+def test_moments_in_eight_bits_are_kept(session, data, tmp_path):
+    goes_on(session, data, tmp_path / "out", WIDE)
+    interrupted(session, data, tmp_path / "again", WIDE)
+    kept = load_file(tmp_path / "again" / "checkpoint.safetensors")
+    moments = {name: a for name, a in kept.items() if name.startswith("moment:layers.0.attn.q.lora_down")}
+    assert sum(a.nbytes for a in moments.values()) < 2.1 * kept["param:layers.0.attn.q.lora_down"].size
 
 
 def test_given_up_while_validating(session, data, tmp_path):
@@ -125,7 +139,9 @@ def test_goes_on_elsewhere(tiny, data_file, tmp_path, backend):
     if not probe_backends()[backend].ready:
         pytest.skip(f"{backend} is not here")
     with open_session(tiny, backend=backend) as session:
-        test_goes_on_where_it_was(session, load_data(data_file, session, 64), tmp_path)
+        data = load_data(data_file, session, 64)
+        goes_on(session, data, tmp_path / "out", SETTINGS)
+        goes_on(session, data, tmp_path / "packed", WIDE)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cmath>
@@ -11,6 +12,7 @@
 #include <stdexcept>
 
 #include "machine.h"
+#include "moments.h"
 #include "pack.h"
 
 namespace nb = nanobind;
@@ -271,6 +273,46 @@ void adamw(Machine& machine, In param, In grad, Maybe m, Maybe v, int step, floa
     call(machine, machine.kernels().adamw,
          AdamW{param.data(), grad.data(), data(m), data(v), new_param.data(), new_m.data(), new_v.data(),
                static_cast<int64_t>(count), rate, beta1, beta2, eps, decay, fix(beta1), fix(beta2)});
+}
+
+// A table of backends/moments.py: levels, edges, starts.
+using Table = std::tuple<In, In, Ints>;
+
+Levels levels_of(const Table& table, bool is_signed) {
+    const auto& [levels, edges, starts] = table;
+    const size_t magnitudes = is_signed ? 128 : 256;
+    require(levels.size() == 256 && edges.size() == magnitudes + 1 && starts.size() == (0x3F800000 >> 17) + 1, "a table");
+    for (size_t i = 0; i < starts.size(); i++)
+        require(starts.data()[i] >= 0 && starts.data()[i] < static_cast<int32_t>(magnitudes), "a table");
+    return {levels.data(), edges.data(), starts.data(), is_signed};
+}
+
+// Moments in eight bits, four to an int32.
+template <class Codes, class Scales>
+Coded coded(const Codes& codes, const Scales& scales, int64_t blocks) {
+    require(static_cast<int64_t>(codes.nbytes()) == blocks * kShared, "codes do not fit");
+    require(static_cast<int64_t>(scales.size()) == blocks, "scales do not fit");
+    return {const_cast<uint8_t*>(reinterpret_cast<const uint8_t*>(codes.data())), const_cast<float*>(scales.data())};
+}
+
+using Moments = std::tuple<Ints, In, Ints, In>;
+
+void adamw_in_eight_bits(Machine& machine, In param, In grad, std::optional<Moments> old, const Table& of_m,
+                         const Table& of_root, int step, float rate, float beta1, float beta2, float eps, float decay,
+                         Out new_param, Array<int32_t> new_m, Out new_m_scale, Array<int32_t> new_root,
+                         Out new_root_scale) {
+    const auto count = static_cast<int64_t>(param.size()), blocks = (count + kShared - 1) / kShared;
+    require(grad.size() == param.size() && new_param.size() == param.size(), "sizes");
+    const auto fix = [&](float beta) { return static_cast<float>(1 / (1 - std::pow(double{beta}, step))); };
+    AdamW8 made{param.data(), grad.data(), new_param.data(), {}, {},
+                coded(new_m, new_m_scale, blocks), coded(new_root, new_root_scale, blocks),
+                levels_of(of_m, true), levels_of(of_root, false), count,
+                rate, beta1, beta2, eps, decay, fix(beta1), fix(beta2)};
+    if (old) {
+        made.m = coded(std::get<0>(*old), std::get<1>(*old), blocks);
+        made.root = coded(std::get<2>(*old), std::get<3>(*old), blocks);
+    }
+    call(machine, adamw8, made);
 }
 
 void norm(Machine& machine, Kernel<Norm> kernel, In x, In gain, Maybe bias, float eps, float offset, Out out) {
@@ -538,6 +580,10 @@ NB_MODULE(_native, m) {
         .def("adamw", &adamw, "param"_a.noconvert(), "grad"_a.noconvert(), "m"_a.noconvert().none(),
              "v"_a.noconvert().none(), "step"_a, "rate"_a, "beta1"_a, "beta2"_a, "eps"_a, "decay"_a,
              "new_param"_a.noconvert(), "new_m"_a.noconvert(), "new_v"_a.noconvert())
+        .def("adamw8", &adamw_in_eight_bits, "param"_a.noconvert(), "grad"_a.noconvert(), "old"_a.none(), "of_m"_a,
+             "of_root"_a, "step"_a, "rate"_a, "beta1"_a, "beta2"_a, "eps"_a, "decay"_a, "new_param"_a.noconvert(),
+             "new_m"_a.noconvert(), "new_m_scale"_a.noconvert(), "new_root"_a.noconvert(),
+             "new_root_scale"_a.noconvert())
         .def("embed", &embed_rows, "weight"_a, "expert"_a, "ids"_a.noconvert(), "out"_a.noconvert())
         .def("add", [](Machine& self, In a, In b, Out out) { pairwise(self, self.kernels().add, a, b, out); },
              "a"_a.noconvert(), "b"_a.noconvert(), "out"_a.noconvert())

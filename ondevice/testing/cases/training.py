@@ -213,6 +213,36 @@ def adamw(pair: Pair, decay: float) -> None:
         assert np.array_equal(ops.numpy(first[name]), p), "the old parameters were overwritten"
 
 
+@case("training", decay=[0.0, 0.1])
+def adamw_in_eight_bits(pair: Pair, decay: float) -> None:
+    """Beside the reference, but for the few numbers that lie on a border between two codes; near the formula; small;
+    kept and brought back as a checkpoint does it; arrays of few numbers exactly."""
+    shapes = {"many": (65, 67), "few": (5, 7)}
+    params = {name: pair.normal(*shape) for name, shape in shapes.items()}
+    spread = {name: np.exp(2 * pair.normal(*shape)) for name, shape in shapes.items()}
+    grads = [{name: pair.normal(*shape) * spread[name] for name, shape in shapes.items()} for _ in range(5)]
+
+    def run(ops) -> tuple[dict[str, np.ndarray], int]:
+        first = current = {name: ops.array(p, "float32") for name, p in params.items()}
+        state: dict = {}
+        for step, grad in enumerate(grads, 1):
+            moved = {name: ops.array(g, "float32") for name, g in grad.items()}
+            current, state = ops.adamw(current, moved, state, step, 0.05, (0.8, 0.95), 1e-6, decay, bits=8)
+            state = {name: ops.array(np.array(ops.numpy(a)), "float32") for name, a in state.items()}
+        assert np.array_equal(ops.numpy(first["many"]), params["many"]), "the old parameters were overwritten"
+        held = sum(ops.numpy(a).nbytes for name, a in state.items() if name.startswith("many."))
+        return {name: ops.numpy(a) for name, a in current.items()}, held
+
+    (ours, held), (reference, _) = run(pair.backend), run(pair.reference)
+    books = {n: adamw_by_the_book(p, [g[n] for g in grads], 0.05, (0.8, 0.95), 1e-6, decay) for n, p in params.items()}
+    pair.close("gradient", ours["few"], books["few"])
+    assert held < 2.2 * params["many"].size, f"{held} bytes for the moments of {params['many'].size} numbers"
+    apart = np.abs(ours["many"] - reference["many"])
+    assert (apart > 1e-5).mean() < 0.01, "other codes than the reference's"
+    moved, off = np.abs(books["many"] - params["many"]).mean(), np.abs(ours["many"] - books["many"]).mean()
+    assert off < 0.06 * moved, f"{off / moved:.1%} of a step is lost"
+
+
 def adamw_by_the_book(
     p: np.ndarray, grads: list[np.ndarray], rate: float, betas: tuple[float, float], eps: float, decay: float
 ) -> np.ndarray:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ondevice.backends import moments
 from ondevice.backends.numerics import log_softmax, rotate
 from ondevice.backends.reference import NumpyKernels, ReferenceBackend
 from ondevice.backends.tape import Array, Node
@@ -186,6 +187,25 @@ class AdamInPlace(NumpyKernels):
         fresh, m, v = super().adamw(param, grad, m, v, step, rate, betas, eps, decay)
         param[:] = fresh
         return param, m, v
+
+
+@twin("training")
+class StaleScales(NumpyKernels):
+    """Eight bits: the codes are new, their scales those of the step before."""
+
+    def adamw8(self, param, grad, m, m_scale, r, r_scale, *rest):
+        found = super().adamw8(param, grad, m, m_scale, r, r_scale, *rest)
+        return found if m is None else (*found[:2], m_scale, *found[3:])
+
+
+@twin("training")
+class SecondMomentFromItsRoot(NumpyKernels):
+    """Eight bits: the root that was kept is taken for the moment."""
+
+    def adamw8(self, param, grad, m, m_scale, r, r_scale, *rest):
+        if r is not None:
+            r, r_scale = moments.compress(moments.expand(r, r_scale, param.shape, False) ** 0.5, False)
+        return super().adamw8(param, grad, m, m_scale, r, r_scale, *rest)
 
 
 @twin("training")
