@@ -22,7 +22,7 @@ from .pull import fetch
     "--calibration", type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A text, or .jsonl of conversations; default: what the model itself says.",
 )  # fmt: skip
-@click.option("--tokens", type=click.IntRange(2), help="Of it that are used; default: 6144.")
+@click.option("--tokens", type=click.IntRange(2), help="Of it that are used; default: 8192.")
 @click.option("--seed", type=int, help="Of the model's own text; default: 0.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(model, dest, target_size, as_json, **given):
@@ -34,12 +34,14 @@ def command(model, dest, target_size, as_json, **given):
         size("--target-size", target_size), **{name: value for name, value in given.items() if value is not None}
     )
     source = fetch(model)
-    with console.stages() as show:
-        for event in shrink(source, dest, options):
-            if isinstance(event, Outcome):
-                console.status(_line(asdict(event)))
-            elif hasattr(event, "stage"):
-                show(event)
+    try:
+        with console.stages() as show:
+            for event in shrink(source, dest, options, show):
+                if isinstance(event, Outcome):
+                    console.status(_line(asdict(event)))
+    except KeyboardInterrupt:
+        console.status("What is found out is kept: the same command goes on from there.")
+        raise
     facts = asdict(event) | {"source": str(source)}
     console.json(facts) if as_json else _tell(facts)
 
@@ -52,11 +54,11 @@ def _line(outcome: dict) -> str:
 
 def _tell(facts: dict) -> None:
     rows = []
-    for outcome in (facts["original"], *facts["outcomes"]):
+    for outcome in (facts["original"], *facts["cuts"], *facts["outcomes"]):
         made = not outcome["failed"]
         numbers = (f"{outcome['nbytes'] / 1e6:.1f}", f"{outcome['loss']:.4f}") if made else ("", outcome["failed"])
         rows.append((outcome["plan"], *numbers, f"{outcome['seconds']:.0f} s"))
     console.table(rows, ("plan", "MB", "loss (nats a token)", "time"))
-    for name in facts["left"]:
-        console.answer(f"No time was left for: {name}")
+    for estimate in facts["left"]:
+        console.answer(f"Not carried out: {estimate['plan']} (loss expected: {estimate['loss']:.4f})")
     console.answer(f"{facts['source']} -> {facts['path']} ({facts['chosen']}); see {facts['path']}/REPORT.md")

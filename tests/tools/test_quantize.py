@@ -30,7 +30,7 @@ IDS = np.arange(3, 23, dtype=np.int32)[None]
 
 def short(method="auto", **options):
     """Options with little calibration."""
-    return Options(method, **{"tokens": 512, "length": 32, "sensitivity_tokens": 128} | options)
+    return Options(method, **{"tokens": 512, "length": 32} | options)
 
 
 def logits(path, backend="reference"):
@@ -148,7 +148,7 @@ def test_every_family(tmp_path, name, monkeypatch):
     sizes = {"hidden_size": 96, "intermediate_size": 96} | ({"moe_intermediate_size": 64} if "moe" in name else {})
     twins.make(name, **sizes).save_pretrained(tmp_path / "in")
     for method in ("rtn", "auto"):
-        quantize(tmp_path / "in", tmp_path / method, Options(method, 8, 32, sensitivity_tokens=64))
+        quantize(tmp_path / "in", tmp_path / method, Options(method, 8, 32))
         wanted, got = logits(tmp_path / "in"), logits(tmp_path / method)
         assert np.abs(wanted - got).mean() < (1 if "moe" in name else 0.1) * np.abs(wanted).mean()
 
@@ -181,7 +181,7 @@ def test_each_method_is_nearer_than_the_one_before(tmp_path, hf):
     with open_session(source, backend="cpu", exact=True) as session:
         *_, ids = samples(session, None, 2048, 32, seed=9)
     for method in ("rtn", "search", "gptq", "auto"):
-        options = short(method, bits=3, group_size=32, tokens=4096, sensitivity_tokens=1024)
+        options = short(method, bits=3, group_size=32, tokens=4096)
         quantize(source, tmp_path / method, options)
         found[method] = divergence(tmp_path / method, source, ids)
     assert found["auto"] < 0.9 * found["gptq"] < found["search"] < found["rtn"], found

@@ -18,7 +18,7 @@ from ondevice.tools.quantize import sensitivity
 from ondevice.tools.quantize.allocation import Choice, allocate, choices
 from ondevice.tools.quantize.awq import _choose, scaling
 from ondevice.tools.quantize.fitting import decode, encode, fit
-from ondevice.tools.quantize.gptq import gptq, inverse_factor, search
+from ondevice.tools.quantize.gptq import feedback, gptq, inverse_factor, remaining, search
 from ondevice.tools.quantize.matrices import affine_bytes
 from ondevice.tools.quantize.sensitivity import Cost, Measured, measure
 from ondevice.tools.quantize.statistics import Inputs
@@ -62,10 +62,10 @@ def lost(tensor, values, hessian):
 def test_gptq_is_the_plain_algorithm(bits, group, dtype):
     values, hessian = problem()
     form = Affine(bits, group, dtype)
-    made, wanted = to_float(gptq(values, hessian, form)), plain_gptq(values, hessian, form)
+    made, wanted = to_float(gptq(values, feedback(hessian), form)), plain_gptq(values, hessian, form)
     same = np.isclose(made, wanted, rtol=1e-4, atol=1e-5)
     assert same.mean() > 0.99  # a tie may fall the other way in float32, and then what follows differs as well
-    assert lost(gptq(values, hessian, form), values, damped(hessian)) == pytest.approx(
+    assert lost(gptq(values, feedback(hessian), form), values, damped(hessian)) == pytest.approx(
         np.einsum("ij,jk,ik", wanted - values, damped(hessian), wanted - values), rel=0.02
     )
 
@@ -77,7 +77,7 @@ def test_each_method_loses_less_than_the_one_before(bits):
     nearest, searched, fed_back = (
         lost(made, values, hessian)
         for made in (quantize_affine(values, bits, 64, "float32"), search(values, np.diag(hessian), form),
-                     gptq(values, hessian, form))
+                     gptq(values, feedback(hessian), form))
     )  # fmt: skip
     assert fed_back < 0.9 * searched < searched < nearest * (1.0 if bits < 8 else 1.05)
 
@@ -85,17 +85,17 @@ def test_each_method_loses_less_than_the_one_before(bits):
 def test_many_rows_are_rounded_as_few_are(monkeypatch):
     values, hessian = problem(rows=37)
     form = Affine(4, 64, "bfloat16")
-    whole = gptq(values, hessian, form)
+    whole = gptq(values, feedback(hessian), form)
     monkeypatch.setattr("ondevice.tools.quantize.gptq.ROWS", 5)
-    pieces = gptq(values, hessian, form)
+    pieces = gptq(values, feedback(hessian), form)
     assert (parts(whole).codes == parts(pieces).codes).mean() > 0.999
 
 
 def test_inputs_that_never_come_do_no_harm():
     values, hessian = problem()
     hessian[:, 7] = hessian[7] = 0
-    assert np.isfinite(to_float(gptq(values, hessian, Affine(4, 64, "float32")))).all()
-    assert np.isfinite(to_float(gptq(values, np.zeros_like(hessian), Affine(4, 64, "float32")))).all()
+    assert np.isfinite(to_float(gptq(values, feedback(hessian), Affine(4, 64, "float32")))).all()
+    assert np.isfinite(to_float(gptq(values, feedback(np.zeros_like(hessian)), Affine(4, 64, "float32")))).all()
 
 
 @pytest.mark.parametrize("size", [3, 64, 65, 200])
@@ -105,6 +105,7 @@ def test_the_factor_of_the_inverse(size):
     upper = inverse_factor(hessian, 0.01)
     assert np.allclose(upper.T @ upper @ damped(hessian), np.eye(size), atol=1e-9)
     assert not np.tril(upper, -1).any()
+    assert np.allclose(remaining(hessian, 0.01), 1 / np.diag(upper) ** 2)
 
 
 def test_what_came_from_a_lattice_goes_back_to_it():
@@ -158,7 +159,7 @@ def test_scaling_changes_nothing_before_rounding(tmp_path, changes):
     for stage in stream(config, held, ops, ids):
         if not stage.prefix.startswith("layers."):
             continue
-        inputs = Inputs()
+        inputs = Inputs(sized=True)
         stage.observe(inputs)
         plan = {name: Affine(3, 32, "bfloat16") for name in stage.names if len(held.shapes[name]) == 2}
         found = scaling(stage.prefix, config, held, inputs, plan)
@@ -178,7 +179,7 @@ def test_scaling_changes_nothing_before_rounding(tmp_path, changes):
 def test_loud_columns_lose_less():
     draw = np.random.default_rng(0)
     x = louder(draw.normal(size=(64, 500)), [1, 5, 33]).T
-    values, inputs = draw.normal(size=(48, 64)).astype(np.float32), Inputs()
+    values, inputs = draw.normal(size=(48, 64)).astype(np.float32), Inputs(sized=True)
     inputs("a.input", x.astype(np.float32))
     held = type("Held", (), {"values": values})
     form = Affine(3, 32, "float32")
@@ -255,7 +256,7 @@ def predictions(held, config, ops, ids, changed):
 def test_costs_foretell_the_divergence(tmp_path, monkeypatch, hf):
     """Small noise on one matrix: its divergence, averaged over draws, against the estimate. Without feedback, all of
     an input's second moment counts."""
-    monkeypatch.setattr(sensitivity, "_remaining", np.diag)
+    monkeypatch.setattr(sensitivity, "remaining", np.diag)
     held, ops = parameters(write_model(tmp_path / "in", hf, "float32")), create_backend("cpu", exact=True)
     config, draw = held._config, np.random.default_rng(4)
     ids = draw.integers(0, 90, (24, 32)).astype(np.int32)

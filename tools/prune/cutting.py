@@ -66,11 +66,11 @@ class Cut:
         source = self.original(name)
         tensor = self.tensors.get(source)
         tensor = stored(parameters[source] if tensor is None else tensor, self.dtype)
-        for axis, indices in self._picks(source):
+        for axis, indices in self.picks(source):
             tensor = take(tensor, axis, indices)
         return tensor
 
-    def _picks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
+    def picks(self, name: str) -> Iterator[tuple[int, np.ndarray]]:
         """(axis, indices) for each axis of the original's parameter that is cut."""
         if not name.startswith("layers."):
             if self.tokens is not None and name in ("embed", "head", "head.bias"):

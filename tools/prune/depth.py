@@ -38,19 +38,22 @@ def choose(subject: Subject, cut: Cut) -> Choice:
     count = o.layers.of(total)
     if count >= total:
         raise BadOption(f"--layers {count}: this model has {total} layers; one must stay.", "Give a smaller number.")
-    windows = yield from subject.windows()
-    passes = Passes(subject.session.decoder, _short(windows))
-    influences = yield from _influences(passes, total)
-    dropped: list[int] = []
-    costs = dict.fromkeys(range(total), 0.0)
-    for round_ in range(count):
-        candidates = sorted((i for i in cut.layers if i not in dropped), key=influences.__getitem__)[:TRIED]
-        found = yield from _divergences(passes, dropped, candidates, f"Trying layers, {round_ + 1} of {count}")
-        best = min(found, key=found.__getitem__)
-        dropped.append(best)
-        costs[best] = found[best]
+    dropped, influences = yield from dispensable(subject, count)
     rows = tuple(Score(str(i), influences[i], int(i not in dropped)) for i in range(total))
     return replace(cut, layers=tuple(i for i in cut.layers if i not in dropped)), Scores("layers", "influence", rows)
+
+
+def dispensable(subject: Subject, count: int) -> Generator[Progress, None, tuple[list[int], dict[int, float]]]:
+    """Layers to drop, in this order, and how much each layer of the model turns the stream."""
+    windows = yield from subject.windows()
+    passes, total = Passes(subject.session.decoder, _short(windows)), len(subject.config.layers)
+    influences = yield from _influences(passes, total)
+    dropped: list[int] = []
+    for round_ in range(count):
+        candidates = sorted((i for i in range(total) if i not in dropped), key=influences.__getitem__)[:TRIED]
+        found = yield from _divergences(passes, dropped, candidates, f"Trying layers, {round_ + 1} of {count}")
+        dropped.append(min(found, key=found.__getitem__))
+    return dropped, influences
 
 
 def _check_dropped(layers: Sequence[int], total: int) -> None:

@@ -26,9 +26,10 @@ from .options import Options
 
 
 class Subject(ExitStack):
-    """A context that opens what it is asked for and closes it at the end."""
+    """A context that opens what it is asked for and closes it at the end. windows: what to calibrate on, int32
+    [N, length], where it is there already. expected: how often each token comes, once that is known."""
 
-    def __init__(self, path: Path, options: Options):
+    def __init__(self, path: Path, options: Options, windows: np.ndarray | None = None):
         super().__init__()
         self.path, self.options = path, options
         self.checkpoint = self.enter_context(open_checkpoint(path))
@@ -39,7 +40,8 @@ class Subject(ExitStack):
         except BaseException:
             self.close()
             raise
-        self._windows: np.ndarray | None = None
+        self._windows = windows
+        self.expected: np.ndarray | None = None
 
     @cached_property
     def session(self) -> Session:

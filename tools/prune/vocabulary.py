@@ -37,7 +37,9 @@ def choose(subject: Subject) -> Choice:
         kept, weights = _needed_by_text(subject, merges, needed)
     else:
         wanted = _wanted(subject, needed)
-        weights = yield from expected_counts(subject)
+        weights = subject.expected
+        if weights is None:
+            weights = subject.expected = yield from expected_counts(subject)
         kept = _likeliest(merges, needed, weights, wanted)
     return np.array(sorted(kept), np.int64), _scores(subject, kept, weights)
 

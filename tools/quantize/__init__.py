@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .options import METHODS, Options
 from .running import Progress, quantize
+from .weighing import Given
 from .writing import Result
 
-__all__ = ["METHODS", "Options", "Progress", "Result", "quantize"]
+__all__ = ["METHODS", "Given", "Options", "Progress", "Result", "quantize"]

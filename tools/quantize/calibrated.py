@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -13,10 +13,13 @@ from ...schemes import stack
 from ...tensors import Affine, Dense, Tensor
 from ..calibration import Stage, stream
 from .awq import Scaling, scaling
-from .gptq import gptq, search
+from .gptq import Feedback, feedback, gptq, search
 from .matrices import numbers
+from .parallel import side_by_side
 from .statistics import Inputs
 from .work import Work
+
+Known = Feedback | np.ndarray | None  # of the inputs of a map: for feedback, E[x_j^2] alone, or nothing
 
 
 class Rounding:
@@ -56,43 +59,58 @@ class Rounding:
         names = [name for name in stage.names if name in self.plan]
         if stage.prefix == "embed":
             early = not self.config.tied or "embed" in self.hessians
-            return {name: self.matrix(name, self.hessians.get(name)) for name in names if early}
+            return {name: self._alone(name, self.hessians.get(name)) for name in names if early}
         if stage.prefix == "head" and "embed" in names and "embed" in self.hessians:
             return {}
-        inputs = Inputs()
+        inputs = Inputs(sized=self.method == "awq")
         stage.observe(inputs)
         if self.method != "awq" or stage.prefix == "head":
-            return {name: self._rounded(name, inputs) for name in names}
-        found = scaling(stage.prefix, self.config, self.parameters, inputs, self.plan)
-        return {name: self._rounded(name, inputs, found) for name in names} | found.norms
+            found = Scaling()
+        else:
+            found = scaling(stage.prefix, self.config, self.parameters, inputs, self.plan)
+        shared = self._shared(names, inputs, found)
+        made = side_by_side(lambda name: self._rounded(name, inputs, found, shared), names)
+        return dict(zip(names, made, strict=True)) | found.norms
 
-    def _rounded(self, name: str, inputs: Inputs, found: Scaling | None = None) -> Tensor:
+    def _shared(self, names: Sequence[str], inputs: Inputs, found: Scaling) -> dict[str, Known]:
+        """What is known of the inputs of every matrix, by the map that was first seen to read them."""
+        sources = {inputs.source(_reader(name)): name for name in names if len(self.parameters.shapes[name]) < 3}
+        known = side_by_side(lambda n: self._known(found.hessian(n, inputs.gram(_reader(n)))), sources.values())
+        return dict(zip(sources, known, strict=True))
+
+    def _rounded(self, name: str, inputs: Inputs, found: Scaling, shared: Mapping[str, Known]) -> Tensor:
         if len(self.parameters.shapes[name]) > 2:
             return self._experts(name, inputs)
-        hessian = inputs.gram("head" if name == "embed" else name)
-        if found is None:
-            return self.matrix(name, hessian)
         values = found.applied(name, numbers(self.parameters, name))
-        return self._round(values, found.hessian(name, hessian), self.plan[name])
+        return self._round(values, shared[inputs.source(_reader(name))], self.plan[name])
 
-    def matrix(self, name: str, hessian: np.ndarray | None) -> Tensor:
+    def _alone(self, name: str, hessian: np.ndarray | None) -> Tensor:
         """hessian None: every input counts alike, as for the rows of an embedding."""
-        return self._round(numbers(self.parameters, name), hessian, self.plan[name])
+        return self._round(numbers(self.parameters, name), self._known(hessian), self.plan[name])
 
     def _experts(self, name: str, inputs: Inputs) -> Tensor:
         """Each by what it was given; one that was given nothing as if every input counted alike, and that is said."""
         values, made, idle = numbers(self.parameters, name), [], 0
         for matrix, (count, gram) in zip(values, inputs.expert_grams(name, len(values)), strict=True):
             idle += not count
-            made.append(self._round(matrix, gram if count else None, self.plan[name]))
+            made.append(self._round(matrix, self._known(gram if count else None), self.plan[name]))
         if idle:
             stored = self.parameters.stored(name)[0]
             self.notes.append(f"{stored}: {idle} of {len(values)} experts met no calibration token, rounded without.")
         return stack(made)
 
-    def _round(self, values: np.ndarray, hessian: np.ndarray | None, form: Affine) -> Tensor:
+    def _known(self, hessian: np.ndarray | None) -> Known:
+        """What the method makes of a Hessian."""
         if hessian is None:
-            return search(values, np.ones(values.shape[-1], np.float32), form)
-        if self.method in ("search", "awq"):
-            return search(values, np.diag(hessian), form)
-        return gptq(values, hessian, form)
+            return None
+        return feedback(hessian) if self.method == "gptq" else np.diag(hessian)
+
+    def _round(self, values: np.ndarray, known: Known, form: Affine) -> Tensor:
+        if isinstance(known, Feedback):
+            return gptq(values, known, form)
+        return search(values, np.ones(values.shape[-1], np.float32) if known is None else known, form)
+
+
+def _reader(name: str) -> str:
+    """The map whose inputs a matrix meets: a tied embedding is the head."""
+    return "head" if name == "embed" else name

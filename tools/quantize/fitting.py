@@ -1,11 +1,10 @@
 """Scale and zero point of a group, chosen by the error that they leave, column by column weighted.
 
-Numbers come as columns first, [group, rows]: a rounding that walks through columns then walks through memory.
+Numbers come as columns first, [group, rows]: a rounding that walks through columns then walks through memory. Several
+groups may come at once, [groups, group, rows].
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,13 +19,14 @@ REFITS = 2  # times that scale and bias are at last fitted anew to the codes the
 
 
 def fit(group: np.ndarray, weights: np.ndarray, form: Affine) -> tuple[np.ndarray, np.ndarray]:
-    """Scales and biases [rows], as `form` stores them, of group [n, rows]; weights [n]: what an error there costs.
+    """Scales and biases [..., rows], as `form` stores them, of group [..., n, rows]; weights [..., n]: what an error
+    there costs.
 
     Shrunk ranges are tried, then each end of the best is moved, and in between and at last scale and bias are fitted by
     least squares to the codes that they led to; whatever helps is kept. Within a few per cent of the best there is.
     """
     kept = _Kept(group, weights, form)
-    low, high = group.min(0), group.max(0)
+    low, high = group.min(-2), group.max(-2)
     span = high - low
     for share in SHRUNK if form.bits < FINE else SHRUNK[:1]:
         cut = (1 - share) / 2 * span
@@ -47,11 +47,17 @@ class _Kept:
 
     def __init__(self, group: np.ndarray, weights: np.ndarray, form: Affine):
         self.group, self.form = group, form
-        self.weights = np.ascontiguousarray(weights, np.float32)
+        self.weights = np.ascontiguousarray(weights, np.float32)[..., None, :]
         self.steps = np.float32((1 << form.bits) - 1)
-        rows = group.shape[1]
-        self.error = np.full(rows, np.inf, np.float32)
-        self.scales, self.biases = np.ones(rows, np.float32), np.zeros(rows, np.float32)
+        shape = (*group.shape[:-2], group.shape[-1])
+        self.error = np.full(shape, np.inf, np.float32)
+        self.scales, self.biases = np.ones(shape, np.float32), np.zeros(shape, np.float32)
+        self.room = np.empty_like(group)  # for what is made of the group, over and over
+        self.mean: np.ndarray | None = None
+
+    def weighted(self, values: np.ndarray) -> np.ndarray:
+        """The weighted sum over a group, [..., n, rows] -> [..., rows]."""
+        return (self.weights @ values)[..., 0, :]
 
     def top(self) -> np.ndarray:
         """The value of the last code."""
@@ -61,21 +67,26 @@ class _Kept:
         """Where a range from low to high leaves less error than what is kept, it is kept instead."""
         scale = stored(np.maximum((high - low) / self.steps, LEAST), self.form)
         bias = stored(low, self.form)
-        left = self.group - decode(encode(self.group, scale, bias, self.form.bits), scale, bias)
-        error = self.weights @ np.square(left, out=left)
+        left = decode(encode(self.group, scale, bias, self.form.bits, self.room), scale, bias, self.room)
+        np.subtract(self.group, left, out=left)
+        error = self.weighted(np.square(left, out=left))
         better = error < self.error
         self.error[better], self.scales[better], self.biases[better] = error[better], scale[better], bias[better]
 
     def refit(self) -> None:
         """Offers the scale and bias that come nearest to the group with the codes they have led to."""
-        codes = encode(self.group, self.scales, self.biases, self.form.bits)
-        total = self.weights.sum() or np.float32(1)
-        mean_code, mean = self.weights @ codes / total, self.weights @ self.group / total
-        centred = codes - mean_code
-        spread = self.weights @ (centred * centred)
+        codes = encode(self.group, self.scales, self.biases, self.form.bits, self.room)
+        total = self.weights.sum(-1)
+        total = np.where(total > 0, total, np.float32(1))
+        mean_code = self.weighted(codes) / total
+        if self.mean is None:
+            self.mean = self.weighted(self.group) / total
+        centred = np.subtract(codes, mean_code[..., None, :], out=codes)
+        both = self.weighted(centred * self.group)
+        spread = self.weighted(np.square(centred, out=centred))
         some = spread > 0  # else all codes are the same, and say nothing of a scale
-        scale = np.where(some, self.weights @ (centred * self.group) / np.where(some, spread, 1), self.scales)
-        bias = np.where(some, mean - scale * mean_code, self.biases)
+        scale = np.where(some, both / np.where(some, spread, 1), self.scales)
+        bias = np.where(some, self.mean - scale * mean_code, self.biases)
         self.offer(bias, bias + self.steps * scale)
 
 
@@ -84,18 +95,26 @@ def stored(values: np.ndarray, form: Affine) -> np.ndarray:
     return floats(store(values, form.dtype), form.dtype)
 
 
-def encode(values: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int) -> np.ndarray:
-    """Codes as float32, of the shape of values."""
-    codes = (values - biases) / scales
+def encode(
+    values: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Codes as float32, of the shape of values [..., n, rows]; scales and biases [..., rows]."""
+    codes = np.subtract(values, biases[..., None, :], out=out)
+    codes /= scales[..., None, :]
     return np.clip(np.rint(codes, out=codes), 0, (1 << bits) - 1, out=codes)
 
 
-def decode(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray) -> np.ndarray:
-    return codes * scales + biases
+def decode(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """What codes [..., n, rows] stand for."""
+    values = np.multiply(codes, scales[..., None, :], out=out)
+    values += biases[..., None, :]
+    return values
 
 
-def assemble(codes: np.ndarray, scales: Sequence[np.ndarray], biases: Sequence[np.ndarray], form: Affine) -> Tensor:
-    """codes [I, O] uint8, scales and biases [I / group][O] -> the tensor [O, I]."""
+def assemble(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray, form: Affine) -> Tensor:
+    """codes [I, O] uint8, scales and biases [I / group, O] -> the tensor [O, I]."""
     parts = {"weight": pack(np.ascontiguousarray(codes.T), form.bits)}
-    parts |= {"scales": store(np.stack(scales, 1), form.dtype), "biases": store(np.stack(biases, 1), form.dtype)}
+    parts |= {
+        name: store(np.ascontiguousarray(a.T), form.dtype) for name, a in (("scales", scales), ("biases", biases))
+    }
     return Tensor((codes.shape[1], codes.shape[0]), form, parts)

@@ -28,9 +28,8 @@ class Options:
 
     mode: affine, or mxfp4 (4-bit floats, 32 to a power of two), which knows rtn alone. calibration: a text or .jsonl;
     None: what the model itself says, drawn with `seed`; `tokens` of it, `length` a window (None: 512, but 256 of its
-    own text, which comes token by token); `sensitivity_tokens` of those for the choice of bits. requantize: take
-    weights that are quantized already as they come. start, steps, minutes: of distill: the method it begins with, and
-    how long it trains at most.
+    own text, which comes token by token). requantize: take weights that are quantized already as they come. start,
+    steps, minutes: of distill: the method it begins with, and how long it trains at most.
     """
 
     method: str = "auto"
@@ -41,7 +40,6 @@ class Options:
     calibration: Path | None = None
     tokens: int = 8192
     length: int | None = None
-    sensitivity_tokens: int = 4096
     seed: int = 0
     requantize: bool = False
     mode: str = "affine"

@@ -10,18 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from ... import noise
 from ...backends.base import Backend
 from ...checkpoint import Checkpoint, open_checkpoint
 from ...errors import OnDeviceError, Unsupported
 from ...models.families import NameMap, family_of
 from ...models.parameters import Parameters
 from ...registry import create_backend
-from ...runtime.session import Session, open_session
+from ...runtime.session import open_session
 from ...tensors import Affine, Blocks, Tensor
 from ..calibration import Sampling, samples
 from ..progress import Progress
-from .allocation import allocate, choices, require_reachable
+from .allocation import allocate, require_reachable
 from .calibrated import Rounding
 from .matrices import (
     affine_bytes,
@@ -34,7 +33,7 @@ from .matrices import (
 )
 from .options import Options
 from .rounding import nearest
-from .sensitivity import Measured, measure
+from .weighing import Given, weigh
 from .work import Work
 from .writing import Result, write
 
@@ -45,8 +44,9 @@ Told = Callable[[Progress], None]
 
 
 def quantize(
-    source: Path, dest: Path, options: Options, progress: Told = lambda event: None, backend: str | Backend = "cpu"
-) -> Result:
+    source: Path, dest: Path, options: Options, progress: Told = lambda event: None, backend: str | Backend = "cpu",
+    given: Given | None = None,
+) -> Result:  # fmt: skip
     """A checkpoint as the new folder `dest`, which appears complete or not at all. Long work is kept in a hidden folder
     beside it as it is done, and gone on with when the same is asked for again. Raises OnDeviceError's children."""
     started = time.perf_counter()
@@ -60,7 +60,7 @@ def quantize(
         return distill(source, dest, options, progress, backend)
     with open_checkpoint(source) as checkpoint:
         job = _Job(source, dest, options, progress, checkpoint)
-        result = job.nearest() if options.method == "rtn" else job.calibrated(backend)
+        result = job.nearest() if options.method == "rtn" else job.calibrated(backend, given)
     return replace(result, seconds=time.perf_counter() - started)
 
 
@@ -79,17 +79,19 @@ class _Job:
             plan = dict.fromkeys(plan, Blocks("MXFP4"))
         return self._write(plan, lambda name: nearest(numbers(self.parameters, name), plan[name]), notes)
 
-    def calibrated(self, backend: str | Backend) -> Result:
+    def calibrated(self, backend: str | Backend, given: Given | None) -> Result:
         plan, notes = uniform(self.parameters, self.family.names, self.options)
-        if self.options.method == "auto":
-            require_reachable(self.parameters, plan, *self._sizes(plan))
-        require_finite_all(self.parameters)
+        if given is None:
+            if self.options.method == "auto":
+                require_reachable(self.parameters, plan, *self._sizes(plan))
+            require_finite_all(self.parameters)
         work = Work(self.dest, fingerprint(self.source, self.options))
         ops = backend if isinstance(backend, Backend) else create_backend(backend, exact=True)
-        with open_session(self.source, backend=ops) as session:
-            ids = self._samples(session, work)
-        hessians: dict[str, np.ndarray] = {}
-        if self.options.method == "auto":
+        ids = self._samples(ops, work) if given is None or given.ids is None else given.ids
+        hessians: Mapping[str, np.ndarray] = {}
+        if given is not None:
+            plan, hessians = given.plan, given.hessians
+        elif self.options.method == "auto":
             plan, hessians = self._planned(plan, ops, ids, work)
         method = "gptq" if self.options.method == "auto" else self.options.method
         rounding = Rounding(self.config, self.parameters, plan, method, hessians)
@@ -117,14 +119,15 @@ class _Job:
 
         return write(self.dest, self.parameters, self.family, self.hf_config, plan, make, written, notes)
 
-    def _samples(self, session: Session, work: Work) -> np.ndarray:
+    def _samples(self, ops: Backend, work: Work) -> np.ndarray:
         kept = work.arrays("samples")
         if kept is not None:
             return kept["ids"]
         options = self.options
-        for event in samples(session, options.calibration, options.tokens, options.window, options.seed):
-            if isinstance(event, Sampling):
-                self.progress(Progress("Sampling", event.done, event.total, "tokens"))
+        with open_session(self.source, backend=ops) as session:
+            for event in samples(session, options.calibration, options.tokens, options.window, options.seed):
+                if isinstance(event, Sampling):
+                    self.progress(Progress("Sampling", event.done, event.total, "tokens"))
         work.keep("samples", {"ids": event})
         return event
 
@@ -136,27 +139,12 @@ class _Job:
         """What each matrix of `plan` should become; Hessians of embedding and head."""
         kept, hessians = work.record("plan"), work.arrays("hessians")
         if kept is None or hessians is None:
-            measured = self._measured(ops, ids)
-            hessians = measured.hessians
+            weighed = weigh(self.config, self.parameters, list(plan), ops, ids, self.options.seed, self.progress)
+            hessians, chosen = weighed.hessians, allocate(weighed.table, *self._sizes(plan))
             work.keep("hessians", hessians)
-            kept = {name: asdict(form) for name, form in self._allocated(measured, plan).items()}
+            kept = {name: asdict(choice.form) for name, choice in chosen.items()}
             work.keep_record("plan", kept)
         return {name: Affine(**form) for name, form in kept.items()}, hessians
-
-    def _measured(self, ops: Backend, ids: np.ndarray) -> Measured:
-        windows = max(1, self.options.sensitivity_tokens // ids.shape[1])
-        chosen = noise.generator(self.options.seed, "sensitivity windows").permutation(len(ids))[:windows]
-        for event in measure(self.config, self.parameters, ops, ids[chosen], self.options.seed):
-            if isinstance(event, tuple):
-                self.progress(Progress("Measuring", *event, "steps"))
-        return event
-
-    def _allocated(self, measured: Measured, plan: Mapping[str, Affine]) -> dict[str, Affine]:
-        table = {}
-        for done, name in enumerate(plan, 1):
-            table[name] = choices(self.parameters, name, measured.costs[name])
-            self.progress(Progress("Trying formats", done, len(plan), "tensors"))
-        return {name: choice.form for name, choice in allocate(table, *self._sizes(plan)).items()}
 
     def _sizes(self, plan: Mapping[str, Affine]) -> tuple[int, int]:
         """Bytes that were asked for (without a target: what `plan`, the same bits for all, takes) and those of what is

@@ -25,7 +25,7 @@ from ...models.decoder import Decoder
 from ...models.parameters import Parameters
 from ...tensors import bf16_to_f32, f32_to_bf16
 from ..calibration import stream
-from .gptq import DAMPING, inverse_factor
+from .gptq import remaining
 from .matrices import matrices
 from .statistics import Inputs
 
@@ -106,17 +106,13 @@ def _left_after_feedback(stage, parameters: Parameters) -> dict[str, np.ndarray]
         shape = parameters.shapes[name]
         if len(shape) > 2:
             grams = inputs.expert_grams(name, shape[0])
-            found[name] = np.stack([_remaining(gram) if count else np.zeros(shape[-1]) for count, gram in grams])
+            found[name] = np.stack([remaining(gram) if count else np.zeros(shape[-1]) for count, gram in grams])
             continue
         key = inputs.source(name)
         if key not in seen:
-            seen[key] = _remaining(inputs.gram(name))
+            seen[key] = remaining(inputs.gram(name))
         found[name] = seen[key]
     return found
-
-
-def _remaining(gram: np.ndarray) -> np.ndarray:
-    return 1 / np.square(np.diag(inverse_factor(gram, DAMPING)))
 
 
 def _back(
@@ -251,5 +247,5 @@ class _Head:
         head, often, bent = self.gram / self.tokens, self.likely / self.tokens, self.curvature / self.tokens
         hessians = {"embed": read + bent.sum() * head} if self.config.tied else {"embed": read, "head": head}
         rows = {"embed": often, "head": bent}
-        ends = {name: Cost(rows[name], _remaining(hessian)) for name, hessian in hessians.items()}
+        ends = {name: Cost(rows[name], remaining(hessian)) for name, hessian in hessians.items()}
         return costs | ends, hessians

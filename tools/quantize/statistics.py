@@ -9,9 +9,10 @@ import numpy as np
 
 class Inputs:
     """A listener for one stage of a stream. Maps that read the same array share their sums; of stacks of experts the
-    inputs themselves are kept, for as many sums as there are experts would not fit."""
+    inputs themselves are kept, for as many sums as there are experts would not fit. sized: `size` will be asked for."""
 
-    def __init__(self):
+    def __init__(self, sized: bool = False):
+        self._sized = sized
         self._sums: dict[str, np.ndarray] = {}
         self._sizes: dict[str, np.ndarray] = {}
         self._counts: dict[str, int] = {}
@@ -36,8 +37,11 @@ class Inputs:
             self._same_as[name] = last[0]
             return
         self._last = name, x
-        self._sums[name] = self._sums.get(name, 0) + (x.T @ x).astype(np.float64)
-        self._sizes[name] = self._sizes.get(name, 0) + np.abs(x).sum(0, dtype=np.float64)
+        if name not in self._sums:
+            self._sums[name], self._sizes[name] = np.zeros((x.shape[1],) * 2), np.zeros(x.shape[1])
+        self._sums[name] += x.T @ x
+        if self._sized:
+            self._sizes[name] += np.abs(x).sum(0)
         self._counts[name] = self._counts.get(name, 0) + len(x)
 
     def __contains__(self, name: str) -> bool:
@@ -54,7 +58,7 @@ class Inputs:
         return self._sums[name] / self._counts[name]
 
     def size(self, name: str) -> np.ndarray:
-        """E|x|, float64 [I]."""
+        """E|x|, float64 [I], where it was to be `sized`."""
         name = self.source(name)
         return self._sizes[name] / self._counts[name]
 

@@ -19,11 +19,12 @@ from ...tensors import Affine, Tensor
 class Work:
     """Named arrays and records on disk. What another work has left there (other weights or settings) is thrown away.
 
-    fingerprint: of all that the results depend on. `resumed`: something of this same work was there.
+    fingerprint: of all that the results depend on. kind: of work, in the folder's name. `resumed`: something of this
+    same work was there.
     """
 
-    def __init__(self, dest: Path, fingerprint: Mapping[str, Any]):
-        self.path = dest.parent / f".{dest.name}.quantize"
+    def __init__(self, dest: Path, fingerprint: Mapping[str, Any], kind: str = "quantize"):
+        self.path = dest.parent / f".{dest.name}.{kind}"
         self._fingerprint = json.dumps(fingerprint, sort_keys=True, default=str)
         self.resumed = self._read("fingerprint") == self._fingerprint
         if not self.resumed:

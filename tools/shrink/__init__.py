@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .events import Estimate, Outcome, Result
 from .options import Options
-from .running import Outcome, Result, shrink
+from .running import shrink
 
-__all__ = ["Options", "Outcome", "Result", "shrink"]
+__all__ = ["Estimate", "Options", "Outcome", "Result", "shrink"]

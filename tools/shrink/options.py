@@ -10,15 +10,16 @@ from ...errors import BadOption
 
 @dataclass(frozen=True)
 class Options:
-    """target_bytes: of all weights, at most. minutes: no plan is begun that would end later, judging by the longest so
-    far; the first always runs. calibration: a text or .jsonl; None: what the model itself says, drawn with `seed`;
-    `tokens` of it, `length` a window, of which the last `held_out` share judges the plans and is shown to none."""
+    """target_bytes: of all weights, at most. minutes: nothing is begun that would end later, judging by how long the
+    like of it took; one plan is always carried out. calibration: a text or .jsonl; None: what the model itself says,
+    drawn with `seed`; `tokens` of it, `length` a window (None: 512, but 256 of its own text), of which the last
+    `held_out` share judges the plans and is shown to none."""
 
     target_bytes: int
     minutes: float = 30.0
     calibration: Path | None = None
-    tokens: int = 6144
-    length: int = 512
+    tokens: int = 8192
+    length: int | None = None
     held_out: float = 0.25
     seed: int = 0
 
@@ -27,3 +28,8 @@ class Options:
             raise BadOption(f"A model of {self.target_bytes} bytes is none.", "Give a size such as 60MB.")
         if self.minutes <= 0:
             raise BadOption(f"--budget {self.minutes:g} leaves no time.", "Give minutes, such as 30.")
+
+    @property
+    def window(self) -> int:
+        """Tokens of a calibration window."""
+        return self.length or (512 if self.calibration else 256)

@@ -3,42 +3,46 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ... import pictures
 from ...errors import Unavailable
+from .events import Outcome, Result
 from .options import Options
-
-if TYPE_CHECKING:
-    from .running import Outcome, Result
 
 PICTURE = "report.png"
 
 
 def write_report(folder: Path, result: Result, options: Options) -> None:
-    drawn = draw(folder / PICTURE, result)
+    drawn = draw(folder / PICTURE, result, options)
     sizes = f"{result.original.nbytes / 1e6:.1f} MB; at most {options.target_bytes / 1e6:.1f} MB were asked for."
     lines = [
         "# How this model was made smaller",
         "",
         f"The original takes {sizes}",
-        f"Kept: **{result.chosen}**. Loss: nats more than the original takes for a token of held-out text.",
+        f"Kept: **{result.chosen}**. Loss: nats a token more than the original takes for text that no plan was shown.",
         "",
-        "| plan | MB | million parameters | loss | bits a byte | seconds |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| plan | MB | million parameters | loss | expected | bits a byte | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
         *(_row(outcome) for outcome in (result.original, *result.outcomes)),
         "",
-        *(f"No time was left for: {', '.join(result.left)}." for _ in result.left[:1]),
+        *_list("Cut, with all bits kept", [_row(outcome) for outcome in result.cuts]),
+        *_list("Not carried out", [f"| {e.plan} | | | | {e.loss:.4f} | | |" for e in result.left]),
         *(f"![size against loss]({PICTURE})" for _ in range(drawn)),
     ]
     (folder / "REPORT.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def _list(title: str, rows: list[str]) -> list[str]:
+    header = ["| plan | MB | million parameters | loss | expected | bits a byte | seconds |"]
+    return [f"{title}:", "", *header, "| --- | --- | --- | --- | --- | --- | --- |", *rows, ""] if rows else []
+
+
 def _row(o: Outcome) -> str:
     if o.failed:
-        return f"| {o.plan} | {o.failed} | | | | {o.seconds:.0f} |"
+        return f"| {o.plan} | {o.failed} | | | | | {o.seconds:.0f} |"
+    foretold = "" if o.expected is None else f"{o.expected:.4f}"
     sizes = f"{o.nbytes / 1e6:.1f} | {o.parameters / 1e6:.1f}"
-    return f"| {o.plan} | {sizes} | {o.loss:.4f} | {o.bits_per_byte:.4f} | {o.seconds:.0f} |"
+    return f"| {o.plan} | {sizes} | {o.loss:.4f} | {foretold} | {o.bits_per_byte:.4f} | {o.seconds:.0f} |"
 
 
 def frontier(outcomes: list[Outcome]) -> list[Outcome]:
@@ -50,16 +54,24 @@ def frontier(outcomes: list[Outcome]) -> list[Outcome]:
     return best
 
 
-def draw(path: Path, result: Result) -> bool:
+def draw(path: Path, result: Result, options: Options) -> bool:
     """Whether there is a picture now: not without matplotlib."""
-    made = [outcome for outcome in (*result.outcomes, result.original) if not outcome.failed]
+    made = [outcome for outcome in (*result.outcomes, *result.cuts, result.original) if not outcome.failed]
     best = frontier(made)
+    near = [(options.target_bytes / 1e6, estimate.loss, f"{estimate.plan}?") for estimate in result.left]
     series = {
-        "frontier": [(o.nbytes / 1e6, o.loss, o.plan) for o in best],
-        "plans": [(o.nbytes / 1e6, o.loss, o.plan) for o in made if o not in best],
+        "frontier": [_point(o) for o in best],
+        "carried out": [_point(o) for o in result.outcomes if not o.failed and o not in best],
+        "cut, all bits kept": [_point(o) for o in result.cuts if not o.failed and o not in best],
+        "expected": near,
     }
+    series = {name: points for name, points in series.items() if points}
     try:
         pictures.points(path, "Size against loss", series, "MB", "nats a token more than the original", ("frontier",))
     except Unavailable:
         return False
     return True
+
+
+def _point(o: Outcome) -> tuple[float, float, str]:
+    return o.nbytes / 1e6, o.loss, o.plan

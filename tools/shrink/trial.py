@@ -1,0 +1,245 @@
+"""Plans carried out in one folder. Text, sensitivities and what each cut loses are found out once and shared by all;
+whatever is found is kept there, so that a killed run goes on from it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Generator
+from dataclasses import asdict, replace
+from math import ceil, prod
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from ...checkpoint import open_checkpoint
+from ...errors import BadOption, OnDeviceError
+from ...models.parameters import expected
+from ...registry import create_backend
+from ...tensors import Affine
+from ..calibration import Sampling, samples
+from ..progress import Progress
+from ..prune import depth, vocabulary, width
+from ..prune.cutting import Cut
+from ..prune.running import write
+from ..prune.subject import Subject
+from ..quantize import Given, quantize
+from ..quantize import Options as QuantizeOptions
+from ..quantize.allocation import Choice
+from ..quantize.running import uniform
+from ..quantize.sensitivity import Cost
+from ..quantize.weighing import Weighed, weigh
+from ..quantize.work import Work
+from .estimating import Shared, share_out
+from .events import Outcome
+from .judging import Judge, Told
+from .options import Options
+from .plans import Plan
+
+FLOOR = 64  # tokens that judging takes at least
+LENGTH = 256  # tokens a window, at most, of text that is cut anew
+
+T = TypeVar("T")
+
+
+class Trial:
+    """A context. judge, original and weighed are there once `prepare` is through."""
+
+    def __init__(self, source: Path, work: Work, options: Options, told: Told):
+        self.source, self.work, self.options, self.told = source, work, options, told
+        self.exact = create_backend("cpu", exact=True)
+        self.subject = Subject(source, Plan(vocabulary=2).pruning(2, options.tokens, options.window))
+        self.outcomes: list[Outcome] = [Outcome(**o) for o in work.record("outcomes") or []]
+        self.looked: dict[Plan, Outcome] = {Plan(**p): Outcome(**o) for p, o in work.record("looked") or []}
+
+    def __enter__(self) -> Trial:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.subject.close()
+
+    @property
+    def best(self) -> Path:
+        """The folder of the best model so far."""
+        return self.work.path / "best"
+
+    # ---- what all plans share
+
+    def prepare(self) -> None:
+        """Splits the text, measures the original, and weighs errors."""
+        started = time.perf_counter()
+        self.subject.check()
+        ids = self._samples()
+        held = max(1, round(len(ids) * self.options.held_out))
+        flat = ids.reshape(-1)
+        if len(ids) < 2 or len(flat) < 4 * FLOOR:
+            raise BadOption(
+                f"{len(flat)} tokens of calibration are too few to choose by and to judge by.",
+                f"Give a text of {max(4 * FLOOR, 2 * ids.shape[1])} tokens or more.",
+            )
+        self.ids = self.subject._windows = ids[:-held]
+        decode, said = self.subject.tokenizer.decode, ids[-held:].reshape(-1)
+        self.judge = Judge(decode(said.tolist(), skip_special=False), len(said), ids.shape[1])
+        self.calibration = self.work.path / "calibration.txt"
+        self.calibration.write_text(decode(self.ids.reshape(-1).tolist(), skip_special=False), encoding="utf-8")
+        kept = self.work.record("original")
+        if kept is None:
+            found = self.judge.measured(self.source, "The original", self.told)
+            parameters, checkpoint = self.subject.parameters, self.subject.checkpoint
+            total = sum(parameters[name].size for name in parameters)
+            seconds = time.perf_counter() - started
+            kept = asdict(Outcome("original", checkpoint.nbytes, total, 0.0, found.bits_per_byte, seconds))
+            self.work.keep_record("original", kept)
+        self.original = Outcome(**kept)
+        self.weighed = self._weighed()
+
+    def _samples(self) -> np.ndarray:
+        kept = self.work.arrays("samples")
+        if kept is not None:
+            return kept["ids"]
+        o = self.options
+        for event in samples(self.subject.session, o.calibration, o.tokens, o.window, o.seed):
+            if isinstance(event, Sampling):
+                self.told(Progress("The model writes its own calibration text", event.done, event.total, "tokens"))
+        self.work.keep("samples", {"ids": event})
+        return event
+
+    def _weighed(self) -> Weighed:
+        costs, hessians, table = self.work.arrays("costs"), self.work.arrays("hessians"), self.work.record("table")
+        subject = self.subject
+        if costs is None or hessians is None or table is None:
+            names, _ = uniform(subject.parameters, subject.family.names, QuantizeOptions())
+            made = weigh(
+                subject.config, subject.parameters, list(names), self.exact, self.ids, self.options.seed, self.told
+            )
+            self.work.keep("hessians", made.hessians)
+            parts = {f"{n}/{part}": a for n, c in made.costs.items() for part, a in vars(c).items()}
+            self.work.keep("costs", parts)
+            rows = {n: [(asdict(c.form), c.nbytes, c.cost) for c in several] for n, several in made.table.items()}
+            self.work.keep_record("table", rows)
+            return made
+        read = {n: Cost(costs[f"{n}/outputs"], costs[f"{n}/inputs"]) for n in (k.rpartition("/")[0] for k in costs)}
+        choices = {n: [Choice(Affine(**form), *rest) for form, *rest in several] for n, several in table.items()}
+        return Weighed(read, hessians, choices)
+
+    # ---- cutting
+
+    def cut(self, plan: Plan, foretell: bool = False) -> Cut:
+        """What the plan leaves of the model. foretell: with channels as they were chosen before, by themselves, and
+        nothing done to make up for those that go: enough to count by."""
+        subject, cut = self.subject, Cut.nothing(self.subject.config, "bfloat16")
+        if not plan.parts:
+            return cut
+        subject.options = plan.pruning(subject.config.vocab, self.options.tokens, self.ids.shape[1])
+        if plan.vocabulary > 1:
+            cut = replace(cut, tokens=self._tokens(plan.vocabulary))
+        if plan.layers:
+            dropped = self._dropped(plan.layers)
+            cut = replace(cut, layers=tuple(i for i in cut.layers if i not in dropped))
+        if plan.channels and foretell:
+            known = self.work.arrays(f"channels {plan.channels}")
+            return replace(cut, channels={i: known[str(i)] for i in cut.layers})
+        if plan.channels:
+            cut, _ = self._ended(width.channels(subject, cut))
+            if plan.parts == [plan]:
+                self.work.keep(f"channels {plan.channels}", {str(i): kept for i, kept in cut.channels.items()})
+        return cut
+
+    def _tokens(self, share: int) -> np.ndarray:
+        found = self.work.arrays(f"tokens {share}")
+        if found is None:
+            found = {"kept": self._ended(vocabulary.choose(self.subject))[0]}
+            self.work.keep(f"tokens {share}", found)
+        return found["kept"]
+
+    def _dropped(self, count: int) -> list[int]:
+        """The layers that go, of which fewer are the first."""
+        found = self.work.record("dropped") or []
+        if len(found) < count:
+            found, _ = self._ended(depth.dispensable(self.subject, count))
+            self.work.keep_record("dropped", found)
+        return found[:count]
+
+    def _ended(self, work: Generator[Progress, None, T]) -> T:
+        while True:
+            try:
+                self.told(next(work))
+            except StopIteration as end:
+                return end.value
+
+    def _written(self, cut: Cut) -> Path:
+        folder = self.work.path / "cut"
+        shutil.rmtree(folder, ignore_errors=True)
+        self._ended(write(self.subject, cut, folder))
+        return folder
+
+    # ---- carrying out
+
+    def look(self, plan: Plan) -> Outcome:
+        """A single cut and what it loses, all bits kept."""
+        started = time.perf_counter()
+        try:
+            cut = self.cut(plan)
+            folder = self._written(cut)
+            outcome = self._measured(plan.name, folder, cut)
+            shutil.rmtree(folder)
+        except OnDeviceError as error:
+            outcome = Outcome(plan.name, None, None, None, None, 0.0, failed=error.message)
+        self.looked[plan] = replace(outcome, seconds=time.perf_counter() - started)
+        self.work.keep_record("looked", [(asdict(p), asdict(o)) for p, o in self.looked.items()])
+        return self.looked[plan]
+
+    def shared(self, plan: Plan) -> Shared:
+        """How bits would be shared out over what the plan leaves."""
+        cut = self.cut(plan, foretell=True)
+        return share_out(self.weighed, self.subject.parameters, cut, self.options.target_bytes)
+
+    def run(self, plan: Plan, expected: float | None = None, method: str = "gptq") -> Outcome:
+        """The plan as a model, which is kept if it is the best so far."""
+        started, made = time.perf_counter(), self.work.path / "made"
+        try:
+            cut = self.cut(plan)
+            shared = share_out(self.weighed, self.subject.parameters, cut, self.options.target_bytes)
+            if shared.nbytes > self.options.target_bytes:
+                raise unreachable(self.options.target_bytes, shared.nbytes)
+            source = self._written(cut) if plan.parts else self.source
+            options = QuantizeOptions(
+                method, calibration=self.calibration, tokens=self.ids.size, length=min(LENGTH, self.ids.shape[1]),
+                requantize=True,
+            )  # fmt: skip
+            given = Given(shared.plan, self.weighed.hessians, self.ids if cut.tokens is None else None)
+            quantize(source, made, options, self.told, self.exact, given)
+            outcome = replace(self._measured(plan.name, made, cut), expected=expected)
+        except OnDeviceError as error:
+            outcome = Outcome(plan.name, None, None, None, None, 0.0, expected, error.message)
+        outcome = replace(outcome, seconds=time.perf_counter() - started)
+        self._keep(made, outcome)
+        return outcome
+
+    def _measured(self, name: str, folder: Path, cut: Cut) -> Outcome:
+        started = time.perf_counter()
+        found = self.judge.measured(folder, name, self.told)
+        loss = self.judge.loss(found.bits_per_byte, self.original.bits_per_byte)
+        with open_checkpoint(folder) as checkpoint:
+            nbytes = checkpoint.nbytes
+        parameters = sum(prod(shape) for shape in expected(cut.made).values())
+        return Outcome(name, nbytes, parameters, loss, found.bits_per_byte, time.perf_counter() - started)
+
+    def _keep(self, made: Path, outcome: Outcome) -> None:
+        """The better model of two; what is written down of them is true whenever the work is killed."""
+        losses = [o.loss for o in self.outcomes if o.loss is not None]
+        if outcome.loss is not None and outcome.loss < min(losses, default=float("inf")):
+            shutil.rmtree(self.best, ignore_errors=True)
+            made.rename(self.best)
+        self.outcomes.append(outcome)
+        self.work.keep_record("outcomes", [asdict(o) for o in self.outcomes])
+        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(self.work.path / "cut", ignore_errors=True)
+
+
+def unreachable(target: int, least: int) -> BadOption:
+    return BadOption(
+        f"No plan takes {target / 1e6:.2f} MB or less: 2 bits for every matrix take {least / 1e6:.2f} MB.",
+        f"Give --target-size {ceil(least / 1e4) / 100:.2f}MB or more, or a smaller model.",
+    )
