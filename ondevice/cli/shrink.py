@@ -60,5 +60,6 @@ def _tell(facts: dict) -> None:
         rows.append((outcome["plan"], *numbers, f"{outcome['seconds']:.0f} s"))
     console.table(rows, ("plan", "MB", "loss (nats a token)", "time"))
     for estimate in facts["left"]:
-        console.answer(f"Not carried out: {estimate['plan']} (loss expected: {estimate['loss']:.4f})")
+        foretold = "" if estimate["loss"] is None else f" (loss expected: {estimate['loss']:.4f})"
+        console.answer(f"No time was left for: {estimate['plan']}{foretold}")
     console.answer(f"{facts['source']} -> {facts['path']} ({facts['chosen']}); see {facts['path']}/REPORT.md")

@@ -23,17 +23,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A plan that was not carried out, and the loss that is to be expected of it."""
+    """A plan that was not carried out, and the loss that is to be expected of it; None: there was no time to tell."""
 
     plan: str
-    loss: float
+    loss: float | None
 
 
 @dataclass(frozen=True)
 class Result:
     """chosen: the plan that is now at `path`. original: its outcome. outcomes: of plans, in the order of trial. cuts:
-    of models that were only cut, with all their bits: what the estimates are made of. left: plans that there was no
-    reason or no time to carry out, the most promising first."""
+    of models that were only cut, with all their bits: what the estimates are made of. left: promising plans that there
+    was no time for, the most promising first."""
 
     path: Path
     chosen: str

@@ -26,7 +26,7 @@ def write_report(folder: Path, result: Result, options: Options) -> None:
         *(_row(outcome) for outcome in (result.original, *result.outcomes)),
         "",
         *_list("Cut, with all bits kept", [_row(outcome) for outcome in result.cuts]),
-        *_list("Not carried out", [f"| {e.plan} | | | | {e.loss:.4f} | | |" for e in result.left]),
+        *_list("No time was left for", [f"| {e.plan} | | | | {_foretold(e.loss)} | | |" for e in result.left]),
         *(f"![size against loss]({PICTURE})" for _ in range(drawn)),
     ]
     (folder / "REPORT.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -40,9 +40,12 @@ def _list(title: str, rows: list[str]) -> list[str]:
 def _row(o: Outcome) -> str:
     if o.failed:
         return f"| {o.plan} | {o.failed} | | | | | {o.seconds:.0f} |"
-    foretold = "" if o.expected is None else f"{o.expected:.4f}"
     sizes = f"{o.nbytes / 1e6:.1f} | {o.parameters / 1e6:.1f}"
-    return f"| {o.plan} | {sizes} | {o.loss:.4f} | {foretold} | {o.bits_per_byte:.4f} | {o.seconds:.0f} |"
+    return f"| {o.plan} | {sizes} | {o.loss:.4f} | {_foretold(o.expected)} | {o.bits_per_byte:.4f} | {o.seconds:.0f} |"
+
+
+def _foretold(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.4f}"
 
 
 def frontier(outcomes: list[Outcome]) -> list[Outcome]:
@@ -58,12 +61,12 @@ def draw(path: Path, result: Result, options: Options) -> bool:
     """Whether there is a picture now: not without matplotlib."""
     made = [outcome for outcome in (*result.outcomes, *result.cuts, result.original) if not outcome.failed]
     best = frontier(made)
-    near = [(options.target_bytes / 1e6, estimate.loss, f"{estimate.plan}?") for estimate in result.left]
+    foretold = [estimate for estimate in result.left if estimate.loss is not None]
     series = {
         "frontier": [_point(o) for o in best],
         "carried out": [_point(o) for o in result.outcomes if not o.failed and o not in best],
         "cut, all bits kept": [_point(o) for o in result.cuts if not o.failed and o not in best],
-        "expected": near,
+        "expected": [(options.target_bytes / 1e6, estimate.loss, estimate.plan) for estimate in foretold],
     }
     series = {name: points for name, points in series.items() if points}
     try:

@@ -42,9 +42,10 @@ def shrink(source: Path, dest: Path, options: Options, told: Told = lambda event
         yield from _tried(trial, clock)
         best = min((o for o in trial.outcomes if o.loss is not None), key=lambda o: o.loss, default=None)
         if best is None:
+            least = min(trial.shared(plan).nbytes for plan in together(list(trial.losses)))
             work.remove()
-            raise unreachable(options.target_bytes, min(trial.shared(p).nbytes for p in together(list(trial.looked))))
-        left = tuple(Estimate(plan.name, loss) for plan, loss in _promising(trial))
+            raise unreachable(options.target_bytes, least)
+        left = tuple(_left(trial))
         found = trial.original, tuple(trial.outcomes), tuple(trial.looked.values())
         result = Result(dest, best.plan, *found, left, clock.spent)
         write_report(trial.best, result, options)
@@ -86,17 +87,24 @@ def _tried(trial: Trial, clock: Clock) -> Iterator[Outcome]:
         yield trial.run(plan, expected)
 
 
+def _left(trial: Trial) -> Iterator[Estimate]:
+    for plan, loss in _promising(trial):
+        yield Estimate(plan.name, loss)
+    for plan in cuts(trial.subject.config, trial.options.target_bytes):
+        if plan not in trial.looked:
+            yield Estimate(plan.name, None)
+
+
 def _promising(trial: Trial) -> list[tuple[Plan, float]]:
     """Plans not carried out yet, with the loss that is expected, the least first; none that should be much worse than
     the best so far."""
     done = {o.plan for o in trial.outcomes}
-    losses = {plan: o.loss for plan, o in trial.looked.items() if o.loss is not None}
     factor = max(trial.outcomes[0].loss or 0.0, 0.0) / trial.shared(BITS_ALONE).cost or 1.0
     most = WORSE * min((max(o.loss, NOISE) for o in trial.outcomes if o.loss is not None), default=float("inf"))
     found = []
-    for plan in together(list(losses)):
+    for plan in together(list(trial.losses)):
         shared = trial.shared(plan)
-        loss = sum(losses[part] for part in plan.parts) + factor * shared.cost
+        loss = sum(trial.losses[part] for part in plan.parts) + factor * shared.cost
         if plan.name not in done and shared.nbytes <= trial.options.target_bytes and loss <= most:
             found.append((plan, loss))
     return sorted(found, key=lambda pair: pair[1])

@@ -64,6 +64,11 @@ class Trial:
         """The folder of the best model so far."""
         return self.work.path / "best"
 
+    @property
+    def losses(self) -> dict[Plan, float]:
+        """Of single cuts."""
+        return {plan: o.loss for plan, o in self.looked.items() if o.loss is not None}
+
     # ---- what all plans share
 
     def prepare(self) -> None:
