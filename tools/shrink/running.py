@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 from ...errors import OnDeviceError
-from ..quantize.work import Work, held
+from ..quantize.running import fingerprint
+from ..quantize.work import Work
 from .events import Estimate, Outcome, Result
 from .judging import Told
 from .options import Options
@@ -34,8 +35,8 @@ def shrink(source: Path, dest: Path, options: Options, told: Told = lambda event
         raise OnDeviceError(f"{dest} exists already.", "Choose another name, or remove it first.")
     if not dest.absolute().parent.is_dir():
         raise OnDeviceError(f"There is no folder {dest.absolute().parent} to write to.", "Create it first.")
-    asked = {name: value for name, value in asdict(options).items() if name != "minutes"}  # more time may be given
-    work = Work(dest, "shrink", {"version": VERSION, **held(source, options.calibration), **asked})
+    same = fingerprint(source, replace(options, minutes=1))  # more time may be given
+    work = Work(dest, {"shrink": VERSION, **same}, "shrink")
     clock = Clock(work, 60 * options.minutes)
     with Trial(source, work, options, told) as trial:
         trial.prepare()
