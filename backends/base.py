@@ -20,7 +20,7 @@ keeps activations, cache and products in float32 (no int8 activations, no TF32).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -196,10 +196,13 @@ class Routing(ABC):
     gates: A
 
 
-def cache_dtype(name: str) -> str:
-    """The name of a type that caches hold, checked. Raises BadOption."""
-    if name not in ("float32", "float16", "bfloat16"):
-        raise BadOption(f"A cache cannot hold {name!r}.", "Choose float32, float16 or bfloat16.")
+def cache_dtype(name: str, features: Collection[str] = ()) -> str:
+    """The name of a type that caches of a backend with these features hold, checked. Raises BadOption, and Unsupported
+    for int8 where that is not among them."""
+    if name == "int8" and "int8_cache" not in features:
+        raise Unsupported("This backend has no cache in 8 bits.", "Choose 16 or 32 bits, or another backend.")
+    if name not in ("float32", "float16", "bfloat16", "int8"):
+        raise BadOption(f"A cache cannot hold {name!r}.", "Choose float32, float16, bfloat16 or int8.")
     return name
 
 
@@ -265,6 +268,7 @@ class Cache(ABC):
 
 FEATURES = {
     "cache": "new_cache and attention over it",
+    "int8_cache": "new_cache in int8",
     "experts": "route, expert_linear, combine",
     "latent": "latent_attention",
     "recurrent": "short_convolution, gated_delta",
@@ -406,9 +410,11 @@ class Backend(ABC):
     def new_cache(
         self, specs: Sequence[LayerCache | StateCache], slots: int, capacity: int, dtype: str | None = None
     ) -> Cache:
-        """Room for `slots` sequences of `capacity` tokens. dtype, of keys and values: float32, float16 or bfloat16
-        (others raise BadOption); None: the backend's choice (float32 when exact). States are float32. A row of a Step
-        that starts at position 0 starts from nothing, whatever its slot holds."""
+        """Room for `slots` sequences of `capacity` tokens. dtype, of keys and values: float32, float16, bfloat16 or, as
+        a feature, int8 (others raise BadOption); None: the backend's choice (float32 when exact). In int8 the numbers
+        that a token has for one key head are whole ones up to 127 times a float32 scale of their own, the largest's
+        size / 127, and so are those of its values. States are float32. A row of a Step that starts at position 0 starts
+        from nothing, whatever its slot holds."""
         raise self._lacks("cache")
 
     # ---- experts (feature "experts")

@@ -30,7 +30,18 @@ from .base import (
     Step,
     cache_dtype,
 )
-from .numerics import activation, expert_inputs, gains, log_softmax, rival_shares, rotate, sigmoid, softmax, visible
+from .numerics import (
+    activation,
+    expert_inputs,
+    gains,
+    log_softmax,
+    rival_shares,
+    rotate,
+    sigmoid,
+    softmax,
+    to_int8,
+    visible,
+)
 from .recurrence import NumpyRecurrence
 from .reference_gradients import NumpyGradients
 from .tape import TapedBackend
@@ -80,11 +91,12 @@ def attention_part(spec: LayerCache | StateCache) -> LayerCache:
 
 class HostCache(Cache):
     """Keys and values in host memory, by layer: [slots, K, capacity, d], zeroed by the kernel page by page on first
-    use; and states. Nothing is a ring: `truncate` goes back to any length, or to 0 where there are states."""
+    use; with int8 come `scales`, [slots, K, capacity, 1] of keys and of values; and states. Nothing is a ring:
+    `truncate` goes back to any length, or to 0 where there are states."""
 
     def __init__(self, specs: Sequence[LayerCache | StateCache], slots: int, capacity: int, dtype: str = "float32"):
-        def room(spec: LayerCache, width: int) -> np.ndarray:
-            return np.zeros((slots, spec.kv_heads, capacity, width), STORAGE[dtype])
+        def room(spec: LayerCache, width: int, kind: str = dtype) -> np.ndarray:
+            return np.zeros((slots, spec.kv_heads, capacity, width), STORAGE[kind])
 
         self.recurrent = any(isinstance(spec, StateCache) for spec in specs)
         self.states = [HostStates.of(spec, slots, "float64" if dtype == "float64" else "float32") for spec in specs]
@@ -95,6 +107,12 @@ class HostCache(Cache):
         self.lengths = np.zeros(slots, np.int32)
         self.keys = [room(spec, spec.key_dim) for spec in specs]
         self.values = [room(spec, spec.value_dim) for spec in specs]
+        scaled = int(dtype == "int8")
+        self.scales = [(room(spec, scaled, "float32"), room(spec, scaled, "float32")) for spec in specs]
+
+    @property
+    def parts(self) -> tuple[np.ndarray, ...]:
+        return (*self.keys, *self.values, *(scales for pair in self.scales for scales in pair))
 
     def write(self, layer: int, slot: int, start: int, keys: np.ndarray, values: np.ndarray) -> None:
         """keys [n, K, d] and values [n, K, dv] to positions start … start + n - 1. Raises ContextFull."""
@@ -103,26 +121,32 @@ class HostCache(Cache):
             raise ContextFull(
                 f"{end} tokens do not fit in a cache of {self.capacity}.", "Shorten the prompt or raise the context."
             )
-        for kept, new in ((self.keys, keys), (self.values, values)):
-            kept[layer][slot, :, start:end] = (
-                new.swapaxes(0, 1) if new.dtype == kept[layer].dtype else store(new.swapaxes(0, 1), self.dtype)
-            )
+        kept = (self.keys[layer], self.values[layer])
+        for into, scales, new in zip(kept, self.scales[layer], (keys, values), strict=True):
+            new = new.swapaxes(0, 1)
+            if self.dtype == "int8":
+                into[slot, :, start:end], scales[slot, :, start:end] = to_int8(new)
+            else:
+                into[slot, :, start:end] = new if new.dtype == into.dtype else store(new, self.dtype)
 
     def read(self, layer: int, slot: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys [K, end, d] and values [K, end, dv] of positions 0 … end - 1."""
         keys, values = self.keys[layer][slot, :, :end], self.values[layer][slot, :, :end]
         if self.dtype in ("float32", "float64"):
             return keys, values
+        if self.dtype == "int8":
+            by_key, by_value = (scales[slot, :, :end] for scales in self.scales[layer])
+            return keys * by_key, values * by_value
         return floats(keys, self.dtype), floats(values, self.dtype)
 
     def snapshot(self, slot: int) -> Any:
         n = int(self.lengths[slot])
         states = [layer.slot(slot).copy() for layer in self.states]
-        return n, [part[slot, :, :n].copy() for part in (*self.keys, *self.values)], states
+        return n, [part[slot, :, :n].copy() for part in self.parts], states
 
     def restore(self, slot: int, state: Any) -> None:
         n, parts, states = state
-        for part, kept in zip((*self.keys, *self.values), parts, strict=True):
+        for part, kept in zip(self.parts, parts, strict=True):
             part[slot, :, :n] = kept
         for layer, kept in zip(self.states, states, strict=True):
             layer.slot(slot).set(kept)
@@ -130,7 +154,7 @@ class HostCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (*self.keys, *self.values, *self.states))
+        return sum(part.nbytes for part in (*self.parts, *self.states))
 
 
 class NumpyKernels(NumpyRecurrence, NumpyGradients):
@@ -424,7 +448,8 @@ class ReferenceBackend(TapedBackend):
         return Info(self.name, device, str(self.kernels.dtype), self.exact, self.features)
 
     def new_cache(self, specs: Sequence[LayerCache], slots: int, capacity: int, dtype: str | None = None) -> HostCache:
-        return HostCache(specs, slots, capacity, cache_dtype(dtype) if dtype else str(self.kernels.dtype))
+        kept = cache_dtype(dtype, self.features) if dtype else str(self.kernels.dtype)
+        return HostCache(specs, slots, capacity, kept)
 
 
 def probe() -> Probe:

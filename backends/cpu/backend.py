@@ -73,7 +73,7 @@ class NumpyBackend(TapedBackend):
         return Info(self.name, f"NumPy on {platform.machine()}", "float32", self.exact, self.features, details)
 
     def new_cache(self, specs: Sequence[LayerCache], slots: int, capacity: int, dtype: str | None = None) -> Cache:
-        return HostCache(specs, slots, capacity, cache_dtype(dtype or "float32"))
+        return HostCache(specs, slots, capacity, cache_dtype(dtype or "float32", self.features))
 
 
 class CpuBackend(TapedBackend):
@@ -98,7 +98,8 @@ class CpuBackend(TapedBackend):
     def new_cache(self, specs: Sequence[LayerCache], slots: int, capacity: int, dtype: str | None = None) -> Cache:
         from .cache import CpuCache
 
-        return CpuCache(specs, slots, capacity, dtype or ("float32" if self.exact else "float16"))
+        kept = cache_dtype(dtype or ("float32" if self.exact else "float16"), self.features)
+        return CpuCache(specs, slots, capacity, kept)
 
     def footprint(self, tensor: Tensor) -> Footprint:
         from .weights import footprint

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import BadOption
 from ...tensors import STORAGE, floats, store
 from ..base import Cache, LayerCache, StateCache, Step
+from ..numerics import to_int8
 from ..reference import HostStates, attention_part
 from . import _native
 
@@ -18,11 +18,10 @@ PANEL = 16  # keys that a query meets at a time
 
 class CpuCache(Cache):
     """By layer: keys [slots, K, capacity / 16, d, 16], sixteen tokens to a panel, and values [slots, K, capacity, dv],
-    dv rounded up to 16. Zeroed by the system page by page on first use. `truncate` goes back to any length."""
+    dv rounded up to 16; with int8, scales [slots, K, capacity, 1] of both. Zeroed by the system page by page on first
+    use. `truncate` goes back to any length."""
 
     def __init__(self, specs: Sequence[LayerCache | StateCache], slots: int, capacity: int, dtype: str):
-        if dtype not in ("float32", "float16", "bfloat16"):
-            raise BadOption(f"The cache cannot be kept in {dtype!r}.", "Choose float32, float16 or bfloat16.")
         panels = -(-capacity // PANEL)
         self.capacity, self.slots, self.dtype = capacity, slots, dtype
         self.lengths = np.zeros(slots, np.int32)
@@ -32,23 +31,41 @@ class CpuCache(Cache):
         self.specs = tuple(specs)
         self.keys = [_zeros((slots, s.kv_heads, panels, s.key_dim, PANEL), dtype) for s in specs]
         self.values = [_zeros((slots, s.kv_heads, panels * PANEL, _whole(s.value_dim)), dtype) for s in specs]
+        scaled = int(dtype == "int8")
+        self.scales = [
+            tuple(_zeros((slots, s.kv_heads, panels * PANEL, scaled), "float32") for _ in range(2)) for s in specs
+        ]
         self.rooms = [
-            _native.LayerRoom(k, v, dtype, capacity) if k.size else None
-            for k, v in zip(self.keys, self.values, strict=True)
+            _native.LayerRoom(k, v, dtype, capacity, *(scales if scaled else ())) if k.size else None
+            for k, v, scales in zip(self.keys, self.values, self.scales, strict=True)
         ]
 
     def write(self, layer: int, slot: int, start: int, keys: np.ndarray, values: np.ndarray) -> None:
         """keys [n, K, d] and values [n, K, dv] to positions start …, for operations that NumPy does."""
         where = np.arange(start, start + len(keys))
         self.check(Step(*(np.array([n], np.int32) for n in (start, len(keys), slot))))
-        self.keys[layer][slot][:, where // PANEL, :, where % PANEL] = store(keys, self.dtype)
-        self.values[layer][slot][:, where, : values.shape[-1]] = store(values.swapaxes(0, 1), self.dtype)
+        by_key, by_value = (scales[slot] for scales in self.scales[layer])
+        keys = self._kept(keys, by_key, where)
+        values = self._kept(values, by_value, where)
+        self.keys[layer][slot][:, where // PANEL, :, where % PANEL] = keys
+        self.values[layer][slot][:, where, : values.shape[-1]] = values.swapaxes(0, 1)
+
+    def _kept(self, new: np.ndarray, scales: np.ndarray, where: np.ndarray) -> np.ndarray:
+        """new [n, K, d] as it is stored; its scales, if it has some, go to their places."""
+        if self.dtype != "int8":
+            return store(new, self.dtype)
+        codes, own = to_int8(new)
+        scales[:, where] = own.swapaxes(0, 1)
+        return codes
 
     def read(self, layer: int, slot: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys [K, end, d] and values [K, end, dv] of positions 0 … end - 1."""
         spec, panels = self.specs[layer], self.keys[layer][slot, :, : -(-end // PANEL)]
         keys = panels.swapaxes(2, 3).reshape(spec.kv_heads, -1, spec.key_dim)[:, :end]
         values = self.values[layer][slot, :, :end, : spec.value_dim]
+        if self.dtype == "int8":
+            by_key, by_value = (scales[slot, :, :end] for scales in self.scales[layer])
+            return keys * by_key, values * by_value
         return floats(keys, self.dtype), floats(values, self.dtype)
 
     def snapshot(self, slot: int) -> Any:
@@ -56,7 +73,7 @@ class CpuCache(Cache):
         panels = -(-n // PANEL)
         keys = [part[slot, :, :panels].copy() for part in self.keys]
         states = [layer.slot(slot).copy() for layer in self.states]
-        return n, keys, [part[slot, :, :n].copy() for part in self.values], states
+        return n, keys, [part[slot, :, :n].copy() for part in self._rows], states
 
     def restore(self, slot: int, state: Any) -> None:
         n, keys, values, states = state
@@ -64,13 +81,18 @@ class CpuCache(Cache):
             layer.slot(slot).set(kept)
         for kept, part in zip(self.keys, keys, strict=True):
             kept[slot, :, : part.shape[1]] = part
-        for kept, part in zip(self.values, values, strict=True):
+        for kept, part in zip(self._rows, values, strict=True):
             kept[slot, :, :n] = part
         self.lengths[slot] = n
 
     @property
+    def _rows(self) -> tuple[np.ndarray, ...]:
+        """What has a row for each token."""
+        return (*self.values, *(scales for pair in self.scales for scales in pair))
+
+    @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (*self.keys, *self.values, *self.states))
+        return sum(part.nbytes for part in (*self.keys, *self._rows, *self.states))
 
 
 def _whole(width: int) -> int:

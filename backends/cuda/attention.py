@@ -152,8 +152,8 @@ class DevicePlaces(_Turns):
 
 class TorchCache(Cache):
     """Keys and values by layer, [slots, capacity, K, d], set aside at once: recorded steps need them to stay where they
-    are; and states [slots, …], which `gated_delta` and `short_convolution` write. No ring: `truncate` goes back to any
-    length, or to 0 where there are states."""
+    are; in int8 each with its scales behind it, [slots, capacity, K, 1]; and states [slots, …], which `gated_delta` and
+    `short_convolution` write. No ring: `truncate` goes back to any length, or to 0 where there are states."""
 
     def __init__(
         self, specs: Sequence[LayerCache | StateCache], slots: int, capacity: int, dtype: torch.dtype,
@@ -165,7 +165,11 @@ class TorchCache(Cache):
 
         def room(spec: LayerCache | StateCache) -> list[torch.Tensor]:
             widths = () if isinstance(spec, StateCache) else (spec.key_dim, spec.value_dim)
-            return [torch.zeros((slots, capacity, spec.kv_heads, w), dtype=dtype, device=device) for w in widths if w]
+            kinds = {dtype: None} if dtype != torch.int8 else {torch.int8: None, torch.float32: 1}
+            return [
+                torch.zeros((slots, capacity, spec.kv_heads, one or w), dtype=kind, device=device)
+                for w in widths if w for kind, one in kinds.items()
+            ]  # fmt: skip
 
         def states(spec: LayerCache | StateCache) -> dict[str, torch.Tensor]:
             shapes = vars(spec) if isinstance(spec, StateCache) else {}
@@ -180,9 +184,15 @@ class TorchCache(Cache):
         """Writes the step's keys (and values, unless their width is 0), [B, T, K, d]; reads all that its queries may
         see, [B, S, K, d], in new's dtype. Raises ContextFull before anything is written."""
         places.check(self.capacity)
-        for kept, values in zip(self.layers[layer], new, strict=True):
+        layer, dtype = self.layers[layer], new[0].dtype
+        if len(layer) > len(new):
+            new = [part for values in new for part in to_int8(values)]
+        for kept, values in zip(layer, new, strict=True):
             places.write(kept, values)
-        return [places.read(kept, first).to(new[0].dtype) for kept in self.layers[layer]]
+        found = [places.read(kept, first) for kept in layer]
+        if layer[0].dtype == torch.int8:
+            return [(codes * scales).to(dtype) for codes, scales in zip(found[::2], found[1::2], strict=True)]
+        return [part.to(dtype) for part in found]
 
     def snapshot(self, slot: int) -> tuple:
         n = int(self.lengths[slot])
@@ -203,6 +213,13 @@ class TorchCache(Cache):
     def nbytes(self) -> int:
         kept = [part for parts in self.layers for part in parts]
         return sum(part.nbytes for part in (*kept, *(part for layer in self.states for part in layer.values())))
+
+
+def to_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [..., d] as an int8 cache keeps it: codes, and scales [..., 1] float32."""
+    x = x.float()
+    scales = x.abs().amax(-1, keepdim=True) / 127
+    return (x / torch.where(scales > 0, scales, 1.0)).round().to(torch.int8), scales
 
 
 def lower_right(tokens: int, keys: int, device: torch.device) -> torch.Tensor:

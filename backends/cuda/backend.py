@@ -37,6 +37,8 @@ from .recurrence import TorchRecurrence
 from .training import TorchTraining
 from .weights import TORCH, DenseWeight, Weight, footprint, prepare
 
+KEPT = TORCH | {"int8": torch.int8}  # of a cache
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -166,7 +168,7 @@ class CudaBackend(TorchRecurrence, TorchExperts, TorchTraining, Backend):
     # ---- attention
 
     def new_cache(self, specs: Sequence[LayerCache], slots: int, capacity: int, dtype: str | None = None) -> TorchCache:
-        kept = self.dtype if dtype is None else TORCH[cache_dtype(dtype)]
+        kept = self.dtype if dtype is None else KEPT[cache_dtype(dtype, self.features)]
         return TorchCache(specs, slots, capacity, kept, self.device)
 
     def attention(

@@ -84,7 +84,8 @@ class MlxPlaces(Places):
 
 
 class MlxCache(Cache):
-    """Keys and values by layer, [slots, K, room, d]; room grows by CHUNK up to the capacity. States (conv, memory) by
+    """Keys and values by layer, [slots, K, room, d]; room grows by CHUNK up to the capacity; in int8 each with its
+    scales behind it, [slots, K, room, 1]. States (conv, memory) by
     layer, [slots, …]. No ring: `truncate` goes back to any length, or to 0 where there are states."""
 
     def __init__(self, specs: Sequence[LayerCache | StateCache], slots: int, capacity: int, dtype: mx.Dtype):
@@ -94,7 +95,11 @@ class MlxCache(Cache):
 
         def room(spec: LayerCache | StateCache) -> list[mx.array]:
             widths = () if isinstance(spec, StateCache) else (spec.key_dim, spec.value_dim)
-            return [mx.zeros((slots, spec.kv_heads, 0, width), dtype) for width in widths if width]
+            kinds = {dtype: None} if dtype != mx.int8 else {mx.int8: None, mx.float32: 1}
+            return [
+                mx.zeros((slots, spec.kv_heads, 0, one or width), kind)
+                for width in widths if width for kind, one in kinds.items()
+            ]  # fmt: skip
 
         def states(spec: LayerCache | StateCache) -> list[mx.array]:
             shapes = (spec.conv, spec.memory) if isinstance(spec, StateCache) else ()
@@ -106,6 +111,9 @@ class MlxCache(Cache):
     def write(self, layer: int, places: MlxPlaces, *new: mx.array) -> None:
         """new: keys, and values unless their width is 0, [B, K, T, d]. Raises ContextFull."""
         places.check(self.capacity)
+        parts = self.layers[layer]
+        if len(parts) > len(new):
+            new = [part for values in new for part in to_int8(values)]
         for i, values in enumerate(new):
             kept = self._grown(layer, i, places.end)
             values = values if values.dtype == kept.dtype else values.astype(kept.dtype)
@@ -114,7 +122,7 @@ class MlxCache(Cache):
             elif places.step.lengths.any():
                 row, place, slot, position = places.scattered
                 kept[slot, :, position] = values[row, :, place]
-            self.layers[layer][i] = kept
+            parts[i] = kept
 
     def _grown(self, layer: int, i: int, end: int) -> mx.array:
         kept = self.layers[layer][i]
@@ -132,8 +140,10 @@ class MlxCache(Cache):
                 part = kept[places.slots, :, first : places.end]
             else:
                 part = kept[mx.array(places.step.slots)][:, :, first : places.end]
-            found.append(part if part.dtype == dtype else part.astype(dtype))
-        return found
+            found.append(part)
+        if self.layers[layer][0].dtype == mx.int8:
+            found = [codes * scales for codes, scales in zip(found[::2], found[1::2], strict=True)]
+        return [part if part.dtype == dtype else part.astype(dtype) for part in found]
 
     def snapshot(self, slot: int) -> tuple:
         n = int(self.lengths[slot])
@@ -157,6 +167,13 @@ class MlxCache(Cache):
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for parts in (*self.layers, *self.states) for part in parts)
+
+
+def to_int8(x: mx.array) -> tuple[mx.array, mx.array]:
+    """x [..., d] as an int8 cache keeps it: codes, and scales [..., 1] float32."""
+    x = x.astype(mx.float32)
+    scales = mx.abs(x).max(axis=-1, keepdims=True) / 127
+    return mx.round(x / mx.where(scales > 0, scales, 1.0)).astype(mx.int8), scales
 
 
 def softcapped(

@@ -41,6 +41,7 @@ from .training import MlxTraining
 from .weights import DenseWeight, PackedWeight, Weight, footprint, prepare
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+KEPT = DTYPES | {"int8": mx.int8}  # of a cache
 
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "silu": lambda x: x * mx.sigmoid(x),
@@ -184,7 +185,8 @@ class MlxBackend(MlxExperts, MlxRecurrence, MlxTraining, Backend):
     # ---- attention
 
     def new_cache(self, specs: Sequence[LayerCache], slots: int, capacity: int, dtype: str | None = None) -> MlxCache:
-        return MlxCache(specs, slots, capacity, self.dtype if dtype is None else DTYPES[cache_dtype(dtype)])
+        kept = self.dtype if dtype is None else KEPT[cache_dtype(dtype, self.features)]
+        return MlxCache(specs, slots, capacity, kept)
 
     def attention(self, q: Any, k: Any, v: Any, sinks: Any, spec: AttentionSpec, step: Step, layer: int) -> mx.array:
         q, k, v = heads_first(q), heads_first(k), heads_first(v)

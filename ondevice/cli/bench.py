@@ -23,6 +23,7 @@ class Opened(NamedTuple):
     capacity: int
     load_seconds: float
     work: Work
+    kv_dtype: str | None
 
 
 class Numbers(click.ParamType):
@@ -53,12 +54,13 @@ class Numbers(click.ParamType):
 @click.option("--bits", default="4", show_default=True, type=click.Choice(["2", "3", "4", "5", "6", "8", "16", "32"]))
 @click.option("--group-size", default="32", show_default=True, type=click.Choice(["32", "64", "128"]))
 @adapter_option()
-@runtime_options()
+@runtime_options(kv_bits=True)
 @click.option("--plot", metavar="FILE", help="Draw the speeds (.png, .svg, .pdf).")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object (several models or backends: a list) on stdout.")
 def command(
-    models, random_weights, bits, group_size, as_json, plot, backend, exact, context, threads, adapters, **numbers
-):
+    models, random_weights, bits, group_size, as_json, plot, backend, exact, context, threads, kv_dtype, adapters,
+    **numbers,
+):  # fmt: skip
     """Measure each MODEL: medians over the repeats, after a warm-up. Several models, and several --backend with commas
     between, run one after the other."""
     from .. import pictures
@@ -73,7 +75,7 @@ def command(
     shape = (int(bits), int(group_size)) if random_weights else None
     for model in models:
         for name in (backend or "").split(","):
-            runtime = {"backend": name or None, "exact": exact, "threads": threads}
+            runtime = {"backend": name or None, "exact": exact, "threads": threads, "kv_dtype": kv_dtype}
             opened = _open(model, shape, context or options.context, adapters, **runtime)
             limit = _limits(opened.decoder.ops, limits)
             facts = _facts(model, opened, options, _measure(model, opened, options), limit)
@@ -92,7 +94,8 @@ def _measure(model: str, opened: Opened, options: BenchOptions) -> Measured:
     from ..runtime.engine import Engine
 
     with console.progress(f"Measuring {model}", unit="repeats") as progress:
-        for done, event in enumerate(bench(Engine(opened.decoder, opened.capacity), options), 1):
+        engine = Engine(opened.decoder, opened.capacity, opened.kv_dtype)
+        for done, event in enumerate(bench(engine, options), 1):
             if isinstance(event, Measured):
                 return event
             progress.update(done, options.repeat)
@@ -102,10 +105,12 @@ def _open(model: str, random_shape: tuple[int, int] | None, context: int, adapte
     from ..runtime.bench import work
     from ..runtime.memory import bytes_per_token, tensors_of
 
+    kept = options["kv_dtype"]
     if random_shape is None:
         session = open_model(model, adapters, context=context, **options)
-        needed = work(session.config, tensors_of(session.parameters), bytes_per_token(session.config, session.backend))
-        return Opened(session.decoder, session.capacity, session.load_seconds, needed)
+        of_context = bytes_per_token(session.config, session.backend, kept)
+        needed = work(session.config, tensors_of(session.parameters), of_context)
+        return Opened(session.decoder, session.capacity, session.load_seconds, needed, kept)
     from ..checkpoint.files import read_object
     from ..models.decoder import Decoder
     from ..models.families import family_for
@@ -116,10 +121,10 @@ def _open(model: str, random_shape: tuple[int, int] | None, context: int, adapte
     hf = read_object(path, 1 << 20)
     config = family_for(hf, path).config(hf)
     ops = create_backend(options["backend"], exact=options["exact"], threads=options["threads"])
-    needed = work(config, blank_weights(config, *random_shape), bytes_per_token(config, ops))
+    needed = work(config, blank_weights(config, *random_shape), bytes_per_token(config, ops, kept))
     started = time.perf_counter()
     decoder = Decoder(config, ops, random_weights(config, ops, *random_shape))
-    return Opened(decoder, min(context, config.context), time.perf_counter() - started, needed)
+    return Opened(decoder, min(context, config.context), time.perf_counter() - started, needed, kept)
 
 
 def _limits(ops, known: dict[int, Limits]) -> Limits | None:
@@ -168,6 +173,7 @@ def _facts(model: str, opened: Opened, options: BenchOptions, measured: Measured
         "decode": decode,
         "weight_bytes_per_token": opened.work.weight_bytes,
         "operations_per_token": opened.work.weight_operations,
+        "kv_bytes_per_token": opened.work.context_bytes,
         "limits": None if limits is None else vars(limits),
         "peak_memory_bytes": measured.peak_memory_bytes,
     }

@@ -53,7 +53,7 @@ NUMBERS = {name: kind for name, (_, kind, _) in SAMPLING.items()} | {"max-tokens
 @click.option("--max-tokens", default=MAX_TOKENS, show_default=True, type=click.IntRange(1), help="Of one answer.")
 @sampling_options()
 @adapter_option()
-@runtime_options(kv_dtype=True)
+@runtime_options(kv_bits=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line and answer on stdout.")
 def command(
     model, system, max_tokens, stop, as_json, backend, exact, context, threads, kv_dtype, adapters, **sampling

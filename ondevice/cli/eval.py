@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.option("--chat-template", is_flag=True, help="Ask tasks through the model's chat template.")
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Of tasks: answers side by side.")
 @adapter_option()
-@runtime_options(context=False)
+@runtime_options(context=False, kv_bits=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(models, text_file, tasks, adapters, backend, exact, threads, as_json, **given):
     """How well each MODEL predicts a text (--text): perplexity and bits per byte; with --against also the mean KL
@@ -52,7 +52,7 @@ def _check(text_file: Path | None, tasks: str | None, given: dict[str, Any]) -> 
     if bool(text_file) == bool(tasks):
         raise BadOption("What to measure must be said, once.", "Give --text FILE or --tasks TASK.")
     of_text = {"--against": given["against"], "--tokens": given["tokens"], "--worst": given["worst"]}
-    of_text |= {"--plot": given["plot"]}
+    of_text |= {"--plot": given["plot"], "--kv-bits": given["kv_dtype"]}
     of_tasks = {"--limit": given["limit"], "--fewshot": given["fewshot"], "--chat-template": given["chat_template"]}
     for name, value in (of_text if tasks else of_tasks).items():
         if value or (value == 0 and name == "--fewshot"):
@@ -74,12 +74,13 @@ def _text(models, text_file, given, adapters, exact, opening, as_json) -> None:
         reference = stack.enter_context(open_model(against, exact=True, **opening)) if against else None
         for group in [models] if against else [[model] for model in models]:
             with ExitStack() as opened:
-                sessions = [opened.enter_context(open_model(m, adapters, exact=exact, **opening)) for m in group]
+                own = opening | {"exact": exact, "kv_dtype": given["kv_dtype"]}
+                sessions = [opened.enter_context(open_model(m, adapters, **own)) for m in group]
                 found = _evaluated(sessions, text, window, tokens, reference)
                 for model, session, result in zip(group, sessions, found, strict=True):
                     results[model] = result
                     facts.append(_facts(model, session, result, worst))
-        common = {"against": against, "exact": exact, "context": window}
+        common = {"against": against, "exact": exact, "context": window, "kv_dtype": given["kv_dtype"]}
         if reference:
             common["reference"] = {"bytes": reference.checkpoint.nbytes, "bits_per_weight": _bits(reference)}
     if plot:

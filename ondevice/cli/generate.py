@@ -33,7 +33,7 @@ MAX_TOKENS = 256
 @click.option("--top-logprobs", default=0, type=click.IntRange(0), help="List the N likeliest next tokens instead.")
 @sampling_options()
 @adapter_option()
-@runtime_options(kv_dtype=True)
+@runtime_options(kv_bits=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, at the end.")
 def command(
     model, prompt, chat, system, max_tokens, compare, top_logprobs, stop, as_json,

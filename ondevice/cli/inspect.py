@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import console
-from .model_options import model_argument
+from .model_options import kv_bits_option, model_argument
 
 if TYPE_CHECKING:
     from ..tools.inspect.anatomy import Share
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 @click.option("--rank", type=click.IntRange(1), default=8, show_default=True, help="Of the LoRA to count.")
 @click.option("--backend", metavar="NAME", help="Plan for this one; default: the best one here.")
 @click.option("--exact", is_flag=True, help="Plan for float32 throughout.")
-@click.option(
-    "--kv-dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the cache; default: the backend's."
-)
+@kv_bits_option()
 @click.option("--router", metavar="TEXT", help="Send TEXT through the experts and count where it goes.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw it: .png, .svg or .pdf.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")

@@ -37,8 +37,20 @@ def _stack(options: list[Callable]) -> Callable:
     return decorate
 
 
-def runtime_options(context: bool = True, kv_dtype: bool = False) -> Callable:
-    """--backend, --exact, --threads; with --context and --kv-dtype where they make sense."""
+KV_BITS = {"8": "int8", "16": "float16", "32": "float32"}
+
+
+def kv_bits_option() -> Callable:
+    """--kv-bits, as the cache's `kv_dtype`."""
+    return click.option(
+        "--kv-bits", "kv_dtype", type=click.Choice(list(KV_BITS)),
+        callback=lambda ctx, param, value: KV_BITS.get(value),
+        help="Of each key and value in the cache; default: the backend's choice, 16 (32 with --exact).",
+    )  # fmt: skip
+
+
+def runtime_options(context: bool = True, kv_bits: bool = False) -> Callable:
+    """--backend, --exact, --threads; with --context and --kv-bits where they make sense."""
     options = [
         click.option("--backend", metavar="NAME", help="reference, cpu, cuda, mlx, …; default: the best one here."),
         click.option("--exact", is_flag=True, help="float32 activations, cache and products throughout."),
@@ -47,9 +59,8 @@ def runtime_options(context: bool = True, kv_dtype: bool = False) -> Callable:
     if context:
         help = "Tokens of prompt and answer together; default: what the model was made for, up to 8192."
         options.append(click.option("--context", type=click.IntRange(1), help=help))
-    if kv_dtype:
-        kinds = click.Choice(["float32", "float16", "bfloat16"])
-        options.append(click.option("--kv-dtype", type=kinds, help="Of the cache; default: the backend's choice."))
+    if kv_bits:
+        options.append(kv_bits_option())
     return _stack(options)
 
 

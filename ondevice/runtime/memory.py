@@ -155,12 +155,13 @@ def cache_bytes(config: ModelConfig, ops: Backend, context: int, batch: int = 1,
     if sample:
         return fixed + sample * -(-context // 16) * batch
     width = STORAGE[kv_dtype or ("float32" if ops.exact else ops.info().dtype)].itemsize
-    return fixed + sum(kv_numbers(spec) for spec in growing) * width * context * batch
+    scales = sum(8 * spec.kv_heads for spec in growing) if kv_dtype == "int8" else 0
+    return fixed + (sum(kv_numbers(spec) for spec in growing) * width + scales) * context * batch
 
 
-def bytes_per_token(config: ModelConfig, ops: Backend) -> float:
+def bytes_per_token(config: ModelConfig, ops: Backend, kv_dtype: str | None = None) -> float:
     """By which a cache grows with each token of context."""
-    one, two = (cache_bytes(config, ops, many * ROUND) for many in (1, 2))
+    one, two = (cache_bytes(config, ops, many * ROUND, 1, kv_dtype) for many in (1, 2))
     return (two - one) / ROUND
 
 

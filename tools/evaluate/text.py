@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -191,8 +191,8 @@ def _score(
     sessions: Sequence[Session], against: Session | None, window: Sequence[int], pool: ThreadPoolExecutor
 ) -> Iterator[list[tuple]]:
     """For a few rows at a time: (losses, likeliest, divergences) of every model, the reference's last."""
-    hidden = [_hidden(session.decoder, window) for session in sessions]
-    reference = _hidden(against.decoder, window) if against else None
+    hidden = [_hidden(session, window) for session in sessions]
+    reference = _hidden(against, window) if against else None
     for at in range(0, len(window) - 1, ROWS):
         rows = np.arange(at, min(at + ROWS, len(window) - 1), dtype=np.int32)
         targets = np.array(window[at + 1 : at + 1 + len(rows)])
@@ -212,9 +212,14 @@ def _score(
         yield found
 
 
-def _hidden(decoder: Decoder, window: Sequence[int]) -> A:
+def _hidden(session: Session, window: Sequence[int]) -> A:
+    """Through a cache where the session was opened with one of a certain type: what that costs is to be seen."""
+    decoder = session.decoder
     ids, front = [*decoder.front, *window], len(decoder.front)
-    states = decoder.hidden(decoder.ops.array(np.array([ids], np.int32)), Step.whole(1, len(ids)))
+    step = Step.whole(1, len(ids))
+    if session.kv_dtype:
+        step = replace(step, cache=decoder.new_cache(1, len(ids), session.kv_dtype))
+    states = decoder.hidden(decoder.ops.array(np.array([ids], np.int32)), step)
     states = states.reshape(-1, decoder.config.width)
     return decoder.ops.take(states, np.arange(front, len(ids), dtype=np.int32)) if front else states
 

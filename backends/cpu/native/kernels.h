@@ -162,7 +162,8 @@ struct Products {
 };
 
 // One layer's cache: keys [slots, K, blocks of 16 tokens, d, 16], values [slots, K, tokens, dv rounded up to 16],
-// tokens = capacity rounded up to 16. Without a cache (keys null) each row sees itself alone.
+// tokens = capacity rounded up to 16. In int8, each token's numbers of a head share a scale: [slots, K, tokens] for keys
+// and for values. Without a cache (keys null) each row sees itself alone.
 struct Attention {
     const float *q, *k, *v, *sinks;
     float* out;
@@ -172,6 +173,7 @@ struct Attention {
     int64_t B, T, H, K, d, dv, capacity;
     int64_t window, chunk;  // 0: none
     float scale, softcap;   // softcap 0: none
+    float *key_scales = nullptr, *value_scales = nullptr;
 };
 
 enum class Scoring { kSoftmax, kSigmoid, kSparsemixer };  // as in base.SCORINGS

@@ -43,7 +43,8 @@ Number number(const std::string& dtype) {
     if (dtype == "float32") return Number::f32;
     if (dtype == "float16") return Number::f16;
     if (dtype == "bfloat16") return Number::bf16;
-    throw std::invalid_argument("no such float type: " + dtype);
+    if (dtype == "int8") return Number::i8;
+    throw std::invalid_argument("no such type: " + dtype);
 }
 
 template <class Arguments>
@@ -363,6 +364,7 @@ struct LayerRoom {
     nb::ndarray<nb::c_contig, nb::device::cpu> keys, values;
     Number type;
     int64_t capacity;
+    std::optional<Out> key_scales, value_scales;
 };
 
 struct Mask {
@@ -394,6 +396,8 @@ void attend(Machine& machine, In q, In k, In v, Maybe sinks, const Mask& mask, c
     if (room) {
         p.keys = room->keys.data(), p.values = room->values.data();
         p.type = room->type, p.capacity = room->capacity;
+        p.key_scales = room->key_scales ? room->key_scales->data() : nullptr;
+        p.value_scales = room->value_scales ? room->value_scales->data() : nullptr;
     }
     call(machine, machine.kernels().attention, p);
 }
@@ -530,7 +534,10 @@ NB_MODULE(_native, m) {
     nb::class_<LayerRoom>(m, "LayerRoom")
         .def("__init__", [](LayerRoom* self, nb::ndarray<nb::c_contig, nb::device::cpu> keys,
                             nb::ndarray<nb::c_contig, nb::device::cpu> values, const std::string& dtype,
-                            int64_t capacity) { new (self) LayerRoom{keys, values, number(dtype), capacity}; });
+                            int64_t capacity, std::optional<Out> key_scales, std::optional<Out> value_scales) {
+            require((dtype == "int8") == (key_scales && value_scales), "int8 has scales");
+            new (self) LayerRoom{keys, values, number(dtype), capacity, key_scales, value_scales};
+        }, "keys"_a, "values"_a, "dtype"_a, "capacity"_a, "key_scales"_a = nb::none(), "value_scales"_a = nb::none());
     nb::class_<Plan>(m, "Plan")
         .def(nb::init<>())
         .def("__len__", &Plan::size)

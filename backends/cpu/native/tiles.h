@@ -22,9 +22,9 @@ constexpr int kBlock = 32;  // columns whose codes lie together
 constexpr int kHalf = 16;   // columns whose activations share a scale
 constexpr int kLine = 64;
 
-enum class Number : int { f32, f16, bf16 };
+enum class Number : int { f32, f16, bf16, i8 };
 
-static inline int64_t size_of(Number type) { return type == Number::f32 ? 4 : 2; }
+static inline int64_t size_of(Number type) { return type == Number::f32 ? 4 : type == Number::i8 ? 1 : 2; }
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 

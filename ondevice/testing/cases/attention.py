@@ -327,6 +327,61 @@ def cache_in_another_type(pair: Pair, dtype: str) -> None:
 KEPT = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 0.0}  # what rounding keys and values costs
 
 
+EIGHT = [BY_NAME[name] for name in ("one_kv_head", "narrow_values", "head_64", "all_at_once")]
+
+
+def eight_bits(ops: Backend, layer: Layer, slots: int = 1, capacity: int = 16) -> Cache:
+    return ops.new_cache([layer.cache], slots, capacity, "int8")
+
+
+@case("int8_cache", layer=[*EIGHT, *LONG], sizes=[(7, 1, 5), (1,) * 13, (13,)])
+def eight_bits_by_token_and_head(pair: Pair, layer: Layer, sizes: tuple[int, ...]) -> None:
+    """Each token's numbers of a head have a scale of their own: heads, tokens, keys and values of very different sizes
+    spoil nothing of each other."""
+    t = Tokens(pair, layer, 1, 13)
+    loud = np.float32(10.0) ** pair.random.integers(-2, 2, (1, 13, layer.kv_heads, 1)).astype(np.float32)
+    t.k, t.v = pair.rounded(t.k * np.sqrt(loud / 10)), pair.rounded(t.v * loud)
+    got, want = (pieces(ops, eight_bits(ops, layer), t, 0, sizes) for ops in (pair.backend, pair.reference))
+    pair.close("attention", got, want, tolerance=ROUNDED + pair.tolerance("attention"))
+    whole = attend(pair.reference, t, Step.whole(1, 13))
+    assert np.sqrt(np.mean((got - whole) ** 2) / np.mean(whole**2)) < 0.02, "this is worse than 8 bits"
+
+
+ROUNDED = 2e-3  # a code may fall to the other side of a half: one of 127 steps, in one of many numbers
+
+
+@case("int8_cache", layer=LONG)
+def eight_bits_of_long_texts(pair: Pair, layer: Layer) -> None:
+    t = Tokens(pair, layer, 1, 301)
+    caches = [eight_bits(ops, layer, capacity=301) for ops in (pair.backend, pair.reference)]
+    sizes = [127, 1, 1, 66, 1, 104, 1]
+    got, want = (pieces(ops, c, t, 0, sizes) for ops, c in zip((pair.backend, pair.reference), caches, strict=True))
+    pair.close("attention", got, want, tolerance=ROUNDED + pair.tolerance("attention"))
+    half = pair.backend.new_cache([layer.cache], 1, 301, "float16")
+    pieces(pair.backend, half, t, 0, [301])
+    assert caches[0].nbytes < 0.65 * half.nbytes, f"{caches[0].nbytes} bytes, {half.nbytes} in 16 bits"
+
+
+@case("int8_cache", layer=EIGHT)
+def eight_bits_there_and_back(pair: Pair, layer: Layer) -> None:
+    """Truncated, taken from one slot to another of a second cache, and gone on with: as if nothing had happened."""
+    t, astray = (Tokens(pair, layer, 1, 13) for _ in range(2))
+    t.sinks = astray.sinks
+    want = pieces(pair.reference, eight_bits(pair.reference, layer), t, 0, [13])
+    cache, second = (eight_bits(pair.backend, layer, slots=2) for _ in range(2))
+    pieces(pair.backend, cache, t, 1, [6])
+    astray.k[:], astray.v[:] = 30.0, 30.0
+    feed(pair.backend, cache, astray.part(slice(None), slice(0, 5)), [1])
+    held = cache.truncate(1, 6)
+    pieces(pair.backend, cache, t.part(slice(None), slice(held, 9)), 1, [9 - held])
+    state = cache.snapshot(1)
+    feed(pair.backend, cache, astray.part(slice(None), slice(0, 3)), [1])
+    for kept, slot in ((cache, 1), (second, 0)):
+        kept.restore(slot, state)
+        got = pieces(pair.backend, kept, t.part(slice(None), slice(9, 13)), slot, [1, 3])
+        pair.close("attention", got, want[:, 9:], tolerance=ROUNDED + pair.tolerance("attention"))
+
+
 @case("cache")
 def more_than_fits(pair: Pair) -> None:
     """An error for people, before anything is written outside."""

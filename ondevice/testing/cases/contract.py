@@ -49,6 +49,7 @@ def features_said_and_unsaid(pair: Pair) -> None:
         "latent": lambda: pair.backend.latent_attention(x, x, x, x, x, x, None, None, 0),
         "experts": lambda: pair.backend.combine(x, None),
         "cache": lambda: pair.backend.new_cache([], 1, 1),
+        "int8_cache": lambda: pair.backend.new_cache([], 1, 1, "int8"),
     }
     for feature, call in calls.items():
         if feature in pair.backend.features:

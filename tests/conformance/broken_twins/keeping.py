@@ -171,3 +171,28 @@ class WritesPastTheEnd(HostCache):
 class AnyTypeIsFloat32(HostCache):
     def __init__(self, specs, slots, capacity, dtype):
         super().__init__(specs, slots, capacity, dtype if dtype in ("float16", "bfloat16") else "float32")
+
+
+@twin("attention")
+class OneScaleForAllHeads(HostCache):
+    """In int8 the loudest head of a token sets the scale for its others."""
+
+    def write(self, layer, slot, start, keys, values):
+        if self.dtype == "int8":
+            peaks = [np.abs(x).max(axis=(1, 2), keepdims=True) for x in (keys, values)]
+            noise = [np.rint(x / (p / 127)) * (p / 127) for x, p in zip((keys, values), peaks, strict=True)]
+            return super().write(layer, slot, start, *noise)
+        super().write(layer, slot, start, keys, values)
+
+
+@twin("attention")
+class RestoreForgetsTheScales(HostCache):
+    def snapshot(self, slot):
+        n, parts, states = super().snapshot(slot)
+        return n, [*parts[: 2 * len(self.keys)], *(part * 0 for part in parts[2 * len(self.keys) :])], states
+
+
+@twin("attention")
+class EightBitsAreSixteen(HostCache):
+    def __init__(self, specs, slots, capacity, dtype):
+        super().__init__(specs, slots, capacity, "float16" if dtype == "int8" else dtype)

@@ -7,20 +7,40 @@
 
 constexpr int64_t kKeys = 128;      // a block of keys: its values (d = 64, float32) fill the first level of cache
 constexpr int64_t kQueries = 32;    // rows (tokens x heads that share a key head) that meet a block together, about
-constexpr int64_t kSplit = 256;     // keys that make a task of their own when queries are few
+constexpr int64_t kSplit = 512;     // keys that make a task of their own when queries are few
 
 template <class E>
 struct Heads {  // where one layer's keys and values lie, in the cache or for this call alone
     E *keys, *values;
     int64_t d, width, places;  // width: dv rounded up to 16; places: tokens rounded up to 16
+    float *key_scales = nullptr, *value_scales = nullptr;  // [heads, places], of int8
 
     E* key_panels(int64_t head) const { return keys + head * places * d; }
     E* value_rows(int64_t head) const { return values + head * places * width; }
 };
 
+// Numbers as the cache holds them; returns the scale that brings them back.
 template <class E>
-static inline void keep(const float* from, int64_t count, int64_t stride, E* to) {
+static inline float keep(const float* from, int64_t count, int64_t stride, E* to) {
     for (int64_t i = 0; i < count; i++) narrow(from[i], to + i * stride);
+    return 1.0f;
+}
+
+static inline float keep(const float* from, int64_t count, int64_t stride, int8_t* to) {
+    float most = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const float size = std::fabs(from[i]);
+        if (!(size <= most) && most == most) most = size;  // not-a-number stays
+    }
+    const bool sound = most > 0 && most <= 3e38f;  // otherwise the scale says it: 0, infinite, or not a number
+    const float inverse = sound ? 127.0f / most : 0.0f;
+    for (int64_t i = 0; i < count; i++)
+        to[i * stride] = sound ? static_cast<int8_t>(std::nearbyint(from[i] * inverse)) : int8_t{0};
+    return most / 127.0f;
+}
+
+static inline void scale_row(float* row, const float* scales, int64_t count) {
+    for (int64_t j = 0; j < count; j += N) store(row + j, load(row + j) * load(scales + j));
 }
 
 // Row b's new keys and values of head `head` (of row b's slot) go to places `first` ...
@@ -29,10 +49,12 @@ static void write_head(const Attention& p, const Heads<E>& heads, int64_t b, int
     E *keys = heads.key_panels(head), *values = heads.value_rows(head);
     for (int64_t t = 0; t < p.lengths[b]; t++) {
         const int64_t token = (b * p.T + t) * p.K + kv, place = first + t;
-        keep(p.k + token * p.d, p.d, kRows, keys + place / kRows * kRows * p.d + place % kRows);
+        const float scale = keep(p.k + token * p.d, p.d, kRows, keys + place / kRows * kRows * p.d + place % kRows);
         E* row = values + place * heads.width;
-        keep(p.v + token * p.dv, p.dv, 1, row);
-        for (int64_t i = p.dv; i < heads.width; i++) narrow(0.0f, row + i);
+        const float value_scale = keep(p.v + token * p.dv, p.dv, 1, row);
+        std::memset(row + p.dv, 0, sizeof(E) * (heads.width - p.dv));
+        if (heads.key_scales) heads.key_scales[head * heads.places + place] = scale;
+        if (heads.value_scales) heads.value_scales[head * heads.places + place] = value_scale;
     }
 }
 
@@ -96,6 +118,77 @@ static inline void cap_scores(float* scores, int64_t count, float cap) {
     for (int64_t j = 0; j < count; j += N) store(scores + j, set(cap) * tanh(load(scores + j) * set(1.0f / cap)));
 }
 
+// What lies at p will be read soon. Processors guess that within a page of 4 KB only, and late where two streams, keys
+// and values, take turns. No address is wrong.
+static ONDEVICE_INLINE void fetch(const void* p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p, 0, 2);
+#else
+    (void)p;
+#endif
+}
+
+struct Ahead {  // a line to fetch in each step, and how far the next one's is
+    const void* at;
+    int64_t step;
+};
+
+// out [T, P x 16] (+)= x [T, depth] . P panels that lie `apart`, each [depth, 16]
+template <int T, int P, class E>
+static ONDEVICE_INLINE void multiply_side(const float* x, int64_t x_stride, const E* panel, int64_t apart, int64_t stride,
+                                          int64_t depth, float* out, int64_t out_stride, bool add, Ahead ahead) {
+    F y[T][P * L];
+    for (int t = 0; t < T; t++)
+        for (int i = 0; i < P * L; i++) y[t][i] = add ? load(out + t * out_stride + i * N) : set(0);
+    const char* soon = static_cast<const char*>(ahead.at);
+    for (int64_t k = 0; k < depth; k++, panel += stride, soon += ahead.step) {
+        fetch(soon);
+        F a[T];
+        ONDEVICE_UNROLL
+        for (int t = 0; t < T; t++) a[t] = set(x[t * x_stride + k]);
+        ONDEVICE_UNROLL
+        for (int i = 0; i < P * L; i++) {
+            const F w = load(panel + i / L * apart + i % L * N);
+            ONDEVICE_UNROLL
+            for (int t = 0; t < T; t++) y[t][i] = fma(a[t], w, y[t][i]);
+        }
+    }
+    for (int t = 0; t < T; t++)
+        for (int i = 0; i < P * L; i++) store(out + t * out_stride + i * N, y[t][i]);
+}
+
+// `count` panels for T rows, several at once: with few sums each would wait for the one before.
+template <int T, class E>
+static inline void multiply_row(const float* x, int64_t x_stride, const E* panel, int64_t apart, int64_t stride,
+                                int64_t depth, int64_t count, float* out, int64_t out_stride, bool add, Ahead ahead) {
+    constexpr int P = T == 1 ? 4 : 2;
+    const bool rows = apart == kRows;  // panels side by side, in rows: a line for each step; or one after another
+    int64_t i = 0;
+    for (; i + P <= count; i += P) {
+        const auto* next = static_cast<const E*>(ahead.at) + i * apart;
+        multiply_side<T, P>(x, x_stride, panel + i * apart, apart, stride, depth, out + i * kRows, out_stride, add,
+                            Ahead{next, static_cast<int64_t>(sizeof(E)) * (rows ? stride : P * kRows)});
+    }
+    for (; i < count; i++) {
+        const auto* next = static_cast<const E*>(ahead.at) + i * apart;
+        multiply_side<T, 1>(x, x_stride, panel + i * apart, apart, stride, depth, out + i * kRows, out_stride, add,
+                            Ahead{next, static_cast<int64_t>(sizeof(E)) * stride});
+    }
+}
+
+template <class E>
+static void multiply_all(int64_t rows, const float* x, int64_t x_stride, const E* panel, int64_t apart, int64_t stride,
+                         int64_t depth, int64_t count, float* out, int64_t out_stride, bool add, const E* soon) {
+    const Ahead ahead{soon, 0};
+    switch (rows) {
+        case 1: return multiply_row<1>(x, x_stride, panel, apart, stride, depth, count, out, out_stride, add, ahead);
+        case 2: return multiply_row<2>(x, x_stride, panel, apart, stride, depth, count, out, out_stride, add, ahead);
+        case 3: return multiply_row<3>(x, x_stride, panel, apart, stride, depth, count, out, out_stride, add, ahead);
+    }
+    for (int64_t i = 0; i < count; i++)
+        multiply_panels(rows, x, x_stride, panel + i * apart, stride, depth, out + i * kRows, out_stride, add);
+}
+
 struct Room {  // one thread's
     float *q, *scores, *out;
     Running* rows;
@@ -126,26 +219,30 @@ template <class E>
 static void attend(const Attention& p, const Heads<E>& heads, const Part& part, const Room& room) {
     const int64_t group = p.H / p.K, rows = part.tokens * group, width = heads.width;
     const E *keys = heads.key_panels(part.head), *values = heads.value_rows(part.head);
+    const float* key_scales = heads.key_scales ? heads.key_scales + part.head * heads.places : nullptr;
+    const float* value_scales = heads.value_scales ? heads.value_scales + part.head * heads.places : nullptr;
     gather_queries(p, part, group, room);
     for (int64_t r = 0; r < rows; r++) room.rows[r] = {-__builtin_inff(), 0};
     std::memset(room.out, 0, sizeof(float) * rows * width);
     const int64_t low = part.first + part.token, high = low + part.tokens - 1;  // places of the queries
     for (int64_t at = part.begin; at < part.end; at += kKeys) {
         const int64_t real = part.end - at < kKeys ? part.end - at : kKeys, count = round_up(real, kRows);
-        for (int64_t j = 0; j < count; j += kRows)
-            multiply_panels(rows, room.q, p.d, keys + (at + j) * p.d, kRows, p.d, room.scores + j, kKeys, false);
+        multiply_all(rows, room.q, p.d, keys + at * p.d, kRows * p.d, kRows, p.d, count / kRows, room.scores, kKeys, false,
+                     keys + (at + kKeys) * p.d);
         const bool all = at + count <= low + 1 && earliest(p, high + part.base, part.base) <= at && !p.segments;
         for (int64_t r = 0; r < rows; r++) {
             float* scores = room.scores + r * kKeys;
+            if (key_scales) scale_row(scores, key_scales + at, count);
             if (p.softcap > 0) cap_scores(scores, count, p.softcap);
             if (!all) hide(p, part, part.token + r / group, at, count, scores);
             const float shrink = soften(scores, count, room.rows[r]);
+            if (value_scales) scale_row(scores, value_scales + at, count);
             if (shrink != 1.0f)
                 for (int64_t i = 0; i < width; i += N)
                     store(room.out + r * width + i, load(room.out + r * width + i) * set(shrink));
         }
-        for (int64_t i = 0; i < width; i += kRows)
-            multiply_panels(rows, room.scores, kKeys, values + at * width + i, width, real, room.out + i, width, true);
+        multiply_all(rows, room.scores, kKeys, values + at * width, kRows, width, real, width / kRows, room.out, width, true,
+                     values + (at + kKeys) * width);
     }
 }
 
@@ -259,7 +356,7 @@ static void attend_all(const Attention& p, const Heads<E>& heads, Pool& pool) {
 template <class E>
 static void attention_in_cache(const Attention& p, Pool& pool) {
     const Heads<E> heads{static_cast<E*>(p.keys), static_cast<E*>(p.values), p.d, round_up(p.dv, kRows),
-                         round_up(p.capacity, kRows)};
+                         round_up(p.capacity, kRows), p.key_scales, p.value_scales};
     attend_all(p, heads, pool);
 }
 
@@ -276,4 +373,5 @@ static void attention(const Attention& p, Pool& pool) {
     if (p.type == Number::f32) attention_in_cache<float>(p, pool);
     if (p.type == Number::f16) attention_in_cache<half>(p, pool);
     if (p.type == Number::bf16) attention_in_cache<bfloat>(p, pool);
+    if (p.type == Number::i8) attention_in_cache<int8_t>(p, pool);
 }

@@ -21,6 +21,9 @@ static ONDEVICE_INLINE F load(const float* p) { return {_mm256_loadu_ps(p)}; }
 static ONDEVICE_INLINE F load(const half* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
+static ONDEVICE_INLINE F load(const int8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
 static ONDEVICE_INLINE F load(const bfloat* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};

@@ -21,6 +21,9 @@ static ONDEVICE_INLINE F load(const float* p) { return {_mm512_loadu_ps(p)}; }
 static ONDEVICE_INLINE F load(const half* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+static ONDEVICE_INLINE F load(const int8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 static ONDEVICE_INLINE F load(const bfloat* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};

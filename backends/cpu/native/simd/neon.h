@@ -25,6 +25,12 @@ static ONDEVICE_INLINE uint16x4_t four_shorts(const void* p) {
     return vcreate_u16(four);
 }
 static ONDEVICE_INLINE F load(const half* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(four_shorts(p)))}; }
+static ONDEVICE_INLINE F load(const int8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, 4);
+    const int8x8_t bytes = vreinterpret_s8_s32(vdup_n_s32(four));
+    return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))))};
+}
 static ONDEVICE_INLINE F load(const bfloat* p) {
     return {vreinterpretq_f32_u32(vshll_n_u16(four_shorts(p), 16))};
 }

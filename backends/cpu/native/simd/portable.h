@@ -35,6 +35,9 @@ static inline F load(const half* p) {
     std::memcpy(h, p, sizeof(h));
     return each([&](int i) { return widen(h[i]); });
 }
+static inline F load(const int8_t* p) {
+    return each([&](int i) { return static_cast<float>(p[i]); });
+}
 static inline F load(const bfloat* p) {
     bfloat b[N];
     std::memcpy(b, p, sizeof(b));
