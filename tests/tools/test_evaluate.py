@@ -40,7 +40,7 @@ def session(bits: int):
     ops = create_backend("reference")
     config = ModelConfig.llama_like(HF)
     decoder = Decoder(config, ops, random_weights(config, ops, bits))
-    return SimpleNamespace(decoder=decoder, config=config, tokenizer=Letters(), path=f"random-{bits}")
+    return SimpleNamespace(decoder=decoder, config=config, tokenizer=Letters(), path=f"random-{bits}", kv_dtype=None)
 
 
 def logprobs(s, window):
