@@ -15,8 +15,8 @@ def attention(p: Scope, cfg: AttentionConfig, x: A, step: Step) -> A:
     if cfg.rope:
         freqs, scale, interleaved = p.ropes[cfg.rope]
         q, k = (p.ops.rope(t, step, freqs, interleaved, scale) for t in (q, k))
-    if cfg.qk_norm == "turned":
-        q, k = (p.ops.rms_norm(t, None, p.eps) for t in (q, k))
+    if cfg.norm_turned:
+        q, k = _normed(p, cfg, q, k)
     if s := cfg.sharpness:
         q = q.reshape(B, T, cfg.heads * cfg.head_dim) * p.ops.sharpness(step, T, s.every, s.weight, s.ahead)
         q = q.reshape(B, T, cfg.heads, cfg.head_dim)
@@ -42,9 +42,16 @@ def qkv(p: Scope, cfg: AttentionConfig, x: A) -> tuple[A, A, A, A | None]:
     if cfg.qk_norm == "width":
         q, k = p.norm("q_norm", q), p.norm("k_norm", k)
     q, k, v = (t.reshape(B, T, heads, d) for t, heads in ((q, cfg.heads), (k, cfg.kv_heads), (v, cfg.kv_heads)))
-    if cfg.qk_norm in ("head", "heads"):
-        q, k = p.norm("q_norm", q), p.norm("k_norm", k)
+    if not cfg.norm_turned:
+        q, k = _normed(p, cfg, q, k)
     return q, k, v, gate
+
+
+def _normed(p: Scope, cfg: AttentionConfig, q: A, k: A) -> tuple[A, A]:
+    """Head by head"""
+    if cfg.qk_norm == "bare":
+        return p.ops.rms_norm(q, None, p.eps), p.ops.rms_norm(k, None, p.eps)
+    return (p.norm("q_norm", q), p.norm("k_norm", k)) if cfg.qk_norm in ("head", "heads") else (q, k)
 
 
 def latent_attention(p: Scope, cfg: LatentConfig, x: A, step: Step) -> A:

@@ -23,10 +23,10 @@ class Sharpness:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """qk_norm: a norm of q and k in front of the positions: of each "head", each of the "heads" by gains of its own, or
-    of all heads' "width" at once; "turned": of each head, behind the positions and without gains. qkv: how
-    the three are stored: "separate", "fused" (rows of q, then k, then v), or "grouped" (the same within each key
-    head). gated: q holds, for each head, its query and then a gate, by whose sigmoid the head's answer is multiplied
+    """qk_norm: a norm of q and k in front of the positions (norm_turned: behind them): of each "head", each of the
+    "heads" by gains of its own, or of all heads' "width" at once; "bare": of each head, without gains. qkv: how the
+    three are stored: "separate", "fused" (rows of q, then k, then v), or "grouped" (the same within each key head).
+    gated: q holds, for each head, its query and then a gate, by whose sigmoid the head's answer is multiplied
     ("separate" alone)."""
 
     heads: int
@@ -35,6 +35,7 @@ class AttentionConfig:
     spec: AttentionSpec
     rope: str | None = "main"  # which of ModelConfig.ropes; None: no positions
     qk_norm: str | None = None
+    norm_turned: bool = False
     qkv: str = "separate"
     gated: bool = False
     bias: bool = False  # on q, k and v

@@ -44,7 +44,7 @@ def config(hf: Mapping) -> ModelConfig:
         sliding=lambda layer: chunk is not None and kinds[layer] == "chunked_attention",
         local={"chunk": chunk},
         turns=lambda layer, slides: bool(turning[layer]),
-        attention={"qk_norm": "turned" if flag(hf, "use_qk_norm", True) else None},
+        attention={"qk_norm": "bare" if flag(hf, "use_qk_norm", True) else None, "norm_turned": True},
         by_layer=lambda layer, slides: {} if turning[layer] else still,
         feed_forward=[moe if i in with_experts else dense for i in range(count)],
     )

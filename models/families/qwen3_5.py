@@ -47,7 +47,7 @@ def config(hf: Mapping) -> ModelConfig:
 
 
 def _experts(hf: Mapping) -> MoEConfig:
-    shared = plain_mlp(hf, hidden=whole(hf, "shared_expert_intermediate_size"), bias=False)
+    shared = plain_mlp(hf, hidden=whole(hf, "shared_expert_intermediate_size", 512), bias=False)
     return routed(hf, "moe_intermediate_size", rule=RouteRule(), shared=shared, shared_gate=True)
 
 

@@ -2,7 +2,8 @@
 
 A name map says so behind the tensor's name: `….c_attn.weight|T`, `….input_linear.weight|first`; `|heads`: the rows of
 all heads one after the other, where ours has them apart; `|kernels` are a convolution's, ours [C, taps], in files
-[C, 1, taps], in MLX's [C, taps, 1]; `|grouped`: ours lie by key head; `|flat`: ours is a vector.
+[C, 1, taps], in MLX's [C, taps, 1]; `|grouped`: ours lie by key head; `|flat`: ours is a vector;
+`|unit`: in files there is an axis of one in front.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def viewed(
     return Tensor(viewed_shape(tensor.shape, views, shape, bias), tensor.format, parts)
 
 
-WRITTEN = {"T", "kernels", "heads", *ROWS}  # those that can be undone
+WRITTEN = {"T", "kernels", "heads", "unit", *ROWS}  # those that can be undone
 
 
 def stored(tensors: Sequence[Tensor], views: Sequence[Sequence[str]], bias: bool) -> Tensor:
@@ -61,7 +62,7 @@ def _together(parts: Sequence[np.ndarray], alternating: bool, bias: bool) -> np.
     """Rows of several, one after the other or in turn."""
     axis = -1 if bias else -2
     if len(parts) == 1 or not alternating:
-        return np.concatenate(parts, axis)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
     rows = len(parts) * parts[0].shape[axis]
     shape = parts[0].shape
     return np.stack(parts, axis).reshape(*shape[:axis], rows, *([] if bias else shape[-1:]))
@@ -75,6 +76,8 @@ def stored_shape(shapes: Sequence[Sequence[int]], views: Sequence[Sequence[str]]
         shape = [math.prod(shape[:-1]), shape[-1]]
     if "T" in views[0]:
         shape[-2:] = shape[-1], shape[-2]
+    if "unit" in views[0]:
+        return 1, *shape
     return (shape[0], 1, *shape[1:]) if "kernels" in views[0] else tuple(shape)
 
 
@@ -95,6 +98,9 @@ def _by_key_head(mixer: DeltaConfig) -> np.ndarray:
 def _view(part: np.ndarray, views: Sequence[str], shape: Sequence[int], bias: bool) -> np.ndarray:
     for view in views:
         if view == "grouped":  # an order, see `viewed`
+            continue
+        if view == "unit":
+            part = part.reshape(part.shape[1:]) if part.shape[0] == 1 else part
             continue
         if view == "flat":
             part = part.reshape(-1)

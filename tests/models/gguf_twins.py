@@ -17,10 +17,10 @@ from tests.models import twins
 ARCHITECTURES = {  # model type -> llama.cpp's name, where they differ
     "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "qwen2_moe": "qwen2moe", "mixtral": "llama", "mistral": "llama",
     "gpt_neox": "gptneox", "cohere": "command-r", "olmo3": "olmo2", "granitemoeshared": "granitemoe",
-    "gpt_oss": "gpt-oss", "llama4_text": "llama4", "ministral3": "mistral3",
+    "gpt_oss": "gpt-oss", "llama4_text": "llama4", "hunyuan_v1_dense": "hunyuan-dense", "ministral3": "mistral3",
     "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2",
 }  # fmt: skip
-PERMUTED = ("llama", "mistral3", "smollm3", "granite", "granitemoe")  # q and k as Llama's
+PERMUTED = ("llama", "arcee", "mistral3", "smollm3", "granite", "granitemoe")  # q and k as Llama's
 GRANITE = {
     "attention_multiplier": "attention.scale",
     "embedding_multiplier": "embedding_scale",
@@ -47,6 +47,7 @@ KEYS = {  # architecture -> its own metadata: an attribute of the config -> the 
         "n_group": "expert_group_count",
         "topk_group": "expert_group_used_count",
     },
+    "exaone4": {"sliding_window": "attention.sliding_window"},
     "gemma3": {"sliding_window": "attention.sliding_window"},
     "gptneox": {"use_parallel_residual": "use_parallel_residual"},
     "granite": GRANITE,
@@ -220,7 +221,7 @@ def _arranged(name: str, values: np.ndarray, config: Any, architecture: str) -> 
 
 def _factors(config: Any, architecture: str) -> dict[str, np.ndarray]:
     rule = getattr(config, "rope_parameters", None) or {}
-    if architecture == "llama" and rule["rope_type"] == "llama3":
+    if architecture in ("llama", "exaone4") and rule["rope_type"] == "llama3":
         return {"rope_freqs.weight": _divisors(rule, config.head_dim)}
     if rule.get("rope_type") == "longrope":
         return {f"rope_factors_{k}.weight": np.array(rule[f"{k}_factor"], np.float32) for k in ("long", "short")}

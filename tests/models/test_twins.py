@@ -127,7 +127,7 @@ MUTATIONS = {
     "queries of one sharpness": ("ministral3", attention(sharpness=None)),
     "sharper a token early": ("ministral3", attention(sharpness=Sharpness(4, 0.3, ahead=1))),
     "chunks without end": ("llama4-experts", lambda c: attention(spec=AttentionSpec(8**-0.5))(c)),
-    "keys as long as they are": ("llama4-plain", attention(qk_norm="turned")),
+    "keys as long as they are": ("llama4-plain", attention(qk_norm="bare")),
     "an expert fewer": ("qwen3_moe", experts(per_token=1)),
 }
 

@@ -58,6 +58,17 @@ SHARP = YARN | {
     "mscale": 1.0,
     "mscale_all_dim": 1.0,
 }
+ALPHA = {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0}
+ERNIE = PLAIN | {"moe_intermediate_size": 12, "moe_k": 3}
+GLM = {"moe_intermediate_size": 12, "num_experts_per_tok": 3, "rope_parameters": HALF}
+GRANITE4 = {
+    "hidden_size": 48,
+    "layer_types": ["full_attention"] * 3,
+    "num_local_experts": 0,
+    "shared_intermediate_size": 28,
+    "mamba_n_heads": 12,
+    "mamba_d_head": 8,
+}
 LFM2 = {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8}
 DELTA = {
     "num_hidden_layers": 4,
@@ -246,6 +257,41 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix
         "Ministral3",
         {"sliding_window": 5, "tie_word_embeddings": True, "rope_parameters": SHARP | {"llama_4_scaling_beta": 0.7}},
     ),
+    "arcee": ("Arcee", {}),
+    "arcee-biases": ("Arcee", {"mlp_bias": True, "attention_bias": True, "rope_parameters": YARN}),
+    "seed_oss": ("SeedOss", {}),
+    "seed_oss-bare": ("SeedOss", {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True}),
+    "hunyuan": ("HunYuanDenseV1", {"rope_parameters": ALPHA, "tie_word_embeddings": True}),
+    "hunyuan-plain": ("HunYuanDenseV1", {"attention_bias": True, "head_dim": 6}),
+    "exaone4": ("Exaone4", {"num_hidden_layers": 5, "sliding_window": 4, "rope_parameters": LLAMA3}),
+    "exaone4-full": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    "ernie4_5": ("Ernie4_5", {}),
+    "ernie4_5-biases": ("Ernie4_5", {"use_bias": True, "tie_word_embeddings": False}),
+    "ernie4_5_moe": ("Ernie4_5_Moe", ERNIE | {"moe_num_experts": 5}),
+    "ernie4_5_moe-some": (
+        "Ernie4_5_Moe",
+        ERNIE
+        | {
+            "moe_num_experts": 30,
+            "moe_num_shared_experts": 0,
+            "moe_layer_interval": 2,
+            "num_hidden_layers": 6,
+            "moe_layer_end_index": 4,
+            "use_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "glm4_moe": ("Glm4Moe", GLM | {"n_routed_experts": 6, "use_qk_norm": True, "routed_scaling_factor": 1.5}),
+    "glm4_moe-groups": (
+        "Glm4Moe",
+        GLM | {"n_routed_experts": 24, "n_group": 4, "topk_group": 2, "attention_bias": True, "norm_topk_prob": False},
+    ),
+    "granite4": ("GraniteMoeHybrid", GRANITE | GRANITE4 | {"position_embedding_type": "rope"}),
+    "granite4-still": ("GraniteMoeHybrid", GRANITE | GRANITE4 | {"attention_bias": True, "tie_word_embeddings": True}),
+    "phi": ("Phi", PLAIN),
+    "phi-whole": ("Phi", PLAIN | {"rope_parameters": HALF | {"partial_rotary_factor": 1.0}, "hidden_act": "gelu"}),
+    "helium": ("Helium", PLAIN),
+    "helium-biases": ("Helium", PLAIN | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "qwen2_moe": ("Qwen2Moe", SHARED | {"num_experts": 5, "num_experts_per_tok": 2}),
     "qwen2_moe-some": (
         "Qwen2Moe",
@@ -358,6 +404,7 @@ def published(hf: dict[str, Any]) -> dict[str, Any]:
         "qwen3_5_text",
         "qwen3_5_moe_text",
         "qwen3_next",
+        "granitemoehybrid",
     ):  # which have been published in no other form
         hf.pop("layer_types", None)
     full = dict(rule.get("full_attention", rule))

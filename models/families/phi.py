@@ -1,0 +1,38 @@
+"""Phi-1, 1.5 and 2: attention and MLP side by side behind one layer norm, biases everywhere, positions for half of each
+head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ...errors import Unsupported
+from ..config import ModelConfig
+from ..fields import activation, flag, head_dim, number
+from ..ropes import rope
+from . import LLAMA, Family
+
+NAMES = LLAMA | {
+    "norm": "model.final_layernorm.weight",
+    "layers.{i}.attn.o": "model.layers.{i}.self_attn.dense.weight",
+    "layers.{i}.mlp.up": "model.layers.{i}.mlp.fc1.weight",
+    "layers.{i}.mlp.down": "model.layers.{i}.mlp.fc2.weight",
+}
+
+
+def config(hf: Mapping) -> ModelConfig:
+    if flag(hf, "qk_layernorm"):
+        raise Unsupported("This Phi norms q and k, with biases.", "Take phi-2.")
+    return ModelConfig.llama_like(
+        hf,
+        ropes={"main": rope(hf, head_dim(hf), share=0.5)},
+        attention={"bias": True, "output_bias": True},
+        mlp={"gate": None, "bias": True, "act": activation(hf, default="gelu_new")},
+        layer={"parallel": True, "shared_norm": True},
+        norm="layer",
+        norm_bias=True,
+        norm_eps=number(hf, "layer_norm_eps", 1e-5),
+        head_bias=True,
+    )
+
+
+phi = Family("phi", ("phi",), config, NAMES, models="Phi-1, Phi-1.5, Phi-2")
