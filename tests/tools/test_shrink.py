@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,19 +38,35 @@ def outcome(plan, nbytes, loss):
 
 def test_the_best_plan_becomes_the_folder(tmp_path, model, text, monkeypatch):
     monkeypatch.setattr(running, "WORSE", 1e9)  # a random model loses little by anything: all plans are carried out
+    monkeypatch.setattr(running, "HEALED", 1e9)
     target = 90_000
     *_, result = shrink(model, tmp_path / "out", Options(target, calibration=text, tokens=512, length=32))
     made = [o for o in result.outcomes if not o.failed]
-    assert isinstance(result, Result) and len(made) == 4 and not result.left
+    assert isinstance(result, Result) and len(made) == 5 and not result.left
     assert all(o.nbytes <= target for o in made)
     best = min(made, key=lambda o: o.loss)
     assert result.chosen == best.plan
-    assert result.cuts and any(o.expected is not None for o in made)
+    assert len(result.cuts) == 2 and [o.expected is None for o in made] == [True, False, False, False, True]
+    assert made[-1].plan.endswith(", healed")
     with open_session(tmp_path / "out", backend="reference") as session:
         assert session.checkpoint.nbytes == best.nbytes
         assert session.tokenizer.decode(session.tokenizer.encode("the day")) == "the day"
     report = (tmp_path / "out" / "REPORT.md").read_text()
     assert all(o.plan in report for o in result.outcomes) and f"**{best.plan}**" in report
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out", "text.txt"}
+
+
+def test_killed_it_goes_on_where_it_was(tmp_path, model, text, monkeypatch):
+    """What was found out is not found out again, and the time it took counts."""
+    options = Options(90_000, calibration=text, tokens=512, length=32)
+    for event in shrink(model, tmp_path / "out", options):
+        assert isinstance(event, Outcome) and event.loss is not None
+        break
+    assert (tmp_path / ".out.shrink" / "best" / "config.json").exists() and not (tmp_path / "out").exists()
+    monkeypatch.setattr("ondevice.tools.shrink.trial.weigh", None)
+    monkeypatch.setattr("ondevice.tools.shrink.trial.samples", None)
+    *_, result = shrink(model, tmp_path / "out", replace(options, minutes=1e-4))
+    assert result.outcomes == (event,) and result.left and result.seconds > event.seconds
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out", "text.txt"}
 
 

@@ -20,18 +20,20 @@ DEEP = 10  # layers, from which on some can go
 @dataclass(frozen=True)
 class Plan:
     """What is pruned before bits are shared out. vocabulary: one token in so many stays. layers: that go. channels:
-    share of the feed-forward's that go."""
+    share of the feed-forward's that go. healed: what is left is taught by the original."""
 
     vocabulary: int = 1
     layers: int = 0
     channels: float = 0.0
+    healed: bool = False
 
     @property
     def name(self) -> str:
-        said = [f"vocabulary / {self.vocabulary}"] * (self.vocabulary > 1) + [f"layers -{self.layers}"] * bool(
-            self.layers
-        )
-        return ", ".join(said + [f"channels -{self.channels:.0%}"] * bool(self.channels)) or "bits alone"
+        said = [f"vocabulary / {self.vocabulary}"] if self.vocabulary > 1 else []
+        said += [f"layers -{self.layers}"] if self.layers else []
+        said += [f"channels -{self.channels:.0%}"] if self.channels else []
+        said += ["healed"] if self.healed else []
+        return ", ".join(said) or "bits alone"
 
     @property
     def parts(self) -> list[Plan]:

@@ -1,5 +1,5 @@
 """The whole of it: bits alone first; then what single cuts lose; then the plans that promise most by that, while there
-is time; the best becomes the new folder.
+is time; what was cut is healed if that may make it the best; the best becomes the new folder.
 
 A plan should lose what its cuts lose, each alone, and what its bits do: the second-order estimate by which they are
 shared out, times how much more than foretold bits alone have lost.
@@ -25,6 +25,9 @@ from .trial import Trial, unreachable
 VERSION = 1  # of the method: what an older one has left is not gone on with
 WORSE = 1.15  # times the best loss: what is expected to lose more than that is not carried out
 NOISE = 0.02  # nats a token: differences that a short text does not show
+HEALING = 0.3  # of the time, kept for healing where that promises something
+HEALED = 0.5  # of what cuts lose, about, comes back by healing
+SURE = 0.7  # of the time that is left is learnt in: what is around it takes time as well
 
 
 def shrink(source: Path, dest: Path, options: Options, told: Told = lambda event: None) -> Iterator[Outcome | Result]:
@@ -66,6 +69,10 @@ class Clock:
     def spent(self) -> float:
         return self.before + time.perf_counter() - self.started
 
+    @property
+    def left(self) -> float:
+        return self.limit - self.spent
+
     def allows(self, seconds: float) -> bool:
         """Whether there are so many left."""
         self.work.keep_record("seconds", self.spent)
@@ -73,7 +80,8 @@ class Clock:
 
 
 def _tried(trial: Trial, clock: Clock) -> Iterator[Outcome]:
-    """Bits alone, without feedback where even that would take too long; single cuts; the most promising plans."""
+    """Bits alone, without feedback where even that would take too long; single cuts; the most promising plans; and the
+    best of those that cut, healed."""
     if not trial.outcomes:
         yield trial.run(BITS_ALONE, method="gptq" if clock.allows(clock.spent) else "search")
     longest = max(o.seconds for o in trial.outcomes)
@@ -83,9 +91,26 @@ def _tried(trial: Trial, clock: Clock) -> Iterator[Outcome]:
             yield trial.look(plan)
     while candidates := _promising(trial):
         plan, expected = candidates[0]
-        if not clock.allows(max(o.seconds for o in trial.outcomes)):
-            return
+        longest = max(o.seconds for o in trial.outcomes)
+        if not clock.allows(longest + (HEALING * clock.limit if _worth_healing(trial) else 0)):
+            break
         yield trial.run(plan, expected)
+    plan = _worth_healing(trial)
+    longest = max(o.seconds for o in trial.outcomes)
+    if plan and clock.allows(longest + HEALING * clock.limit / 2):
+        yield trial.run(replace(plan, healed=True), minutes=SURE * (clock.left - longest) / 60)
+
+
+def _worth_healing(trial: Trial) -> Plan | None:
+    """Of the plans carried out, the one that should lose least once healed, if that is less than the best so far."""
+    lost = {o.plan: o.loss for o in trial.outcomes if o.loss is not None}
+    hoped = {
+        plan: lost[plan.name] - HEALED * sum(trial.losses[part] for part in plan.parts)
+        for plan in together(list(trial.losses))
+        if plan.parts and plan.name in lost and f"{plan.name}, healed" not in {o.plan for o in trial.outcomes}
+    }
+    plan = min(hoped, key=hoped.__getitem__, default=None)
+    return plan if plan and hoped[plan] < min(lost.values()) else None
 
 
 def _left(trial: Trial) -> Iterator[Estimate]:

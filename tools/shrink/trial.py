@@ -31,6 +31,7 @@ from ..quantize.running import uniform
 from ..quantize.sensitivity import Cost
 from ..quantize.weighing import Weighed, weigh
 from ..quantize.work import Work
+from ..teaching import Lessons
 from .estimating import Shared, share_out
 from .events import Outcome
 from .judging import Judge, Told
@@ -147,7 +148,7 @@ class Trial:
             return replace(cut, channels={i: known[str(i)] for i in cut.layers})
         if plan.channels:
             cut, _ = self._ended(width.channels(subject, cut))
-            if plan.parts == [plan]:
+            if len(plan.parts) == 1:
                 self.work.keep(f"channels {plan.channels}", {str(i): kept for i, kept in cut.channels.items()})
         return cut
 
@@ -179,6 +180,17 @@ class Trial:
         self._ended(write(self.subject, cut, folder))
         return folder
 
+    def _healed(self, cut: Cut, pruned: Path, minutes: float) -> Path:
+        """Taught by the text that plans are calibrated on. Training is loaded when it is used."""
+        from ..prune.healing import heal
+
+        folder, subject = self.work.path / "healed", self.subject
+        shutil.rmtree(folder, ignore_errors=True)
+        lessons = Lessons(self.calibration, minutes=minutes, length=min(LENGTH, self.ids.shape[1]))
+        subject.options = replace(subject.options, heal=lessons)
+        self._ended(heal(subject, cut, pruned, folder))
+        return folder
+
     # ---- carrying out
 
     def look(self, plan: Plan) -> Outcome:
@@ -200,8 +212,8 @@ class Trial:
         cut = self.cut(plan, foretell=True)
         return share_out(self.weighed, self.subject.parameters, cut, self.options.target_bytes)
 
-    def run(self, plan: Plan, expected: float | None = None, method: str = "gptq") -> Outcome:
-        """The plan as a model, which is kept if it is the best so far."""
+    def run(self, plan: Plan, expected: float | None = None, method: str = "gptq", minutes: float = 0.0) -> Outcome:
+        """The plan as a model, which is kept if it is the best so far. minutes: of healing, about."""
         started, made = time.perf_counter(), self.work.path / "made"
         try:
             cut = self.cut(plan)
@@ -209,6 +221,7 @@ class Trial:
             if shared.nbytes > self.options.target_bytes:
                 raise unreachable(self.options.target_bytes, shared.nbytes)
             source = self._written(cut) if plan.parts else self.source
+            source = self._healed(cut, source, minutes) if plan.healed else source
             options = QuantizeOptions(
                 method, calibration=self.calibration, tokens=self.ids.size, length=min(LENGTH, self.ids.shape[1]),
                 requantize=True,
@@ -239,8 +252,8 @@ class Trial:
             made.rename(self.best)
         self.outcomes.append(outcome)
         self.work.keep_record("outcomes", [asdict(o) for o in self.outcomes])
-        shutil.rmtree(made, ignore_errors=True)
-        shutil.rmtree(self.work.path / "cut", ignore_errors=True)
+        for folder in (made, self.work.path / "cut", self.work.path / "healed"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def unreachable(target: int, least: int) -> BadOption:
