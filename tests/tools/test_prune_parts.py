@@ -11,7 +11,7 @@ import pytest
 from ondevice.cli import main
 from ondevice.errors import BadFile, BadOption, OnDeviceError
 from ondevice.schemes import to_float
-from ondevice.tools.prune import Amount, Options, Sparsity
+from ondevice.tools.prune import Amount, Options, Sparsity, prune
 from ondevice.tools.prune.cutting import Cut
 from ondevice.tools.prune.elimination import eliminate
 from ondevice.tools.prune.running import write
@@ -104,6 +104,39 @@ def test_other_families_are_cut_as_transformers_has_them(tmp_path, family, what)
     loaded = type(twin).from_pretrained(tmp_path / "out", dtype="float32").eval()
     wanted = loaded(torch.tensor(IDS[:, :17]), use_cache=False).logits.detach().numpy()
     assert close(logits(tmp_path / "out", IDS[:, :17]), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "words"),
+    [
+        ("lfm2", 0, {"layer_types": ["full_attention", "conv"]}),
+        ("lfm2-moe", 0, {"num_dense_layers": 0, "layer_types": ["full_attention", "conv"]}),
+        ("qwen3_moe-some", 0, {"decoder_sparse_step": 1, "mlp_only_layers": [1, 2, 3]}),
+        ("qwen2_moe-some", 1, {"mlp_only_layers": []}),
+        ("deepseek_v3", 0, {"first_k_dense_replace": 0}),
+        ("llama4", 1, {"moe_layers": [2], "no_rope_layers": [1, 1, 0, 1]}),
+    ],
+)
+def test_layers_of_several_kinds(tmp_path, name, layer, words):
+    """Convolutions among attention, experts in some layers: the file says which are left, and transformers reads it."""
+    torch = pytest.importorskip("torch")
+    twin = make(name)
+    twin.save_pretrained(tmp_path / "in")
+    list(prune(tmp_path / "in", tmp_path / "out", Options(drop_layers=(layer,))))
+    made = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: made[key] for key in words} == words
+    loaded = type(twin).from_pretrained(tmp_path / "out", dtype="float32").eval()
+    wanted = loaded(torch.tensor(IDS[:, :17]), use_cache=False).logits.detach().numpy()
+    assert close(logits(tmp_path / "out", IDS[:, :17]), wanted)
+
+
+def test_an_older_hybrid_names_the_layers_that_attend(tmp_path):
+    make("lfm2").save_pretrained(tmp_path / "in")
+    hf = json.loads((tmp_path / "in" / "config.json").read_text())
+    del hf["layer_types"]
+    (tmp_path / "in" / "config.json").write_text(json.dumps(hf | {"full_attn_idxs": [1]}))
+    list(prune(tmp_path / "in", tmp_path / "out", Options(drop_layers=(0,))))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["full_attn_idxs"] == [0]
 
 
 # ---- channels and heads

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from ...errors import OnDeviceError, Unsupported
-from ...models.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig, MoEConfig
+from ...models.config import (
+    AttentionConfig,
+    ConvolutionConfig,
+    DeltaConfig,
+    LayerConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+)
 from ...schemes import LEGACY_BITS, label, take_rows, to_affine, to_dense
 from ...tensors import Blocks, Dense, Tensor, store
 
@@ -177,6 +187,8 @@ SIZES = {  # what a config.json calls it, in one family or another
     "experts": ("num_experts", "num_local_experts", "n_routed_experts"),
 }
 
+NAMED = ("mlp_only_layers", "full_attn_idxs", "moe_layers")  # lists of layers
+FIRST = ("first_k_dense_replace", "num_dense_layers")  # how many layers at the bottom are of another kind
 SHARED_WIDTH = ("gpt2", "gpt_neox", "stablelm", "olmoe", "lfm2")  # whose classes know no head_dim of its own
 
 
@@ -186,7 +198,7 @@ def hugging_face(cut: Cut, hf: Mapping[str, Any], read) -> dict[str, Any]:
     old, new = sizes(cut.config), sizes(cut.made)
     made = {key: _per_layer(key, value, cut) for key, value in hf.items()}
     for what, keys in SIZES.items():
-        if old[what] != new[what]:
+        if old[what] != new[what] is not None:  # of a kind of which none is left, the file says what it said
             made |= {key: new[what] for key in keys if key in hf and hf[key] in (old[what], None)}
     if cut.heads and hf.get("model_type") in SHARED_WIDTH:
         raise Unsupported(
@@ -194,15 +206,36 @@ def hugging_face(cut: Cut, hf: Mapping[str, Any], read) -> dict[str, Any]:
         )
     if cut.heads:
         made |= {"head_dim": _attentions(cut.made)[0].head_dim, "num_key_value_heads": new["key heads"]}
-    windows = [attention.spec.window for attention in _attentions(cut.made)]
-    kinds = ["sliding_attention" if window else "full_attention" for window in windows]
-    for candidate in (made, made | {"layer_types": kinds}):
+    for candidate in _candidates(made, cut.made):
         if _sees(read, candidate, cut.made):
             return candidate
     raise Unsupported(
         f"A config.json of type {hf.get('model_type')!r} has no words for what would be left.",
         "Cut all layers alike, or prune something else.",
     )
+
+
+def _candidates(hf: Mapping[str, Any], made: ModelConfig) -> Iterator[dict[str, Any]]:
+    """The same file, and then with as few more words as will do for layers of which the family has a rule by number."""
+    dense = [i for i, layer in enumerate(made.layers) if isinstance(layer.feed_forward, MLPConfig)]
+    more: list[dict[str, Any]] = [{"layer_types": [_kind(layer) for layer in made.layers]}]
+    if "decoder_sparse_step" in hf:
+        more.append({"decoder_sparse_step": 1, "mlp_only_layers": dense})
+    if "interleave_moe_layer_step" in hf:
+        more.append({"moe_layers": [i for i in range(len(made.layers)) if i not in dense]})
+    if "no_rope_layer_interval" in hf:
+        more.append({"no_rope_layers": [int(getattr(layer.mixer, "rope", None) is not None) for layer in made.layers]})
+    for count in range(len(more) + 1):
+        for chosen in combinations(more, count):
+            yield dict(ChainMap(*chosen, dict(hf)))
+
+
+def _kind(layer: LayerConfig) -> str:
+    """What transformers' layer_types call it."""
+    if isinstance(layer.mixer, ConvolutionConfig | DeltaConfig):
+        return "conv" if isinstance(layer.mixer, ConvolutionConfig) else "linear_attention"
+    spec = layer.mixer.spec
+    return "sliding_attention" if spec.window else "chunked_attention" if spec.chunk else "full_attention"
 
 
 def _sees(read, hf: Mapping[str, Any], wanted: ModelConfig) -> bool:
@@ -228,9 +261,11 @@ def _attentions(cfg: ModelConfig) -> list[AttentionConfig]:
 
 
 def _per_layer(key: str, value: Any, cut: Cut) -> Any:
-    """Lists with an entry a layer, and lists of layers."""
+    """Lists with an entry a layer, lists of layers, and numbers of the first layers."""
+    if key in FIRST and type(value) is int:
+        return sum(i < value for i in cut.layers)
     if not isinstance(value, list):
         return value
-    if key == "mlp_only_layers":
+    if key in NAMED:
         return [at for at, i in enumerate(cut.layers) if i in value]
     return [value[i] for i in cut.layers] if len(value) == len(cut.config.layers) else value
