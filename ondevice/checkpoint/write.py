@@ -11,6 +11,7 @@ import math
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -126,6 +127,22 @@ def appearing(dest: Path, nbytes: int) -> Iterator[Path]:
                 "Nothing was left behind. Free space or check rights, then repeat.",
             ) from error
         raise
+
+
+@contextmanager
+def scratch(dest: Path) -> Iterator[Path]:
+    """A hidden folder beside `dest`, for what is made on the way to it; gone at the end, whatever happens. Raises
+    OnDeviceError where the disk is full or nothing may be written there."""
+    try:
+        with tempfile.TemporaryDirectory(
+            prefix=f".{dest.name}.", suffix=".partial", dir=dest.absolute().parent, ignore_cleanup_errors=True
+        ) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise OnDeviceError(
+            f"{dest} could not be written: {error.strerror or error}.",
+            "Nothing was left behind. Free space or check rights, then repeat.",
+        ) from error
 
 
 def _remove(path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -176,6 +178,32 @@ def test_the_command_heals_by_what_the_model_says(tmp_path, model, capsys, monke
     assert stop.value.code == 0
     told = capsys.readouterr().out
     assert "bits/byte" in told and "original" in told and "2 steps in" in told
+
+
+@pytest.mark.parametrize("failing", ["fsync", "mkdir"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["prune", "--drop-layers", "1"],
+        ["prune", "--drop-layers", "1", "--heal", "{prose}", "--heal-steps", "1"],
+        ["quantize", "--method", "rtn"],
+        ["quantize", "--method", "distill", "--start", "rtn", "--calibration", "{prose}", "--steps", "1"],
+    ],
+    ids=lambda command: " ".join(command[:3]),
+)
+def test_a_full_disk_is_said_and_nothing_is_left(tmp_path, model, prose, capsys, monkeypatch, command, failing):
+    def full(*given, **named):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, failing, full)
+    name, *options = (part.format(prose=prose) for part in command)
+    with pytest.raises(SystemExit) as stop:
+        main([name, str(model), str(tmp_path / "out"), *options])
+    monkeypatch.undo()
+    told = capsys.readouterr().err
+    assert stop.value.code == 1 and "could not be written: No space left on device." in told
+    assert "Traceback" not in told and len(told.strip().splitlines()) == 2
+    assert {path.name for path in tmp_path.iterdir()} <= {".out.quantize"}
 
 
 def _short(init):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ...checkpoint import Spec, write_folder
+from ...checkpoint.write import scratch
 from ...errors import OnDeviceError
 from ...models.families.writing import Piece, specs
 from ...models.parameters import expected
@@ -91,9 +91,8 @@ def write_healed(subject: Subject, cut: Cut, dest: Path) -> Generator[Progress, 
     """The same, taught by the original before it appears. Training is loaded for those who use it."""
     from .healing import heal
 
-    parent = dest.absolute().parent
-    with tempfile.TemporaryDirectory(prefix=f".{dest.name}.", suffix=".partial", dir=parent) as folder:
-        pruned, healed = Path(folder) / "pruned", Path(folder) / "healed"
+    with scratch(dest) as folder:
+        pruned, healed = folder / "pruned", folder / "healed"
         result = yield from write(subject, cut, pruned)
         found = yield from heal(subject, cut, pruned, healed)
         healed.rename(dest)

@@ -33,8 +33,17 @@ class Work:
     def _ready(self) -> None:
         """The folder is made when there is something to keep."""
         if not self.path.is_dir():
-            self.path.mkdir()
+            try:
+                self.path.mkdir()
+            except OSError as error:
+                raise self._failed(error) from error
             write_file(self.path / "fingerprint.json", json.dumps(self._fingerprint).encode())
+
+    def _failed(self, error: OSError) -> OnDeviceError:
+        return OnDeviceError(
+            f"{self.path} could not be written: {error.strerror or error}.",
+            "Free some space, or check rights; then repeat the command: it goes on from what is finished.",
+        )
 
     def record(self, name: str) -> Any:
         """What `keep_record` kept; None where there is nothing."""
@@ -60,10 +69,7 @@ class Work:
             np.savez(temporary, **arrays)
             temporary.replace(self.path / f"{name}.npz")
         except OSError as error:
-            raise OnDeviceError(
-                f"{self.path} could not be written: {error.strerror or error}.",
-                "Free some space, then repeat the command: it goes on from what is finished.",
-            ) from error
+            raise self._failed(error) from error
 
     def keep_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         self.keep(name, {f"{key}/{part}": a for key, t in tensors.items() for part, a in t.parts.items()})
