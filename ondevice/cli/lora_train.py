@@ -212,7 +212,7 @@ def _time(seconds: float) -> str:
 def _plan(event: Started, backend: str) -> str:
     again = f", going on behind step {event.done}" if event.done else ""
     remat = "activations computed twice" if event.remat else "activations kept"
-    if event.done == event.steps:
+    if event.done == event.steps > 0:
         return "This run has ended already."
     return (
         f"{event.parameters / 1e6:.2f} M parameters, {event.steps} steps on {backend}{again}; "

@@ -11,6 +11,7 @@ from ..errors import Unavailable
 from .folder import METRICS, read_metrics, read_record
 
 FILE = "curves.png"
+WIDE = 10  # how many times the lowest loss the highest must be for an axis of powers
 
 
 def draw(dest: Path) -> Path | None:
@@ -31,7 +32,9 @@ def draw(dest: Path) -> Path | None:
         series["validation loss"] = [m["step"] for m in validated], [m["validation_loss"] for m in validated]
     kept = ((read_record(dest) or {}).get("ended") or {}).get("kept")
     marks = {"kept": kept} if validated and kept else None
-    pictures.lines(path, f"Training of {dest.name}", series, "step", "loss", marks)
+    every = [value for _, values in series.values() for value in values]
+    wide = min(every) > 0 and max(every) > WIDE * min(every)  # else the end of the run is a flat line
+    pictures.lines(path, f"Training of {dest.name}", series, "step", "loss", marks, log=wide)
     return path
 
 

@@ -77,6 +77,7 @@ class _Run:
         teacher: Session | Teacher | None, initial: Mapping[str, np.ndarray] | None, memory: int | None,
     ):  # fmt: skip
         _check(session, settings, teacher)
+        _check_lengths(session, data)
         self.session, self.data, self.settings, self.dest = session, data, settings, dest
         self.ops = session.backend
         then = place.admit(dest, resume) if dest else None
@@ -192,7 +193,11 @@ class _Run:
             state.params, grads, state.moments, step, rate, decay=self.settings.weight_decay,
             bits=self.settings.moment_bits,
         )  # fmt: skip
-        self.ops.sync()
+        if not math.isfinite(self._norm(params)):
+            raise _Stopped(
+                f"Step {step} stopped: its update leaves numbers that are none.",
+                f"Give a lower --learning-rate: it was {rate:.2g}." + self._kept(step),
+            )
         self.state = replace(state, params=params, moments=moments, step=step)
         seconds = time.perf_counter() - started
         tokens = sum(batch.tokens for batch in batches) / seconds
@@ -294,6 +299,16 @@ def _fitting(initial: Mapping[str, np.ndarray], method: Method) -> dict[str, np.
             "Give the --method, --rank and --target that it was trained with.",
         )
     return dict(initial)
+
+
+def _check_lengths(session: Session, data: Data) -> None:
+    """Raises BadOption for examples that are longer than the model's context."""
+    longest = max([*data.train, *data.valid], key=lambda e: e.length)
+    if longest.length - 1 > session.config.context:  # the last id is only a target
+        raise BadOption(
+            f"{longest.source} has {longest.length} tokens, and this model was made for {session.config.context}.",
+            f"Give --max-length {session.config.context} or less.",
+        )
 
 
 def _check(session: Session, settings: Settings, teacher: Session | Teacher | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,8 @@ class Settings:
             raise BadOption(f"There is no {name[2:]} {value!r}.", did_you_mean(str(value), rules["known"]))
         if not isinstance(value, int | float) or isinstance(value, bool):
             return
+        if not math.isfinite(value):
+            raise BadOption(f"{name} {value} makes no sense.", "Give a number.")
         if "least" in rules and not value >= rules["least"]:
             raise BadOption(f"{name} {value} makes no sense.", f"Give {rules['least']} or more.")
         if "above" in rules and not value > rules["above"]:

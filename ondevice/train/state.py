@@ -4,6 +4,7 @@ the best so far, counters. Order, schedule and noise are functions of the step's
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -33,8 +34,8 @@ class State:
     stale: int = 0
 
     def judged(self, loss: float) -> State:
-        """After a validation."""
-        if self.best_loss is None or loss < self.best_loss:
+        """After a validation. What is no number is no improvement."""
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
             return replace(self, best=self.params, best_step=self.step, best_loss=loss, stale=0)
         return replace(self, stale=self.stale + 1)
 

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from ondevice.cli import main
@@ -76,6 +77,8 @@ def test_the_adapter_changes_what_is_said(call, tiny, tmp_path, capsys):
         (["--init", "nowhere"], "no adapter folder", 1),
         (["--memory", "1M"], "Training needs about", 1),
         (["--max-length", "8"], "longer than --max-length", 1),
+        (["--learning-rate", "inf"], "--learning-rate inf makes no sense", 2),
+        (["--learning-rate", "1e30"], "Step 1 stopped: its update leaves numbers that are none", 1),
         (["--learning-rate", "1e6", "--schedule", "constant", "--clip", "0", "--method", "full"], "--learning-rate", 1),
     ],
 )
@@ -85,7 +88,27 @@ def test_what_makes_no_sense(call, tiny, data_file, tmp_path, options, said, cod
     errors = done.err.splitlines()[-2:]
     assert errors[0].startswith("Error: ") and said in " ".join(errors)
     assert not (out / "adapter_model.safetensors").exists()
-    assert out.exists() == (code == 1 and "--schedule" in options), "nothing is left where nothing came of it"
+    assert out.exists() == (code == 1 and "--learning-rate" in options), "nothing is left where nothing came of it"
+
+
+def test_what_the_context_does_not_hold(call, tiny, tmp_path):
+    data = write_lines(tmp_path / "data.jsonl", [{"text": "short"}, {"text": "word " * 1000}])
+    done = call(tiny, data, "--out", tmp_path / "out", "--max-length", 9000, "--validation", 0, code=2)
+    errors = done.err.splitlines()[-2:]
+    assert "data.jsonl:2 has 5001 tokens" in errors[0] and errors[1] == "Give --max-length 4096 or less."
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_update_that_spoils_all_is_not_made(call, tiny, data_file, tmp_path):
+    """Numbers that overflow at the third step: what was there behind the second is kept, and it is finite."""
+    from safetensors.numpy import load_file
+
+    out = tmp_path / "out"
+    call(tiny, data_file, "--out", out, "--learning-rate", "3e18", "--warmup", 30, "--steps", 40, code=1)
+    done = len(metrics(out))
+    kept = load_file(out / "checkpoint.safetensors")
+    assert done and all(np.isfinite(values).all() for values in kept.values())
+    assert all(np.isfinite(m.get("validation_loss", 0)) for m in metrics(out))
 
 
 def test_beginning_with_an_adapter(call, tiny, data_file, tmp_path):
