@@ -110,7 +110,7 @@ def _longrope(rope: RopeConfig, freqs: np.ndarray, length: int) -> Frequencies:
 
 SCALINGS: dict[str, Callable[[RopeConfig, np.ndarray, int], Frequencies]] = {
     "default": _unscaled, "linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "yarn": _yarn,
-    "longrope": _longrope,
+    "longrope": _longrope, "mrope": _unscaled,  # axes of pictures; in text they all count alike
 }  # fmt: skip
 
 

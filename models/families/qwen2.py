@@ -21,9 +21,9 @@ def config(hf: Mapping) -> ModelConfig:
 
 qwen2 = Family(
     "qwen2",
-    model_types=("qwen2",),
+    model_types=("qwen2", "qwen2_vl", "qwen2_5_vl", "qwen2_vl_text", "qwen2_5_vl_text"),
     config=config,
     names=LLAMA,
     gguf=Gguf("qwen2", gguf.NAMES, partial(gguf.config, model_type="qwen2", architecture_class="Qwen2ForCausalLM")),
-    models="Qwen2, Qwen2.5",
+    models="Qwen2, Qwen2.5, the text of Qwen2-VL and 2.5-VL",
 )

@@ -21,9 +21,9 @@ def config(hf: Mapping) -> ModelConfig:
 
 qwen3 = Family(
     "qwen3",
-    model_types=("qwen3",),
+    model_types=("qwen3", "qwen3_vl_text"),
     config=config,
     names=LLAMA,
     gguf=Gguf("qwen3", gguf.NAMES, partial(gguf.config, model_type="qwen3", architecture_class="Qwen3ForCausalLM")),
-    models="Qwen3",
+    models="Qwen3, the text of Qwen3-VL",
 )

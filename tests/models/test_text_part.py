@@ -11,7 +11,7 @@ from ondevice.errors import BadFile
 from ondevice.models.families import family_of
 from ondevice.models.parameters import Parameters
 from ondevice.testing.family import TINY, check_family, randomise
-from tests.models.twins import DELTA
+from tests.models.twins import DELTA, LLAMA4, SHARP
 
 transformers = pytest.importorskip("transformers")
 VISION = {
@@ -19,12 +19,35 @@ VISION = {
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
         "patch_size": 14,
     },
+    "Qwen2_5_VL": {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 36, "patch_size": 4,
+    },
+    "Qwen3VL": {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 36, "patch_size": 4,
+        "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+    },
+    "Llama4": {
+        "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16,
+    },
+    "Mistral3": {
+        "model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    },
     "Qwen3_5": {
         "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 36, "patch_size": 4,
         "num_position_embeddings": 16,
     },
 }  # fmt: skip
-TEXT = {"Gemma3": {"sliding_window": 5, "sliding_window_pattern": 2}, "Qwen3_5": DELTA}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+TEXT = {
+    "Gemma3": {"sliding_window": 5, "sliding_window_pattern": 2},
+    "Qwen2_5_VL": {"hidden_size": 48, "rope_parameters": MROPE},
+    "Qwen3VL": {"rope_parameters": MROPE},
+    "Llama4": LLAMA4 | {"num_local_experts": 5},
+    "Mistral3": {"model_type": "ministral3", "rope_parameters": SHARP, "tie_word_embeddings": True},
+    "Qwen3_5": DELTA,
+}
 
 
 def seeing(kind: str):
@@ -42,7 +65,7 @@ def test_the_text_part_of_a_model_that_sees(tmp_path, kind):
     twin.save_pretrained(tmp_path)
     with open_checkpoint(tmp_path) as checkpoint:
         assert any("visual" in name or "vision" in name for name in checkpoint.names)
-        assert family_of(checkpoint)[1]["model_type"].endswith("_text")
+        assert family_of(checkpoint)[1]["model_type"] == twin.config.get_text_config().model_type
     check_family(tmp_path, twin)
 
 
@@ -56,3 +79,16 @@ def test_what_belongs_to_no_sense_is_still_named(tmp_path):
     with open_checkpoint(tmp_path) as checkpoint, pytest.raises(BadFile, match=r"not used: .*layers\.2\."):
         family, hf = family_of(checkpoint)
         Parameters(family, family.config(hf), checkpoint)
+
+
+def test_a_config_from_before_there_were_parts(tmp_path):
+    """As Qwen2.5-VL was published: the text's keys beside `vision_config`, positions by the axes of pictures."""
+    twin = seeing("Qwen2_5_VL")
+    twin.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    text = config.pop("text_config")
+    rule = text.pop("rope_parameters")
+    config |= text | {"model_type": "qwen2_5_vl", "rope_theta": rule["rope_theta"]}
+    config["rope_scaling"] = {"type": "mrope", "mrope_section": rule["mrope_section"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    check_family(tmp_path, twin)
