@@ -13,17 +13,18 @@ from ondevice.runtime.tokenizer.pretokenizers import QWEN2
 from ondevice.runtime.tokenizer.vocabulary import SPACE, Kind
 from tests.runtime.texts import lines
 
+SIZES = {"bpe": 1500, "unigram": 1100}
 CONTROL = ["<|im_start|>", "<|im_end|>"]
 
 
-def sentencepiece_model(dummy_prefix: bool, user_defined: tuple[str, ...] = ("<tool>",)) -> bytes:
-    """A tokenizer.model: BPE with byte fallback, as Llama's and Gemma's are."""
+def sentencepiece_model(dummy_prefix: bool, user_defined: tuple[str, ...] = ("<tool>",), kind: str = "bpe") -> bytes:
+    """A tokenizer.model with byte fallback, as Llama's and Gemma's are."""
     raw = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines() * 5),
         model_writer=raw,
-        vocab_size=1500,
-        model_type="bpe",
+        vocab_size=SIZES[kind],
+        model_type=kind,
         byte_fallback=True,
         character_coverage=0.98,
         normalization_rule_name="identity",

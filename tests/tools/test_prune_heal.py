@@ -15,7 +15,7 @@ from ondevice.runtime.session import open_session
 from ondevice.runtime.tokenizer import load_tokenizer
 from ondevice.tools.prune import Amount, Lessons, Options, Progress, prune
 from ondevice.tools.prune.subject import Subject
-from ondevice.tools.prune.tokens import Merges, rewritten
+from ondevice.tools.prune.tokens import encoding, rewritten
 from ondevice.tools.prune.translation import Translation, Translator
 from ondevice.train.batches import make_batch
 from ondevice.train.data import Example
@@ -43,11 +43,11 @@ def fewer(model, tmp_path_factory):
     """(Translation, original's tokenizer, tokenizer with fewer tokens, old ids that stay)."""
     folder = tmp_path_factory.mktemp("fewer")
     with Subject(model, Options(vocabulary=Amount(100))) as subject:
-        merges, old, files = Merges(subject.files), subject.tokenizer, subject.files
-    made = [id for id, text in merges.texts.items() if len(text) > 1 and id not in old.special_ids]
-    gone = {id for id in made if id not in {n for other in made[: len(made) // 2] for n in merges.needs(other)}}
+        how, old, files = encoding(subject.files), subject.tokenizer, subject.files
+    made = [id for id, text in how.texts.items() if len(text) > 1 and id not in old.special_ids]
+    gone = {id for id in made if id not in {n for other in made[: len(made) // 2] for n in how.needs(other)}}
     kept = np.array([id for id in range(old.vocab_size) if id not in gone])
-    for name, content in rewritten(merges, files, kept).items():
+    for name, content in rewritten(how, files, kept).items():
         (folder / name).write_bytes(content)
     new = load_tokenizer(folder)
     return Translation(old, new, kept), old, new, kept

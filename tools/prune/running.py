@@ -22,7 +22,7 @@ from .cutting import Cut, hugging_face, sizes
 from .events import Result, Scores, Size
 from .options import Options
 from .subject import Subject
-from .tokens import Merges, renamed_ids, rewritten
+from .tokens import encoding, renamed_ids, rewritten
 
 Choice = Generator[Progress, None, tuple[Cut, Scores]]
 
@@ -71,7 +71,7 @@ def write(subject: Subject, cut: Cut, dest: Path | None) -> Generator[Progress, 
     hf, files = subject.hf_config, subject.files
     if cut.tokens is not None:
         hf = renamed_ids(hf, {int(id): at for at, id in enumerate(cut.tokens)})
-        files = rewritten(Merges(files), files, cut.tokens)
+        files = rewritten(encoding(files), files, cut.tokens)
     hf = hugging_face(cut, hf, subject.family.config)
     written = list(_specs(subject, cut))
     if dest is not None:

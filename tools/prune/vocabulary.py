@@ -18,7 +18,7 @@ from ..evaluate.text import log_softmax
 from ..progress import Progress
 from .events import Score, Scores
 from .subject import Subject
-from .tokens import Merges, closed, required
+from .tokens import Encoding, closed, encoding, required
 
 ROWS = 64  # predictions whose logits are held at once
 SHOWN = 20  # tokens that go, the likeliest first, that are named
@@ -31,16 +31,16 @@ Choice = Generator[Progress, None, tuple[np.ndarray, Scores]]
 def choose(subject: Subject) -> Choice:
     """Ids that stay, ascending, and by what they were chosen. Raises BadOption for a vocabulary that is too small for
     the model to speak at all, or no smaller than what there is, Unsupported for tokenizers that can't be cut."""
-    merges = Merges(subject.files)
-    needed = required(merges, subject.tokenizer, subject.files, subject.hf_config)
+    how = encoding(subject.files)
+    needed = required(how, subject.tokenizer, subject.files, subject.hf_config)
     if subject.options.keep_vocabulary:
-        kept, weights = _needed_by_text(subject, merges, needed)
+        kept, weights = _needed_by_text(subject, how, needed)
     else:
         wanted = _wanted(subject, needed)
         weights = subject.expected
         if weights is None:
             weights = subject.expected = yield from expected_counts(subject)
-        kept = _likeliest(merges, needed, weights, wanted)
+        kept = _likeliest(how, needed, weights, wanted)
     return np.array(sorted(kept), np.int64), _scores(subject, kept, weights)
 
 
@@ -57,7 +57,7 @@ def _wanted(subject: Subject, needed: set[int]) -> int:
     return wanted
 
 
-def _needed_by_text(subject: Subject, merges: Merges, needed: set[int]) -> tuple[set[int], np.ndarray]:
+def _needed_by_text(subject: Subject, how: Encoding, needed: set[int]) -> tuple[set[int], np.ndarray]:
     path = subject.options.keep_vocabulary
     try:
         text = path.read_text(encoding="utf-8")
@@ -68,10 +68,10 @@ def _needed_by_text(subject: Subject, merges: Merges, needed: set[int]) -> tuple
     ids = np.array(subject.tokenizer.encode(text), np.int64)
     if not len(ids):
         raise BadOption(f"{path} is empty: no token would stay but those that every text needs.", "Give a text.")
-    kept = needed | closed(merges, set(ids.tolist()))
+    kept = needed | closed(how, set(ids.tolist()))
     counts = np.bincount(ids, minlength=subject.config.vocab).astype(float)
     learned_first = 1 / (1 + np.arange(len(counts))) / len(counts)
-    return _likeliest(merges, kept, counts + learned_first, -(-len(kept) // TILE) * TILE), counts
+    return _likeliest(how, kept, counts + learned_first, -(-len(kept) // TILE) * TILE), counts
 
 
 def expected_counts(subject: Subject) -> Generator[Progress, None, np.ndarray]:
@@ -83,6 +83,7 @@ def expected_counts(subject: Subject) -> Generator[Progress, None, np.ndarray]:
     for done, window in enumerate(windows):
         yield Progress("Asking the model which tokens it expects", done * o.length, windows.size, "tokens")
         expected += _expected(subject.session, window)
+    expected[subject.tokenizer.vocab_size :] = 0  # rows that no token has: embeddings are padded
     return counts + expected * counts.sum() / expected.sum()
 
 
@@ -106,14 +107,14 @@ def _expected(session: Session, window: np.ndarray) -> np.ndarray:
     return total
 
 
-def _likeliest(merges: Merges, needed: set[int], weights: np.ndarray, wanted: int) -> set[int]:
+def _likeliest(how: Encoding, needed: set[int], weights: np.ndarray, wanted: int) -> set[int]:
     """The needed and then, in the order of their weights, whatever still fits with all that it is made through."""
     kept = set(needed)
     for id in np.argsort(-weights, kind="stable").tolist():
         if len(kept) == wanted:
             break
-        if id not in kept and (id in merges.texts or weights[id]):
-            more = merges.needs(id) - kept
+        if id not in kept and (id in how.texts or weights[id]):
+            more = how.needs(id) - kept
             if len(kept) + len(more) <= wanted:
                 kept |= more
     return kept
