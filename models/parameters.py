@@ -24,6 +24,7 @@ from .families import Family, NameMap, text_part
 from .families.views import viewed, viewed_shape
 
 Shapes = dict[str, tuple[int, ...]]
+AT_ONCE = 16 << 20  # bytes of the checkpoint that are read before their memory is given back
 
 
 def expected(cfg: ModelConfig) -> Shapes:
@@ -232,13 +233,19 @@ class Parameters:
 
     def prepare(self, ops: Backend, progress: Callable[[int], None] = lambda done: None) -> dict[str, W]:
         """Every tensor through `ops.prepare`, once; progress is told the bytes of each."""
-        weights = {}
+        weights: dict[str, W] = {}
+        read: list[str] = []
+        size = 0
         for name in self:
             tensor = self[name]
             weights[name] = ops.prepare(tensor)
-            for stored in self.stored(name):  # a weight that is used in place takes its pages again when it is used
-                self.checkpoint.release(stored)
+            read += self.stored(name)
+            size += tensor.nbytes
+            if size > AT_ONCE:  # a weight that is used in place takes its pages again when it is used
+                self.checkpoint.release(*read)
+                read, size = [], 0
             progress(tensor.nbytes)
+        self.checkpoint.release(*read)
         return weights
 
 

@@ -67,10 +67,9 @@ class Checkpoint:
         entry = self._entries[name]
         return outline(entry.shape, entry.format)
 
-    def release(self, name: str) -> None:
-        """Give back the memory of a tensor's pages, as `release` does: of those in the file, where it was copied."""
-        for place in self._entries[name].places:
-            release(place.load())
+    def release(self, *names: str) -> None:
+        """Give back the memory of tensors' pages, as `release` does: of those in the file, where one was copied."""
+        release(*(place.load() for name in names for place in self._entries[name].places))
 
     def close(self) -> None:
         """Let go of the files; they are unmapped when the last tensor taken from them is gone."""

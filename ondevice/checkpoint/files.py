@@ -105,21 +105,37 @@ def check_overlaps(path: Path, entries: Mapping[str, Entry]) -> None:
             raise damaged(path, f"the tensors {one!r} and {other!r} overlap")
 
 
-def release(tensor: Tensor) -> None:
-    """Give back the memory of a mapped tensor's pages (they are read again if touched); others are left alone.
+def release(*tensors: Tensor) -> None:
+    """Give back the memory of mapped tensors' pages (they are read again if touched); others are left alone.
 
-    Only whole pages inside the tensor are dropped, so that neighbours stay resident.
+    Only whole pages are dropped, so that neighbours stay resident. Tensors that lie side by side go in one call of the
+    system, as each call costs as much as dropping megabytes.
     """
-    for part in tensor.parts.values():
+    held: dict[int, tuple[mmap.mmap, list[tuple[int, int]]]] = {}
+    for part in (part for tensor in tensors for part in tensor.parts.values()):
         root = _root(part)
         if root is None or not part.nbytes or not hasattr(root[0], "madvise"):
             continue
         file, first = root
         start = part.__array_interface__["data"][0] - first
-        aligned = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (start + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - aligned
-        if length > 0:
-            file.madvise(mmap.MADV_DONTNEED, aligned, length)
+        held.setdefault(first, (file, []))[1].append((start, start + part.nbytes))
+    for file, spans in held.values():
+        for start, end in _joined(spans):
+            aligned = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+            length = end // mmap.PAGESIZE * mmap.PAGESIZE - aligned
+            if length > 0:
+                file.madvise(mmap.MADV_DONTNEED, aligned, length)
+
+
+def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans of a file, those with less than a page between them as one."""
+    joined: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if joined and start - joined[-1][1] < mmap.PAGESIZE:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined
 
 
 def _root(part: np.ndarray) -> tuple[mmap.mmap, int] | None:

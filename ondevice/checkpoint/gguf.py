@@ -6,6 +6,7 @@ walked over when the file is opened (a vocabulary has hundreds of thousands of s
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import struct
@@ -242,30 +243,29 @@ def _array(reader: _Reader, key: str) -> Callable[[], list]:
     if kind != STRING:
         raise damaged(reader.path, f"the metadata key {key!r} has an array of the unknown type {kind}")
     n = reader.count(8, f"strings of {key!r}")
-    start = reader.pos
-    _skip_strings(reader, n, key)
-    return lambda: _strings(reader, start, n, key)
+    start, ends = reader.pos, _skip_strings(reader, n, key)
+    return lambda: _strings(reader, [start, *ends], key)
 
 
-def _skip_strings(reader: _Reader, count: int, key: str) -> None:
-    """Walk over `count` strings. Each step needs the one before, so this loop is what opening a file costs."""
-    data, pos, length_at = reader.map, reader.pos, _U64.unpack_from
+def _skip_strings(reader: _Reader, count: int, key: str) -> list[int]:
+    """Walk over `count` strings; returns where each ends. Each step needs the one before, so this loop is what opening
+    a file costs."""
+    data, pos, length_at, ends = reader.map, reader.pos, _U64.unpack_from, []
     try:
         for _ in range(count):
             pos += 8 + length_at(data, pos)[0]
+            ends.append(pos)
     except (struct.error, OverflowError):  # the position ran out of the file, maybe beyond what an offset can hold
         pos = reader.file.size + 1
     reader.skip(pos - reader.pos, f"the strings of {key!r}")
+    return ends
 
 
-def _strings(reader: _Reader, pos: int, count: int, key: str) -> list[str]:
-    data, length_at, texts = reader.map, _U64.unpack_from, []
-    for _ in range(count):
-        start = pos + 8
-        pos = start + length_at(data, pos)[0]
-        texts.append(data[start:pos])
+def _strings(reader: _Reader, edges: list[int], key: str) -> list[str]:
+    """Of strings that stand one behind the other from the first edge on, each led by its length in eight bytes."""
+    first, data = edges[0], reader.map[edges[0] : edges[-1]]
     try:
-        return [str(text, "utf-8") for text in texts]
+        return [data[start - first + 8 : end - first].decode() for start, end in itertools.pairwise(edges)]
     except UnicodeDecodeError:
         raise damaged(reader.path, f"a string of {key!r} is not UTF-8 text") from None
 

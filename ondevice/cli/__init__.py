@@ -6,6 +6,7 @@ Exit status: 0 done, 1 a stated error, 2 wrong usage, 130 interrupted.
 from __future__ import annotations
 
 import errno
+import gc
 import sys
 from importlib import import_module
 
@@ -65,6 +66,7 @@ def group(debug: bool) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """The entry point: runs a command and turns whatever goes wrong into two clear lines and an exit status."""
+    gc.set_threshold(100_000)  # a vocabulary is hundreds of thousands of objects, and no garbage
     args = sys.argv[1:] if args is None else args
     end = args.index("--") if "--" in args else len(args)  # what stands behind it is text
     debug = "--debug" in args[:end]

@@ -160,6 +160,8 @@ class Session:
         weight. Raises what `read_adapter` raises, BadOption for more than one soft prompt or a part of one, and nothing
         has changed.
         """
+        if not chosen and not self.attached:
+            return
         from .. import adapters  # loaded for those who have some
 
         modules = adapters.Modules(self.family, self.config)

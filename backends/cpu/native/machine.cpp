@@ -11,6 +11,7 @@ namespace ondevice::cpu {
 namespace {
 
 constexpr size_t kHuge = 2 << 20;
+constexpr int64_t kShelf = 16 << 20;
 constexpr int64_t kPage = 64 << 10;  // the largest that Linux is built with
 
 #if defined(__linux__)
@@ -51,6 +52,21 @@ Buffer::Buffer(int64_t bytes) : bytes_(bytes) {
 Buffer::~Buffer() {
     if (kPages && static_cast<size_t>(bytes_) >= kHuge) give_pages(data_, whole_pages(bytes_));
     else ::operator delete(data_, std::align_val_t{kLine});
+}
+
+std::shared_ptr<uint8_t> Shelf::take(int64_t bytes) {
+    std::lock_guard turn(turn_);
+    bytes = round_up(bytes, kLine);
+    if (bytes > kShelf / 8) {
+        const auto own = std::make_shared<Buffer>(bytes);
+        return {own, own->as()};
+    }
+    if (!open_ || used_ + bytes > kShelf) {
+        open_ = std::make_shared<Buffer>(kShelf);
+        used_ = 0;
+    }
+    used_ += bytes;
+    return {open_, open_->as() + used_ - bytes};
 }
 
 uint8_t* Arena::take(int64_t bytes) {

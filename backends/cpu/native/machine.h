@@ -32,6 +32,18 @@ class Buffer {
     int64_t bytes_;
 };
 
+// Memory for weights. Small ones stand side by side in a buffer large enough for huge pages, which spares a model's
+// first use thousands of page faults; the buffer goes with the last of them.
+class Shelf {
+  public:
+    std::shared_ptr<uint8_t> take(int64_t bytes);
+
+  private:
+    std::mutex turn_;
+    std::shared_ptr<Buffer> open_;
+    int64_t used_ = 0;
+};
+
 // Buffers that are used again once Python has let go of them, which saves the system from clearing fresh pages: in a plan,
 // whose replay runs its calls in the same order, and from step to step in training. If `bounded`, what lies idle is given
 // back before more than ever was in use at once would be held; a plan points to its buffers for good.
@@ -92,6 +104,7 @@ class Machine {
     void run(const std::function<void()>& work);
 
     Pool& pool() { return *pool_; }
+    Shelf& shelf() { return shelf_; }
     const Kernels& kernels() const { return *kernels_; }
 
     std::shared_ptr<Plan> plan;  // while recording
@@ -99,6 +112,7 @@ class Machine {
   private:
     std::shared_ptr<Pool> pool_;
     const Kernels* kernels_;
+    Shelf shelf_;
 };
 
 }  // namespace ondevice::cpu

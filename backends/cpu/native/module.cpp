@@ -57,8 +57,8 @@ void call(Machine& machine, Kernel<Arguments> kernel, const Arguments& arguments
 
 // A matrix, or a stack of them, with the memory it lies in.
 struct Weight {
-    std::shared_ptr<Buffer> buffer;  // of tiles
-    nb::object owner;                // of dense numbers
+    std::shared_ptr<uint8_t> room;  // of tiles
+    nb::object owner;               // of dense numbers
     Tiles tiles{};
     Matrix matrix{};
 
@@ -69,7 +69,7 @@ struct Weight {
         else m.dense = static_cast<const uint8_t*>(m.dense) + expert * m.rows * m.columns * size_of(m.type);
         return m;
     }
-    int64_t bytes() const { return buffer ? buffer->size() : 0; }
+    int64_t bytes() const { return room ? tiles.bytes() : 0; }
 };
 
 std::shared_ptr<Weight> dense(nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu> a, const std::string& dtype, int64_t rows,
@@ -91,11 +91,11 @@ std::shared_ptr<Weight> panels(nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu
     return weight;
 }
 
-std::shared_ptr<Weight> empty_tiles(const Tiles& shape) {
+std::shared_ptr<Weight> empty_tiles(Machine& machine, const Tiles& shape) {
     auto weight = std::make_shared<Weight>();
     weight->tiles = shape;
-    weight->buffer = std::make_shared<Buffer>(weight->tiles.bytes());
-    weight->tiles.data = weight->buffer->as();
+    weight->room = machine.shelf().take(shape.bytes());
+    weight->tiles.data = weight->room.get();
     weight->matrix = Matrix{nullptr, Number::f32, shape.rows, shape.columns, nullptr, 0};
     return weight;
 }
@@ -109,7 +109,7 @@ std::shared_ptr<Weight> pack_affine(Machine& machine, Bytes codes, int stored_bi
     require(static_cast<int64_t>(codes.nbytes()) == experts * rows * columns / 8 * stored_bits, "codes do not fit");
     require(static_cast<int64_t>(scales.nbytes()) == numbers, "scales do not fit");
     require(!biases || static_cast<int64_t>(biases->nbytes()) == numbers, "biases do not fit");
-    auto weight = empty_tiles(shape);
+    auto weight = empty_tiles(machine, shape);
     const AffineParts parts{codes.data(), stored_bits, scales.data(), biases ? biases->data() : nullptr};
     nb::gil_scoped_release others_may_run;
     machine.run([&] { pack(parts, weight->tiles, machine.pool()); });
@@ -122,7 +122,7 @@ std::shared_ptr<Weight> pack_legacy(Machine& machine, Bytes blocks, int bits, bo
     const int64_t block = 4 * bits + (biased ? 4 : 2);
     require(columns % kBlock == 0, "columns are no multiple of the block");
     require(static_cast<int64_t>(blocks.nbytes()) == experts * rows * (columns / kBlock) * block, "blocks do not fit");
-    auto weight = empty_tiles(Tiles{bits, kBlock, Number::f16, biased, zero, experts, rows, columns, nullptr});
+    auto weight = empty_tiles(machine, Tiles{bits, kBlock, Number::f16, biased, zero, experts, rows, columns, nullptr});
     const LegacyBlocks from{blocks.data()};
     nb::gil_scoped_release others_may_run;
     machine.run([&] { pack(from, weight->tiles, machine.pool()); });
@@ -522,7 +522,7 @@ NB_MODULE(_native, m) {
 
     nb::class_<Weight>(m, "Weight")
         .def_prop_ro("nbytes", &Weight::bytes)
-        .def_prop_ro("tiled", [](const Weight& self) { return self.buffer != nullptr; });
+        .def_prop_ro("tiled", [](const Weight& self) { return self.room != nullptr; });
     nb::class_<Activations>(m, "Activations");
     nb::class_<Mask>(m, "Mask").def(nb::init<float, int64_t, int64_t, float>());
     nb::class_<Step>(m, "Step").def(

@@ -20,10 +20,24 @@ uint64_t load8(const uint8_t* p) {
 }
 
 // Sources: codes(row, block, out) gives the codes of columns 32 block ...; number(row, group, which, out) the scale
-// (0) or bias (1) of a group, as it is stored. Rows of all experts are counted through.
+// (0) or bias (1) of a group, as it is stored. Rows of all experts are counted through. Where nibbles(row, block)
+// stands, it gives the same codes as 16 bytes: columns 0 to 15 in the low halves, 16 to 31 in the high ones, as four
+// quads of a tile lie in its plane of 4 bits.
+
+struct Nibbles {
+    uint64_t half[2];
+};
+
+// Eight nibbles, the lowest first, to eight bytes.
+uint64_t pairs(uint64_t nibbles) {
+    nibbles = (nibbles | nibbles << 16) & 0x0000ffff0000ffff;
+    nibbles = (nibbles | nibbles << 8) & 0x00ff00ff00ff00ff;
+    return (nibbles | nibbles << 4) & 0x0f0f0f0f0f0f0f0f;
+}
 
 template <int bits>
 struct Stream {
+    static constexpr bool kNibbles = bits == 4;
     AffineParts from;
     int64_t row_bytes, groups, number_bytes;
 
@@ -41,14 +55,25 @@ struct Stream {
             for (int i = 0; i < 8; i++) out[8 * eight + i] = word >> bits * i & ((1 << bits) - 1);
         }
     }
+    Nibbles nibbles(int64_t row, int64_t block) const {  // eight neighbours fill four bytes, the even ones low
+        const uint8_t* at = from.codes + row * row_bytes + block * 16;
+        Nibbles out;
+        for (int half = 0; half < 2; half++) {
+            out.half[half] = pairs(load4(at + 4 * half)) | pairs(load4(at + 8 + 4 * half)) << 4;
+        }
+        return out;
+    }
     void number(int64_t row, int64_t group, int which, uint8_t* out) const {
         const uint8_t* numbers = which ? from.biases : from.scales;
-        std::memcpy(out, numbers + (row * groups + group) * number_bytes, static_cast<size_t>(number_bytes));
+        numbers += (row * groups + group) * number_bytes;
+        if (number_bytes == 2) std::memcpy(out, numbers, 2);
+        else std::memcpy(out, numbers, 4);
     }
 };
 
 template <int bits, bool biased>
 struct Legacy {
+    static constexpr bool kNibbles = bits == 4;
     static constexpr int64_t kHigh = biased ? 4 : 2, kLow = kHigh + (bits == 5 ? 4 : 0);
     static constexpr int64_t kBytes = kLow + (bits == 8 ? 32 : 16);
     const uint8_t* data;
@@ -73,6 +98,10 @@ struct Legacy {
             for (int i = 0; i < kBlock; i++) out[i] |= (high >> i & 1) << 4;
         }
     }
+    Nibbles nibbles(int64_t row, int64_t block) const {
+        const uint8_t* low = data + (row * blocks + block) * kBytes + kLow;
+        return Nibbles{{load8(low), load8(low + 8)}};
+    }
     void number(int64_t row, int64_t group, int which, uint8_t* out) const {
         std::memcpy(out, data + (row * blocks + group) * kBytes + 2 * which, 2);
     }
@@ -95,20 +124,34 @@ void put_codes(const Codes& codes, int row, uint8_t* block) {
     }
 }
 
+void put_nibbles(const Nibbles& nibbles, int row, uint8_t* block) {
+    for (int q = 0; q < 4; q++) {
+        const auto four = static_cast<uint32_t>(nibbles.half[q / 2] >> 32 * (q % 2));
+        std::memcpy(block + kLine * q + 4 * row, &four, 4);
+    }
+}
+
+template <int bits, class Source>
+void put(const Source& from, int64_t row, int64_t block, int r, uint8_t* to) {
+    if constexpr (Source::kNibbles) return put_nibbles(from.nibbles(row, block), r, to);
+    Codes codes;
+    from.codes(row, block, codes);
+    put_codes<bits>(codes, r, to);
+}
+
 template <int bits, class Source>
 void pack_tile(const Source& from, const Tiles& to, int64_t first_row, int rows, uint8_t* tile) {
-    const int64_t blocks = to.unit() / kBlock, groups = to.unit() / to.group, number = size_of(to.scale_type);
-    for (int64_t unit = 0; unit < to.columns / to.unit(); unit++, tile += to.unit_bytes()) {
-        uint8_t* numbers = tile + blocks * to.code_bytes();
+    const int64_t units = to.columns / to.unit(), blocks = to.unit() / kBlock, groups = to.unit() / to.group;
+    const int64_t unit_bytes = to.unit_bytes(), code_bytes = to.code_bytes(), line = to.scales_bytes();
+    const int64_t number = size_of(to.scale_type);
+    for (int64_t unit = 0; unit < units; unit++, tile += unit_bytes) {
+        uint8_t* numbers = tile + blocks * code_bytes;
         for (int r = 0; r < rows; r++) {
-            for (int64_t b = 0; b < blocks; b++) {
-                Codes codes;
-                from.codes(first_row + r, unit * blocks + b, codes);
-                put_codes<bits>(codes, r, tile + b * to.code_bytes());
-            }
-            for (int64_t g = 0; g < groups * (to.biased ? 2 : 1); g++)
-                from.number(first_row + r, unit * groups + g % groups, static_cast<int>(g / groups),
-                            numbers + g * to.scales_bytes() + r * number);
+            for (int64_t b = 0; b < blocks; b++)
+                put<bits>(from, first_row + r, unit * blocks + b, r, tile + b * code_bytes);
+            for (int which = 0; which < (to.biased ? 2 : 1); which++)
+                for (int64_t g = 0; g < groups; g++)
+                    from.number(first_row + r, unit * groups + g, which, numbers + (which * groups + g) * line + r * number);
         }
     }
 }

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sentencepiece import SentencePieceProcessor
-
 from . import proto
 from .vocabulary import SPACE
 
@@ -35,6 +33,8 @@ class PieceEngine:
 
     def __init__(self, model: bytes, matches: Iterable[Match], prefix: str, doubles: bool):
         """Raises RuntimeError where sentencepiece refuses the model."""
+        from sentencepiece import SentencePieceProcessor  # some milliseconds that byte-level models need not wait for
+
         self._processor = SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(proto.without_dummy_prefix(model))
         self._matches = sorted(matches, key=lambda match: -len(match.text.encode()))
