@@ -28,19 +28,9 @@ class NativeKernels(NativeGradients, NumpyKernels):
 
     # The operations that a plan can hold.
     RECORDED = frozenset(
-        {"add", "mul", "reshape", "take", "piece", "embed", "linear", "adapted_linear", "rms_norm", "layer_norm"}
-        | {
-            "act",
-            "gated",
-            "softcap",
-            "rope",
-            "attention",
-            "gates",
-            "expert_linear",
-            "combine",
-            "short_convolution",
-            "gated_delta",
-        }
+        {"add", "mul", "reshape", "take", "piece", "embed", "linear", "adapted_linear", "rms_norm", "layer_norm", "act"}
+        | {"gated", "softcap", "rope", "attention", "latent_attention", "gates", "expert_linear", "combine"}
+        | {"short_convolution", "gated_delta"}
     )
 
     def __init__(self, machine: _native.Machine, exact: bool):
@@ -215,15 +205,37 @@ class NativeKernels(NativeGradients, NumpyKernels):
     def attention(
         self, q: np.ndarray, k: np.ndarray, v: np.ndarray, sinks: Any, spec: AttentionSpec, step: Step, layer: int
     ) -> np.ndarray:
-        room = None
-        if step.cache is not None:
-            if self.recording is None:
-                step.cache.check(step)
-            room = step.cache.rooms[layer]
         return self.call(
             self.machine.attention, self.plain(q), self.plain(k), self.plain(v), self.vector(sinks), native_mask(spec),
-            native_step(step), room, shape=(*q.shape[:3], v.shape[-1]),
+            native_step(step), self._room(step, layer), shape=(*q.shape[:3], v.shape[-1]),
         )  # fmt: skip
+
+    def _room(self, step: Step, layer: int) -> _native.LayerRoom | None:
+        if step.cache is None:
+            return None
+        if self.recording is None:
+            step.cache.check(step)
+        return step.cache.rooms[layer]
+
+    def latent_attention(
+        self, q_nope: np.ndarray, q_rope: np.ndarray, c: np.ndarray, k_rope: np.ndarray, wk: Any, wv: Any,
+        spec: AttentionSpec, step: Step, layer: int,
+    ) -> np.ndarray:  # fmt: skip
+        """Absorbed, as in the reference; each head's values are an expert of its own."""
+        rows, tokens, heads, width = *q_nope.shape[:3], c.shape[-1]
+        whole = width + k_rope.shape[-1]
+        q = self.call(
+            self.machine.absorb, self.plain(q_nope), self.plain(q_rope), self._matrix(wk), heads,
+            shape=(rows, tokens, heads, whole),
+        )  # fmt: skip
+        k = self.call(self.machine.join, self.plain(c), self.plain(k_rope), shape=(rows, tokens, whole))
+        mixed = self.call(
+            self.machine.latent_attention, q, k, native_mask(spec), native_step(step), self._room(step, layer),
+            shape=(rows, tokens, heads, width),
+        )  # fmt: skip
+        owners = np.tile(np.arange(heads, dtype=np.int32), (rows * tokens, 1))
+        y = self.expert_linear(mixed.reshape(-1, heads, width), wv, None, None, owners)
+        return y.reshape(rows, tokens, heads, -1)
 
     # ---- mixers with a state
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ondevice.backends.base import AttentionSpec
+from ondevice.backends.base import AttentionSpec, Step
 from ondevice.backends.reference import create as create_reference
 from ondevice.models.config import ModelConfig, MoEConfig, Sharpness
 from ondevice.models.decoder import Decoder
@@ -22,6 +22,19 @@ from tests.models import twins
 def test_logits_are_those_of_transformers(name, backend, twin_folder):
     twin, folder = twin_folder(name)
     check_family(folder, twin, backend)
+
+
+@pytest.mark.parametrize("name", twins.TWINS)
+def test_decoding_is_recorded_whole_on_cpu(name, twin_folder, created):
+    """No operation of a family falls out of the plan that a token is replayed from."""
+    cpu = created("cpu")
+    if "compile" not in cpu.features:
+        pytest.skip("there are no native kernels here")
+    decoder = open_decoder(twin_folder(name)[1], cpu, 4)
+    cache = decoder.new_cache(1, 4)
+    step = Step(*(np.array([n], np.int32) for n in (0, 1, 0)), cache=cache)
+    cpu.compile(decoder, [cache, decoder.weights])(cpu.array(np.array([[1]], np.int32)), step)
+    assert cpu.compiled.startswith("a plan of"), cpu.compiled
 
 
 @pytest.mark.parametrize("name", twins.TWINS)

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "check.h"
 
 namespace ondevice::cpu {
@@ -111,6 +113,59 @@ void alone(const Kernels& k, Pool& pool, const Shape& s, const Rule& rule) {
     close("attention alone", out.data(), want, 2e-5);
 }
 
+// Latents: one key head for all, whose first dv numbers are the values, in a cache (E) and then the same at once without.
+template <class E>
+void latents(const Kernels& k, Pool& pool, Number type, int64_t H, int64_t parts, int64_t d, int64_t dv, int64_t window,
+             const std::vector<int64_t>& chunks) {
+    int64_t capacity = 0, at = 0;
+    for (int64_t n : chunks) capacity += n;
+    const int64_t places = round_up(capacity, kRows), slot = 1;
+    const Rule rule{window, 0, 0, false, false};
+    const Shape s{1, 0, H, 1, d, dv};
+    auto q = normal(capacity * H * d), key = normal(capacity * d);
+    for (float& v : key) v = rounded<E>(v);
+    std::vector<float> values;
+    for (int64_t t = 0; t < capacity; t++) values.insert(values.end(), key.begin() + t * d, key.begin() + t * d + dv);
+    std::vector<double> want(static_cast<size_t>(capacity * H * dv));
+    const float scale = 1.0f / std::sqrt(float(d));
+    for (int64_t t = 0; t < capacity; t++)
+        for (int64_t h = 0; h < H; h++)
+            oracle(s, rule, q.data() + (t * H + h) * d, key, values, 0, t, 0, nullptr, nullptr, scale,
+                   want.data() + (t * H + h) * dv);
+    std::vector<E> keys(static_cast<size_t>(2 * places * d));
+    std::vector<float> out(want.size(), 77.0f);
+    const auto attend = [&](int64_t from, int64_t T, void* cache) {
+        const auto start = static_cast<int32_t>(from), length = static_cast<int32_t>(T), place = static_cast<int32_t>(slot);
+        Attention p{q.data() + from * H * d, key.data() + from * d, nullptr, nullptr, out.data() + from * H * dv,
+                    &start, &length, &place, nullptr, cache, nullptr, type, 1, T, H, parts, d, dv, capacity, window, 0,
+                    scale, 0};
+        p.latent = true;
+        k.attention(p, pool);
+    };
+    for (int64_t T : chunks) attend(at, T, keys.data()), at += T;
+    close("attention to latents", out.data(), want, 2e-5);
+    std::fill(out.begin(), out.end(), 77.0f);
+    attend(0, capacity, nullptr);
+    close("attention to latents alone", out.data(), want, 2e-5);
+}
+
+void absorbed(const Kernels& k, Pool& pool, int64_t tokens, int64_t heads, int64_t n, int64_t latent, int64_t r) {
+    auto q = normal(tokens * heads * n), turning = normal(tokens * heads * r), w = normal(heads * n * latent);
+    std::vector<float> out(static_cast<size_t>(tokens * heads * (latent + r)), 77.0f);
+    k.absorb(Absorb{q.data(), turning.data(), Matrix{w.data(), Number::f32, n, latent, nullptr, 0}, out.data(), tokens,
+                    heads, r}, pool);
+    std::vector<double> want;
+    for (int64_t row = 0; row < tokens * heads; row++) {
+        for (int64_t c = 0; c < latent; c++) {
+            double sum = 0;
+            for (int64_t i = 0; i < n; i++) sum += double(q[row * n + i]) * w[(row % heads * n + i) * latent + c];
+            want.push_back(sum);
+        }
+        want.insert(want.end(), turning.begin() + row * r, turning.begin() + (row + 1) * r);
+    }
+    close("absorbed queries", out.data(), want, 1e-5);
+}
+
 }  // namespace
 
 void check_attention(const Kernels& k, Pool& pool) {
@@ -128,6 +183,15 @@ void check_attention(const Kernels& k, Pool& pool) {
                 alone(k, pool, with, rule);
             }
         }
+    for (int64_t window : {0, 9}) {
+        latents<float>(k, pool, Number::f32, 3, 1, 14, 12, window, {1, 1, 15, 33, 1});
+        latents<half>(k, pool, Number::f16, 6, 2, 40, 32, window, {3, 140, 1});
+        latents<bfloat>(k, pool, Number::bf16, 5, 1, 24, 16, window, {200, 1, 1});
+    }
+    for (int64_t tokens : {1, 5, 100}) {
+        absorbed(k, pool, tokens, 3, 8, 12, 4);
+        absorbed(k, pool, tokens, 2, 270, 300, 16);
+    }
     cached<half>(k, pool, {1, 0, 6, 2, 64, 64}, rules[0], {900, 1, 1}, Number::f16, 2e-5);  // keys in several pieces
     alone(k, pool, {2, 33, 4, 2, 8, 8}, {0, 0, 0, false, true});
 }

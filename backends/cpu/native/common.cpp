@@ -38,6 +38,17 @@ void piece(const Piece& p, Pool& pool) {
     });
 }
 
+void join(const Join& p, Pool& pool) {
+    const int64_t width = p.width_a + p.width_b, tasks = pieces(pool, p.rows, 1 + 16384 / (width + 1));
+    const int64_t step = (p.rows + tasks - 1) / tasks;
+    pool.run(tasks, [&](int64_t task, int) {
+        for (int64_t row = task * step; row < p.rows && row < (task + 1) * step; row++) {
+            std::memcpy(p.out + row * width, p.a + row * p.width_a, sizeof(float) * p.width_a);
+            std::memcpy(p.out + row * width + p.width_a, p.b + row * p.width_b, sizeof(float) * p.width_b);
+        }
+    });
+}
+
 namespace {
 
 template <class E>

@@ -87,6 +87,13 @@ struct Matrix {
     bool panels = false;  // dense numbers lie in panels [rows / 16][columns][16]: of a LowRank's `up` alone
 };
 
+// Rows of a, those of b behind them: out [rows, a's width + b's]
+struct Join {
+    const float *a, *b;
+    float* out;
+    int64_t rows, width_a, width_b;
+};
+
 // out [count, columns]
 struct Embed {
     Matrix weight;
@@ -164,6 +171,9 @@ struct Products {
 // One layer's cache: keys [slots, K, blocks of 16 tokens, d, 16], values [slots, K, tokens, dv rounded up to 16],
 // tokens = capacity rounded up to 16. In int8, each token's numbers of a head share a scale: [slots, K, tokens] for keys
 // and for values. Without a cache (keys null) each row sees itself alone.
+//
+// latent: all heads share one stored key head (k [B, T, d]), whose first dv numbers are the values (v and values are not
+// there); K is only how many parts the heads are cut in.
 struct Attention {
     const float *q, *k, *v, *sinks;
     float* out;
@@ -174,6 +184,18 @@ struct Attention {
     int64_t window, chunk;  // 0: none
     float scale, softcap;   // softcap 0: none
     float *key_scales = nullptr, *value_scales = nullptr;
+    bool latent = false;
+
+    int64_t stored() const { return latent ? 1 : K; }  // key heads that are kept
+};
+
+// Queries of latent attention: out [tokens, heads, L + r] = q [tokens, heads, n] . weight[head] [n, L], and `turning`
+// [tokens, heads, r] behind it, so that they meet the latents themselves: q . (W c) = (q . W) . c
+struct Absorb {
+    const float *q, *turning;
+    Matrix weight;  // of the first head
+    float* out;
+    int64_t tokens, heads, r;
 };
 
 enum class Scoring { kSoftmax, kSigmoid, kSparsemixer };  // as in base.SCORINGS
@@ -301,6 +323,7 @@ struct Kernels {
     Kernel<LinearFloat> linear_float;
     Kernel<Products> products;
     Kernel<Attention> attention;
+    Kernel<Absorb> absorb;
     Kernel<ExpertLinear> expert_linear;
     Kernel<Weigh> weigh;
     Kernel<ShortConvolution> short_convolution;
@@ -323,6 +346,7 @@ Variants variants();
 void rope_table(const RopeTable&, Pool&);
 void take(const Take&, Pool&);
 void piece(const Piece&, Pool&);
+void join(const Join&, Pool&);
 void embed(const Embed&, Pool&);
 void elect(const Elect&, Pool&);
 void gates(const Gates&, Pool&);

@@ -355,6 +355,12 @@ void cut_piece(Machine& machine, In x, int64_t from, Out out) {
     call(machine, &piece, Piece{x.data(), out.data(), rows, stride, from, width});
 }
 
+void join_rows(Machine& machine, In a, In b, Out out) {
+    const int64_t width_a = last(a), width_b = last(b), rows = static_cast<int64_t>(a.size()) / width_a;
+    require(static_cast<int64_t>(b.size()) == rows * width_b && out.size() == a.size() + b.size(), "sizes");
+    call(machine, &join, Join{a.data(), b.data(), out.data(), rows, width_a, width_b});
+}
+
 struct Step {
     Ints starts, lengths, slots;
     std::optional<Ints> segments;
@@ -400,6 +406,37 @@ void attend(Machine& machine, In q, In k, In v, Maybe sinks, const Mask& mask, c
         p.value_scales = room->value_scales ? room->value_scales->data() : nullptr;
     }
     call(machine, machine.kernels().attention, p);
+}
+
+// q [B, T, H, L + r] and k [B, T, L + r], whose first L numbers are the values -> out [B, T, H, L]
+void attend_latents(Machine& machine, In q, In k, const Mask& mask, const Step& step, const LayerRoom* room, Out out) {
+    constexpr int64_t kTogether = 32;  // heads: enough for a block of latents that is read once for all of them
+    require(q.ndim() == 4 && k.ndim() == 3 && out.ndim() == 4, "q and out have four axes, k has three");
+    const auto B = static_cast<int64_t>(q.shape(0)), T = static_cast<int64_t>(q.shape(1));
+    const auto H = static_cast<int64_t>(q.shape(2)), d = last(q), L = static_cast<int64_t>(out.shape(3));
+    require(last(k) == d && L <= d && static_cast<int64_t>(k.size()) == B * T * d, "latents do not fit");
+    require(static_cast<int64_t>(out.size()) == B * T * H * L, "sizes");
+    require(static_cast<int64_t>(step.starts.size()) == B && static_cast<int64_t>(step.lengths.size()) == B, "step");
+    require(!step.segments || static_cast<int64_t>(step.segments->size()) == B * T, "segments");
+    int64_t parts = (H + kTogether - 1) / kTogether;
+    while (H % parts) parts++;
+    Attention p{q.data(), k.data(), nullptr, nullptr, out.data(), step.starts.data(), step.lengths.data(),
+                step.slots.data(), step.segments ? step.segments->data() : nullptr, nullptr, nullptr, Number::f32, B, T, H,
+                parts, d, L, T, mask.window, mask.chunk, mask.scale, mask.softcap};
+    p.latent = true;
+    if (room) {
+        p.keys = room->keys.data(), p.type = room->type, p.capacity = room->capacity;
+        p.key_scales = room->key_scales ? room->key_scales->data() : nullptr;
+    }
+    call(machine, machine.kernels().attention, p);
+}
+
+void absorb_queries(Machine& machine, In q, In turning, const Weight& weight, int64_t heads, Out out) {
+    const Matrix w = weight.at(0);
+    const int64_t r = last(turning), tokens = static_cast<int64_t>(turning.size()) / (heads * r);
+    require(last(q) == w.rows && static_cast<int64_t>(q.size()) == tokens * heads * w.rows, "queries do not fit");
+    require(static_cast<int64_t>(out.size()) == tokens * heads * (w.columns + r), "sizes");
+    call(machine, machine.kernels().absorb, Absorb{q.data(), turning.data(), w, out.data(), tokens, heads, r});
 }
 
 void attend_back(Machine& machine, In grad, In q, In k, In v, Maybe sinks, const Mask& mask, const Step& step, Out to_q,
@@ -619,6 +656,10 @@ NB_MODULE(_native, m) {
         .def("rope", &rope, "x"_a.noconvert(), "table"_a.noconvert(), "interleaved"_a, "out"_a.noconvert())
         .def("take", &take_rows, "x"_a.noconvert(), "rows"_a.noconvert(), "out"_a.noconvert())
         .def("piece", &cut_piece, "x"_a.noconvert(), "start"_a, "out"_a.noconvert())
+        .def("join", &join_rows, "a"_a.noconvert(), "b"_a.noconvert(), "out"_a.noconvert())
+        .def("absorb", &absorb_queries, "q"_a.noconvert(), "turning"_a.noconvert(), "weight"_a, "heads"_a, "out"_a.noconvert())
+        .def("latent_attention", &attend_latents, "q"_a.noconvert(), "k"_a.noconvert(), "mask"_a, "step"_a, "room"_a.none(),
+             "out"_a.noconvert())
         .def("elect", &choose, "logits"_a.noconvert(), "bias"_a.noconvert().none(), "groups"_a, "top_groups"_a, "scoring"_a,
              "ids"_a.noconvert())
         .def("gates", &make_gates, "logits"_a.noconvert(), "ids"_a.noconvert(), "scoring"_a, "jitter"_a,

@@ -10,6 +10,7 @@
 #include "attention.inl"
 
 #include "experts.inl"
+#include "latent.inl"
 #include "recurrence.inl"
 #include "training.inl"
 #include "attention_back.inl"
@@ -17,6 +18,6 @@
 static constexpr Kernels kernels = {
     kName,      kTokens,       add,           multiply,   add_number, multiply_number, softcap,  gated,
     rms_norm,   layer_norm,    rope,          quantize,   linear_int8, linear_float,   products, attention,
-    expert_linear, weigh,      short_convolution, gated_delta, gated_back, rms_norm_back, attention_back,
+    absorb,     expert_linear, weigh,      short_convolution, gated_delta, gated_back, rms_norm_back, attention_back,
     token_loss, adamw,
 };

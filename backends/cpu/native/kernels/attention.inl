@@ -3,11 +3,13 @@
 //
 // Keys lie 16 to a panel, [d][16], so that a query meets 16 of them in each step, and nothing is summed across; values
 // lie as they come, a row a token. Both are the panels that multiply_panels takes. All query heads that share a key
-// head are done together: what is read from the cache is read once for them.
+// head are done together: what is read from the cache is read once for them. Latents are stored as keys alone; as values
+// they are turned, 16 numbers of a block of keys at a time.
 
 constexpr int64_t kKeys = 128;      // a block of keys: its values (d = 64, float32) fill the first level of cache
 constexpr int64_t kQueries = 32;    // rows (tokens x heads that share a key head) that meet a block together, about
 constexpr int64_t kSplit = 512;     // keys that make a task of their own when queries are few
+constexpr int64_t kSplitLatents = 64;  // the same of latents, which meet all heads at once
 
 template <class E>
 struct Heads {  // where one layer's keys and values lie, in the cache or for this call alone
@@ -16,7 +18,7 @@ struct Heads {  // where one layer's keys and values lie, in the cache or for th
     float *key_scales = nullptr, *value_scales = nullptr;  // [heads, places], of int8
 
     E* key_panels(int64_t head) const { return keys + head * places * d; }
-    E* value_rows(int64_t head) const { return values + head * places * width; }
+    E* value_rows(int64_t head) const { return values ? values + head * places * width : nullptr; }
 };
 
 // Numbers as the cache holds them; returns the scale that brings them back.
@@ -48,12 +50,13 @@ template <class E>
 static void write_head(const Attention& p, const Heads<E>& heads, int64_t b, int64_t kv, int64_t head, int64_t first) {
     E *keys = heads.key_panels(head), *values = heads.value_rows(head);
     for (int64_t t = 0; t < p.lengths[b]; t++) {
-        const int64_t token = (b * p.T + t) * p.K + kv, place = first + t;
+        const int64_t token = (b * p.T + t) * p.stored() + kv, place = first + t;
         const float scale = keep(p.k + token * p.d, p.d, kRows, keys + place / kRows * kRows * p.d + place % kRows);
+        if (heads.key_scales) heads.key_scales[head * heads.places + place] = scale;
+        if (p.latent) continue;
         E* row = values + place * heads.width;
         const float value_scale = keep(p.v + token * p.dv, p.dv, 1, row);
         std::memset(row + p.dv, 0, sizeof(E) * (heads.width - p.dv));
-        if (heads.key_scales) heads.key_scales[head * heads.places + place] = scale;
         if (heads.value_scales) heads.value_scales[head * heads.places + place] = value_scale;
     }
 }
@@ -190,18 +193,19 @@ static void multiply_all(int64_t rows, const float* x, int64_t x_stride, const E
 }
 
 struct Room {  // one thread's
-    float *q, *scores, *out;
+    float *q, *scores, *out, *turned;
     Running* rows;
 };
 
 static inline int64_t room_size(int64_t rows, int64_t d, int64_t width) {
-    return rows * (round_up(d, kRows) + kKeys + width + 2) + kRows;
+    return rows * (round_up(d, kRows) + kKeys + width + 2) + kKeys * kRows + kRows;
 }
 
 static inline Room room_at(float* data, int64_t rows, int64_t d, int64_t width) {
     float* scores = data + rows * round_up(d, kRows);
     float* out = scores + rows * kKeys;
-    return {data, scores, out, reinterpret_cast<Running*>(out + rows * width)};
+    float* turned = out + rows * width;
+    return {data, scores, out, turned, reinterpret_cast<Running*>(turned + kKeys * kRows)};
 }
 
 // The queries of a part, scaled: row t * group + g.
@@ -214,13 +218,39 @@ static void gather_queries(const Attention& p, const Part& part, int64_t group, 
         }
 }
 
+// Numbers [from, from + 16) of `count` keys, which lie in panels [d][16] -> rows of 16; behind the last number, zeros.
+template <class E>
+static inline void turn_keys(const E* keys, int64_t d, int64_t from, int64_t count, float* rows) {
+    for (int64_t j = 0; j < count; j += kRows, keys += d * kRows, rows += kRows * kRows)
+        for (int i = 0; i < kRows; i += N)
+            for (int half = 0; half < kRows; half += N) {
+                F v[N];
+                for (int a = 0; a < N; a++)
+                    v[a] = from + i + a < d ? load(keys + (from + i + a) * kRows + half) : set(0);
+                transpose(v);
+                for (int a = 0; a < N; a++) store(rows + (half + a) * kRows + i, v[a]);
+            }
+}
+
+// room.out += weights . latents, of `real` keys
+template <class E>
+static inline void attend_turned(const Attention& p, const E* keys, int64_t rows, int64_t real, int64_t width,
+                                 const Room& room) {
+    for (int64_t i = 0; i < width; i += kRows) {
+        turn_keys(keys, p.d, i, real, room.turned);
+        multiply_panels(rows, room.scores, kKeys, room.turned, kRows, real, room.out + i, width, true);
+    }
+}
+
 // Attends to the part's keys; leaves weighted sums (not yet divided) in room.out and the rest in room.rows.
 template <class E>
 static void attend(const Attention& p, const Heads<E>& heads, const Part& part, const Room& room) {
     const int64_t group = p.H / p.K, rows = part.tokens * group, width = heads.width;
     const E *keys = heads.key_panels(part.head), *values = heads.value_rows(part.head);
     const float* key_scales = heads.key_scales ? heads.key_scales + part.head * heads.places : nullptr;
-    const float* value_scales = heads.value_scales ? heads.value_scales + part.head * heads.places : nullptr;
+    const float* value_scales = p.latent             ? key_scales
+                                : heads.value_scales ? heads.value_scales + part.head * heads.places
+                                                     : nullptr;
     gather_queries(p, part, group, room);
     for (int64_t r = 0; r < rows; r++) room.rows[r] = {-__builtin_inff(), 0};
     std::memset(room.out, 0, sizeof(float) * rows * width);
@@ -240,6 +270,10 @@ static void attend(const Attention& p, const Heads<E>& heads, const Part& part, 
             if (shrink != 1.0f)
                 for (int64_t i = 0; i < width; i += N)
                     store(room.out + r * width + i, load(room.out + r * width + i) * set(shrink));
+        }
+        if (p.latent) {
+            attend_turned(p, keys + at * p.d, rows, real, width, room);
+            continue;
         }
         multiply_all(rows, room.scores, kKeys, values + at * width, kRows, width, real, width / kRows, room.out, width, true,
                      values + (at + kKeys) * width);
@@ -269,8 +303,8 @@ static void put_part(const Attention& p, const Part& part, const Room& room, int
 // What row b's queries [token, token + tokens) of key head kv are, and all keys that any of them sees.
 static Part part_of(const Attention& p, int64_t b, int64_t kv, int64_t token, int64_t tokens) {
     const bool cached = p.keys != nullptr;
-    Part part{b, kv, (cached ? p.slots[b] : b) * p.K + kv, token, tokens, cached ? p.starts[b] : 0,
-              cached ? 0 : p.starts[b], 0, 0};
+    Part part{b, kv, (cached ? p.slots[b] : b) * p.stored() + (p.latent ? 0 : kv), token, tokens,
+              cached ? p.starts[b] : 0, cached ? 0 : p.starts[b], 0, 0};
     const int64_t place = part.first + token;
     part.begin = earliest(p, place + part.base, part.base) / kRows * kRows;
     part.end = place + tokens;
@@ -286,7 +320,7 @@ static void attend_split(const Attention& p, const Heads<E>& heads, const Part& 
     const auto work = [&](int64_t task, int) {
         Part part = whole;
         part.kv = task / cuts;
-        part.head = whole.head + part.kv;
+        part.head = whole.head + (p.latent ? 0 : part.kv);
         part.begin = whole.begin + task % cuts * step;
         part.end = part.begin + step < whole.end ? part.begin + step : whole.end;
         attend(p, heads, part, room_at(rooms + task * size, rows, p.d, heads.width));
@@ -335,13 +369,13 @@ static void attend_blocks(const Attention& p, const Heads<E>& heads, Pool& pool)
 template <class E>
 static void attend_all(const Attention& p, const Heads<E>& heads, Pool& pool) {
     const auto write = [&](int64_t task, int) {
-        const int64_t b = task / p.K, kv = task % p.K, slot = p.keys ? p.slots[b] : b;
-        write_head(p, heads, b, kv, slot * p.K + kv, p.keys ? p.starts[b] : 0);
+        const int64_t b = task / p.stored(), kv = task % p.stored(), slot = p.keys ? p.slots[b] : b;
+        write_head(p, heads, b, kv, slot * p.stored() + kv, p.keys ? p.starts[b] : 0);
     };
-    if (p.B * p.T * p.K * p.d < kSmall) {
-        for (int64_t task = 0; task < p.B * p.K; task++) write(task, 0);
+    if (p.B * p.T * p.stored() * p.d < kSmall) {
+        for (int64_t task = 0; task < p.B * p.stored(); task++) write(task, 0);
     } else {
-        pool.run(p.B * p.K, write);
+        pool.run(p.B * p.stored(), write);
     }
     for (int64_t b = 0; b < p.B; b++)
         std::memset(p.out + (b * p.T + p.lengths[b]) * p.H * p.dv, 0,
@@ -349,7 +383,7 @@ static void attend_all(const Attention& p, const Heads<E>& heads, Pool& pool) {
     if (p.T * (p.H / p.K) > kQueries || p.B > 1) return attend_blocks(p, heads, pool);
     if (p.lengths[0] < 1) return;
     const Part whole = part_of(p, 0, 0, 0, p.lengths[0]);
-    const int64_t cuts = (whole.end - whole.begin + kSplit - 1) / kSplit;
+    const int64_t split = p.latent ? kSplitLatents : kSplit, cuts = (whole.end - whole.begin + split - 1) / split;
     attend_split(p, heads, whole, cuts, pool);
 }
 
@@ -362,9 +396,10 @@ static void attention_in_cache(const Attention& p, Pool& pool) {
 
 // Keys and values of this call alone: zeroed, for what lies behind the last token is multiplied with weight 0.
 static void attention_alone(const Attention& p, Pool& pool) {
-    const int64_t width = round_up(p.dv, kRows), places = round_up(p.T, kRows), heads = p.B * p.K;
-    float* data = pool.shared(1, heads * places * (p.d + width));
-    std::memset(data, 0, sizeof(float) * heads * places * (p.d + width));
+    const int64_t width = round_up(p.dv, kRows), places = round_up(p.T, kRows), heads = p.B * p.stored();
+    const int64_t numbers = heads * places * (p.d + (p.latent ? 0 : width));
+    float* data = pool.shared(1, numbers);
+    std::memset(data, 0, sizeof(float) * numbers);
     attend_all(p, Heads<float>{data, data + heads * places * p.d, p.d, width, places}, pool);
 }
 

@@ -30,13 +30,15 @@ static inline void copy_input(const ExpertLinear& p, int64_t pair, float* to) {
     for (int64_t i = 0; i < p.weight.columns; i++) to[i] = x[i] * gate;
 }
 
+// The matrix of one expert; w is the first's.
+static Matrix of_stack(Matrix w, int64_t expert) {
+    w.expert = expert;
+    if (!w.tiles) w.dense = static_cast<const uint8_t*>(w.dense) + expert * w.rows * w.columns * size_of(w.type);
+    return w;
+}
+
 static Product product_of(const ExpertLinear& p, int64_t expert) {
-    Product product{p.weight, p.bias ? p.bias + expert * p.weight.rows : nullptr, p.out};
-    product.weight.expert = expert;
-    if (!p.weight.tiles)
-        product.weight.dense = static_cast<const uint8_t*>(p.weight.dense) +
-                               expert * p.weight.rows * p.weight.columns * size_of(p.weight.type);
-    return product;
+    return {of_stack(p.weight, expert), p.bias ? p.bias + expert * p.weight.rows : nullptr, p.out};
 }
 
 // Calls work(expert, its pairs, how many, task within it, thread): `cuts` tasks for each expert that anyone chose.
