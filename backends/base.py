@@ -511,8 +511,8 @@ class Backend(ABC):
         raise self._lacks("training")
 
     def inverse_norm(self, weight: W, down: A, up: A, scale: float) -> A:
-        """1 / norm of each row of weight + scale * up . down, [O]; a constant to gradients (DoRA, Liu et al. 2024,
-        section 4.3)."""
+        """1 / norm of each row of weight + scale * up . down, [O], float32 whatever the activations are; a constant to
+        gradients (DoRA, Liu et al. 2024, section 4.3)."""
         raise self._lacks("training")
 
     def sum(self, x: A) -> A:

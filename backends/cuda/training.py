@@ -52,7 +52,7 @@ class TorchTraining:
     @torch.no_grad()
     def inverse_norm(self, weight: Any, down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
         adapted = self.dequantize(weight) + scale * (up.float() @ down.float())
-        return (1 / torch.linalg.vector_norm(adapted, dim=-1)).to(self.dtype)
+        return 1 / torch.linalg.vector_norm(adapted, dim=-1)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         return x.float().sum()

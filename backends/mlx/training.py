@@ -51,7 +51,7 @@ class MlxTraining:
 
     def inverse_norm(self, weight: Any, down: mx.array, up: mx.array, scale: float) -> mx.array:
         adapted = self.dequantize(weight) + scale * (up.astype(mx.float32) @ down.astype(mx.float32))
-        return mx.stop_gradient(mx.rsqrt(mx.square(adapted).sum(axis=-1))).astype(self.dtype)
+        return mx.stop_gradient(mx.rsqrt(mx.square(adapted).sum(axis=-1)))
 
     def sum(self, x: mx.array) -> mx.array:
         return plain(x).astype(mx.float32).sum()
