@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ...tensors import STORAGE, floats, store
-from ..base import Cache, LayerCache, StateCache, Step
-from ..numerics import to_int8
+from ...tensors import STORAGE
+from ..base import Cache, LayerCache, StateCache
 from ..reference import HostStates, attention_part
 from . import _native
 
@@ -18,8 +17,8 @@ PANEL = 16  # keys that a query meets at a time
 
 class CpuCache(Cache):
     """By layer: keys [slots, K, capacity / 16, d, 16], sixteen tokens to a panel, and values [slots, K, capacity, dv],
-    dv rounded up to 16; with int8, scales [slots, K, capacity, 1] of both. Zeroed by the system page by page on first
-    use. `truncate` goes back to any length."""
+    dv rounded up to 16 (0: latents, which are read as both); with int8, scales [slots, K, capacity, 1] of both. Zeroed
+    by the system page by page on first use. `truncate` goes back to any length."""
 
     def __init__(self, specs: Sequence[LayerCache | StateCache], slots: int, capacity: int, dtype: str):
         panels = -(-capacity // PANEL)
@@ -28,7 +27,6 @@ class CpuCache(Cache):
         self.recurrent = any(isinstance(spec, StateCache) for spec in specs)
         self.states = [HostStates.of(spec, slots) for spec in specs]
         specs = [attention_part(spec) for spec in specs]
-        self.specs = tuple(specs)
         self.keys = [_zeros((slots, s.kv_heads, panels, s.key_dim, PANEL), dtype) for s in specs]
         self.values = [_zeros((slots, s.kv_heads, panels * PANEL, _whole(s.value_dim)), dtype) for s in specs]
         scaled = int(dtype == "int8")
@@ -39,34 +37,6 @@ class CpuCache(Cache):
             _native.LayerRoom(k, v, dtype, capacity, *(scales if scaled else ())) if k.size else None
             for k, v, scales in zip(self.keys, self.values, self.scales, strict=True)
         ]
-
-    def write(self, layer: int, slot: int, start: int, keys: np.ndarray, values: np.ndarray) -> None:
-        """keys [n, K, d] and values [n, K, dv] to positions start …, for operations that NumPy does."""
-        where = np.arange(start, start + len(keys))
-        self.check(Step(*(np.array([n], np.int32) for n in (start, len(keys), slot))))
-        by_key, by_value = (scales[slot] for scales in self.scales[layer])
-        keys = self._kept(keys, by_key, where)
-        values = self._kept(values, by_value, where)
-        self.keys[layer][slot][:, where // PANEL, :, where % PANEL] = keys
-        self.values[layer][slot][:, where, : values.shape[-1]] = values.swapaxes(0, 1)
-
-    def _kept(self, new: np.ndarray, scales: np.ndarray, where: np.ndarray) -> np.ndarray:
-        """new [n, K, d] as it is stored; its scales, if it has some, go to their places."""
-        if self.dtype != "int8":
-            return store(new, self.dtype)
-        codes, own = to_int8(new)
-        scales[:, where] = own.swapaxes(0, 1)
-        return codes
-
-    def read(self, layer: int, slot: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys [K, end, d] and values [K, end, dv] of positions 0 … end - 1."""
-        spec, panels = self.specs[layer], self.keys[layer][slot, :, : -(-end // PANEL)]
-        keys = panels.swapaxes(2, 3).reshape(spec.kv_heads, -1, spec.key_dim)[:, :end]
-        values = self.values[layer][slot, :, :end, : spec.value_dim]
-        if self.dtype == "int8":
-            by_key, by_value = (scales[slot, :, :end] for scales in self.scales[layer])
-            return keys * by_key, values * by_value
-        return floats(keys, self.dtype), floats(values, self.dtype)
 
     def snapshot(self, slot: int) -> Any:
         n = int(self.lengths[slot])

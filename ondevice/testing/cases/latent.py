@@ -6,6 +6,7 @@ import numpy as np
 
 from ...backends.base import AttentionSpec, Backend, Cache, LayerCache, Step
 from ..suite import Pair, case, concatenated, int32
+from .attention import ROUNDED
 
 H, N, R, L, V = 3, 8, 4, 12, 6  # heads, plain and rotary query sizes, latent, value size
 
@@ -66,6 +67,18 @@ def any_road_is_the_whole(pair: Pair, spec: str, sizes: tuple[int, ...]) -> None
     pair.close("chain", pieces(pair.backend, cache, x, 1, 0, sizes), whole)
     held = cache.truncate(1, 4)
     pair.close("chain", pieces(pair.backend, cache, x, 1, held, (9 - held,)), whole[:, held:])
+
+
+@case("latent", sizes=[(9,), (5, 1, 3)])
+def in_eight_bits(pair: Pair, sizes: tuple[int, ...]) -> None:
+    """A token's latent and its rotary key share a scale."""
+    if "int8_cache" not in pair.backend.features:
+        return
+    x, results = Latents(pair, 1, 9, SPECS["plain"]), []
+    for ops in (pair.backend, pair.reference):
+        cache = ops.new_cache([LayerCache(1, L + R, 0)], 2, 9, "int8")
+        results.append(pieces(ops, cache, x, 1, 0, sizes))
+    pair.close("chain", *results, tolerance=ROUNDED + pair.tolerance("chain"))
 
 
 @case("latent")
