@@ -120,10 +120,10 @@ def side_by_side(texts: list[tuple[str, str]]) -> None:
             answer(f"{title}:\n{text}\n")
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table(*(title for title, _ in texts), width=columns)
+    table = Table(*(Column(title, ratio=1) for title, _ in texts), width=columns)
     table.add_row(*(Text(text) for _, text in texts))
     Console(file=sys.stdout, width=columns).print(table)
 

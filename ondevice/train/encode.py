@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BadFile, Unsupported
+from ..errors import BadFile, OnDeviceError, Unsupported
 from ..registry import did_you_mean
 from ..runtime.session import Session
 
@@ -128,6 +128,7 @@ def _apart(messages: Sequence[Mapping], last: int) -> tuple[Sequence[Mapping], S
 def _turn(session: Session, before: Sequence[Mapping], answer: Sequence[Mapping], tools: Any) -> tuple[list[int], int]:
     """The ids of an answer behind its prompt, and where the answer begins."""
     whole = _ids(session, [*before, *answer], tools, False)
+    _require_shown(session, [*before, *answer], tools, whole)
     if not before:
         return whole, 0
     prompt = _ids(session, before, tools, True)
@@ -141,6 +142,23 @@ def _turn(session: Session, before: Sequence[Mapping], answer: Sequence[Mapping]
     if start >= len(whole):
         raise BadFile("the chat template shows nothing of an answer.", "Give the answer a content.")
     return whole, start
+
+
+def _require_shown(session: Session, messages: Sequence[Mapping], tools: Any, whole: list[int]) -> None:
+    """Raises Unsupported where the template passes tools or calls over in silence: an empty answer would be learnt."""
+    hint = "Take a model that was made for tools, or write them out in the messages' contents."
+    if tools and _ids(session, messages, None, False) == whole:
+        raise Unsupported("this model's chat template does not show tools.", hint)
+    if any(m.get("tool_calls") for m in messages) and _mute(session, messages, tools) == whole:
+        raise Unsupported("this model's chat template does not show tool calls.", hint)
+
+
+def _mute(session: Session, messages: Sequence[Mapping], tools: Any) -> list[int] | None:
+    """The ids without any call; None from a template that demands them, and so shows them."""
+    try:
+        return _ids(session, [{k: v for k, v in m.items() if k != "tool_calls"} for m in messages], tools, False)
+    except OnDeviceError:
+        return None
 
 
 def _agreement(a: Sequence[int], b: Sequence[int]) -> int:

@@ -171,7 +171,12 @@ class _Run:
         loss = self.losses[-1] if self.losses else None
         finished = Finished(state.step, state.best_step if best else state.step, loss, state.best_loss, early, kept)
         if self.dest:
-            write_artifact(self.dest, self.session, self.method, kept, self.settings)
+            try:
+                write_artifact(self.dest, self.session, self.method, kept, self.settings)
+            except OnDeviceError as error:
+                self._save()
+                hint = "All steps are kept: free some space and end the run with --resume."
+                raise OnDeviceError(error.message, hint) from None
             self._record(ended=finished.as_dict())
             place.clear(self.dest)
         return finished

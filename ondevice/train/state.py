@@ -56,8 +56,9 @@ def save(folder: Path, state: State, ops: Backend) -> Path:
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         kept = "The checkpoint before is still there: free some space and go on with --resume."
+        what = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2].partition(" (os error")[0]
         raise OnDeviceError(
-            f"The checkpoint {path} could not be written: {getattr(error, 'strerror', None) or error}.",
+            f"The checkpoint {path} could not be written: {what}.",
             kept if path.exists() else "Free some space, or choose another place, and start again.",
         ) from None
     return path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ondevice.errors import OnDeviceError
+from ondevice.errors import OnDeviceError, Unsupported
 from ondevice.runtime.session import open_session
 from ondevice.train import Encoded, Settings, load_data
 from ondevice.train import encode as encoding
@@ -126,6 +126,16 @@ def test_tool_calls_are_learnt(other):
     ]  # fmt: skip
     sequence = one(session, {"messages": messages, "tools": [{"type": "function", "function": {"name": "add"}}]})
     assert learnt(session, sequence) == ['add{"a": 1}<|im_end|>', "3.<|im_end|>"]
+
+
+def test_tools_that_a_template_passes_over(session):
+    """Nothing is learnt from an answer that would be shown empty."""
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    asked = {"role": "user", "content": "1 and 2?"}
+    with pytest.raises(Unsupported, match="does not show tool calls"):
+        one(session, {"messages": [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]})
+    with pytest.raises(Unsupported, match="does not show tools"):
+        one(session, {"messages": [asked, {"role": "assistant", "content": "3."}], "tools": [{"type": "function"}]})
 
 
 @pytest.mark.parametrize(

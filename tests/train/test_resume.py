@@ -213,3 +213,21 @@ def test_a_full_disk_keeps_the_checkpoint_before(session, data, tmp_path, monkey
     assert "--resume" in told.value.hint
     assert saved.path.read_bytes() == before
     assert not [p for p in (tmp_path / "full").iterdir() if p.name.endswith(".partial")]
+
+
+def test_an_adapter_that_cannot_be_written_is_written_later(session, data, tmp_path, monkeypatch):
+    from ondevice.train import loop
+
+    def full(*_):
+        raise OnDeviceError("No space left on device.", "Choose another place.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "write_artifact", full)
+        with pytest.raises(OnDeviceError, match="No space left") as told:
+            list(train(session, data, SETTINGS, tmp_path / "out"))
+    assert "All steps are kept" in told.value.hint
+    events = list(train(session, data, SETTINGS, tmp_path / "out", resume=True))
+    assert not [e for e in events if isinstance(e, StepDone)]
+    whole = list(train(session, data, SETTINGS))[-1]
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file() and events[-1].kept == whole.kept
+    assert all((events[-1].parameters[name] == values).all() for name, values in whole.parameters.items())
