@@ -17,6 +17,7 @@ FILE = click.Path(path_type=Path)
 @click.command("prune")
 @click.argument("model")
 @click.argument("dest", required=False, type=FILE)
+@click.option("--target", metavar="P%", help="Drop this share of all parameters, of whatever costs least.")
 @click.option("--vocabulary", metavar="N|P%", help="Keep so many tokens, those that matter most.")
 @click.option("--keep-vocabulary", metavar="FILE", type=FILE, help="Keep the tokens of this text, no others.")
 @click.option("--layers", metavar="N|P%", help="Drop so many whole layers, those that matter least.")
@@ -74,7 +75,7 @@ def _options(given: dict):
 
     known = {field.name for field in fields(Options)}
     chosen = {name: value for name, value in given.items() if name in known and value not in (None, False)}
-    for name in ("vocabulary", "layers", "channels", "heads", "experts"):
+    for name in ("target", "vocabulary", "layers", "channels", "heads", "experts"):
         if name in chosen:
             chosen[name] = Amount.parse(chosen[name], f"--{name}")
     if "sparsity" in chosen:

@@ -67,9 +67,9 @@ class Sparsity:
 
 @dataclass(frozen=True)
 class Options:
-    """What is to go. vocabulary: tokens that stay; keep_vocabulary: a text whose tokens stay. layers: whole layers to
-    go, chosen here, or drop_layers: these. channels, heads, experts: of each layer. sparsity: of the matrices that
-    are left in place.
+    """What is to go. target: a share of all parameters, of whatever costs least; or vocabulary: tokens that stay;
+    keep_vocabulary: a text whose tokens stay. layers: whole layers to go, chosen here, or drop_layers: these. channels,
+    heads, experts: of each layer. sparsity: of the matrices that are left in place.
 
     method: of sparsity. calibration: a text or .jsonl; None: what the model itself says, drawn with `seed`; `tokens`
     of it are run, `length` a window. repair: what stays is changed to make up for what goes. dequantize: take weights
@@ -77,6 +77,7 @@ class Options:
     leave it.
     """
 
+    target: Amount | None = None
     vocabulary: Amount | None = None
     keep_vocabulary: Path | None = None
     layers: Amount | None = None
@@ -102,6 +103,10 @@ class Options:
             raise BadOption("--vocabulary and --keep-vocabulary say two things.", "Give one of them.")
         if self.layers and self.drop_layers:
             raise BadOption("--layers and --drop-layers say two things.", "Give one of them.")
+        if self.target and (self.sparsity or self.named):
+            raise BadOption("--target chooses what goes: nothing else can be named.", "Give --target alone.")
+        if self.target and self.target.share is None:
+            raise BadOption(f"--target {self.target.count} makes no sense.", "Give a share, such as --target 20%.")
         if self.sparsity and self.heal:
             raise BadOption("What is healed does not stay zero.", "Use --sparsity without --heal.")
         if self.sparsity and self.structured:
@@ -109,10 +114,15 @@ class Options:
         if not (self.structured or self.sparsity):
             raise BadOption(
                 "Nothing is asked for.",
-                "Give --vocabulary, --layers, --channels, --heads, --experts or --sparsity.",
+                "Give --target, --vocabulary, --layers, --channels, --heads, --experts or --sparsity.",
             )
 
     @property
     def structured(self) -> bool:
+        return bool(self.target) or self.named
+
+    @property
+    def named(self) -> bool:
+        """Whether it is said which parts go."""
         named = (self.vocabulary, self.keep_vocabulary, self.layers, self.drop_layers)
         return any((*named, self.channels, self.heads, self.experts))

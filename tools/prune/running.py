@@ -17,7 +17,7 @@ from ...models.families.writing import Piece, specs
 from ...models.parameters import expected
 from ...tensors import Tensor
 from ..progress import Progress
-from . import depth, experts, sparsity, vocabulary, width
+from . import depth, experts, sparsity, target, vocabulary, width
 from .cutting import Cut, hugging_face, sizes
 from .events import Result, Scores, Size
 from .options import Options
@@ -37,13 +37,23 @@ def prune(source: Path, dest: Path | None, options: Options) -> Iterator[Progres
         raise OnDeviceError(f"There is no folder {dest.absolute().parent} to write to.", "Create it first.")
     with Subject(source, options) as subject:
         subject.check()
-        cut, found = Cut.nothing(subject.config, "bfloat16" if options.dequantize else None), []
-        for choose in _choosers(options):
-            cut, scores = yield from choose(subject, cut)
-            found += [scores] if scores.rows else []
+        found, notes = [], ()
+        if options.target:
+            subject.options, scores, notes = yield from target.choose(subject, chosen, write, dest)
+            found.append(scores)
+        cut, scores = yield from chosen(subject)
         make = write_healed if options.heal and dest is not None else write
         result = yield from make(subject, cut, dest)
-        yield replace(result, scores=tuple(found), seconds=time.perf_counter() - started)
+        yield replace(result, scores=(*found, *scores), notes=notes, seconds=time.perf_counter() - started)
+
+
+def chosen(subject: Subject) -> Generator[Progress, None, tuple[Cut, list[Scores]]]:
+    """What stays, as the subject's options say, and why."""
+    cut, found = Cut.nothing(subject.config, "bfloat16" if subject.options.dequantize else None), []
+    for choose in _choosers(subject.options):
+        cut, scores = yield from choose(subject, cut)
+        found += [scores] if scores.rows else []
+    return cut, found
 
 
 def _choosers(options: Options):

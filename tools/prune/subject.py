@@ -41,6 +41,7 @@ class Subject(ExitStack):
             self.close()
             raise
         self._windows = windows
+        self.held_out = False
         self.expected: np.ndarray | None = None
 
     @cached_property
@@ -72,6 +73,10 @@ class Subject(ExitStack):
                 else:
                     self._windows = event
         return self._windows
+
+    def calibrate_on(self, windows: np.ndarray) -> None:
+        """These alone, from now on: the rest is for judging."""
+        self._windows, self.expected, self.held_out = windows, None, True
 
     def check(self) -> None:
         """Whether the weights can be worked on as asked, before anything is. Raises Unsupported for quantized ones that
