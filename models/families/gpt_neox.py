@@ -38,9 +38,6 @@ def config(hf: Mapping) -> ModelConfig:
     )
 
 
-PARALLEL = "use_parallel_residual"  # one of llama.cpp's keys, too
-
-
 def _from_gguf(metadata: Mapping, checkpoint) -> dict:
     parallel = metadata.get("gptneox.use_parallel_residual", True)
     return gguf.config(metadata, checkpoint, "gpt_neox", "GPTNeoXForCausalLM", use_parallel_residual=parallel)
@@ -48,6 +45,6 @@ def _from_gguf(metadata: Mapping, checkpoint) -> dict:
 
 gpt_neox = Family(
     "gpt_neox", model_types=("gpt_neox",), config=config, names=NAMES,
-    gguf=Gguf("gptneox", gguf.NAMES, _from_gguf, gguf.by_head, {PARALLEL: PARALLEL}),
+    gguf=Gguf("gptneox", gguf.NAMES, _from_gguf, gguf.by_head, {"use_parallel_residual": "use_parallel_residual"}),
     models="GPT-NeoX, Pythia",
 )  # fmt: skip

@@ -11,24 +11,17 @@ from ..ropes import rope
 from . import LLAMA, Family, Gguf, gguf
 
 EXPERTS = "model.layers.{i}.mlp.experts"
+HALVES = {"gate": "even", "up": "odd"}  # their rows in turn
 NAMES = LLAMA | {
     "layers.{i}.attn.sinks": "model.layers.{i}.self_attn.sinks",
     "layers.{i}.moe.router": "model.layers.{i}.mlp.router.weight",
-    "layers.{i}.moe.gate": (
-        f"{EXPERTS}.gate_proj.weight|mlx",
-        f"{EXPERTS}.gate_up_proj|T|even",
-        f"{EXPERTS}.gate_up_proj_blocks|even",
-    ),
-    "layers.{i}.moe.up": (
-        f"{EXPERTS}.up_proj.weight|mlx",
-        f"{EXPERTS}.gate_up_proj|T|odd",
-        f"{EXPERTS}.gate_up_proj_blocks|odd",
-    ),
     "layers.{i}.moe.down": (f"{EXPERTS}.down_proj.weight|mlx", f"{EXPERTS}.down_proj|T", f"{EXPERTS}.down_proj_blocks"),
-    "layers.{i}.moe.gate.bias": (f"{EXPERTS}.gate_proj.bias|mlx", f"{EXPERTS}.gate_up_proj_bias|even"),
-    "layers.{i}.moe.up.bias": (f"{EXPERTS}.up_proj.bias|mlx", f"{EXPERTS}.gate_up_proj_bias|odd"),
     "layers.{i}.moe.down.bias": (f"{EXPERTS}.down_proj.bias|mlx", f"{EXPERTS}.down_proj_bias"),
-}
+    **{f"layers.{{i}}.moe.{ours}": (f"{EXPERTS}.{ours}_proj.weight|mlx", f"{EXPERTS}.gate_up_proj|T|{rows}",
+       f"{EXPERTS}.gate_up_proj_blocks|{rows}") for ours, rows in HALVES.items()},
+    **{f"layers.{{i}}.moe.{ours}.bias": (f"{EXPERTS}.{ours}_proj.bias|mlx", f"{EXPERTS}.gate_up_proj_bias|{rows}")
+       for ours, rows in HALVES.items()},
+}  # fmt: skip
 GGUF_NAMES = gguf.NAMES | {
     "layers.{i}.attn.sinks": "blk.{i}.attn_sinks.weight",
     "layers.{i}.mlp_norm": "blk.{i}.post_attention_norm.weight",
