@@ -67,6 +67,13 @@ class Taught:
     before: Quality
     after: Quality
 
+    @property
+    def better(self) -> bool:
+        """By what was learnt: the divergence from the original, where that is known."""
+        if self.after.kl is None:
+            return self.after.bits_per_byte <= self.before.bits_per_byte
+        return self.after.kl <= self.before.kl
+
 
 def settings_for(lessons: Lessons, **more) -> Settings:
     return Settings(

@@ -132,6 +132,16 @@ def test_tokens_are_made_up_for(tmp_path, model, prose):
         assert set(session.parameters) & {"embed", "head"} == {"embed"}
 
 
+def test_what_healing_made_worse_is_left_as_pruned(tmp_path, model, prose):
+    wild = Lessons(prose, steps=2, **(QUICK | {"learning_rate": 3.0}))
+    *_, result = prune(model, tmp_path / "out", Options(drop_layers=(1,), heal=wild))
+    assert result.healed.after.kl > result.healed.before.kl
+    assert "left as pruned" in result.notes[0]
+    *_, plain = prune(model, tmp_path / "plain", Options(drop_layers=(1,)))
+    name = "model.safetensors"
+    assert plain.notes == () and (tmp_path / "out" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
 def test_quantized_layers_stay_quantized(tmp_path, model, prose, quantize_folder):
     source = quantize_folder(model, tmp_path / "in", {"": (8, 32)})
     made = healed(source, tmp_path / "out", prose, 40, drop_layers=(1,))

@@ -24,6 +24,8 @@ from .options import Options
 from .subject import Subject
 from .tokens import encoding, renamed_ids, rewritten
 
+WORSE = "Healing made it worse: it was left as pruned. Give more --heal-minutes, or other data."
+
 Choice = Generator[Progress, None, tuple[Cut, Scores]]
 
 
@@ -44,7 +46,8 @@ def prune(source: Path, dest: Path | None, options: Options) -> Iterator[Progres
         cut, scores = yield from chosen(subject)
         make = write_healed if options.heal and dest is not None else write
         result = yield from make(subject, cut, dest)
-        yield replace(result, scores=(*found, *scores), notes=notes, seconds=time.perf_counter() - started)
+        seconds, notes = time.perf_counter() - started, (*notes, *result.notes)
+        yield replace(result, scores=(*found, *scores), notes=notes, seconds=seconds)
 
 
 def chosen(subject: Subject) -> Generator[Progress, None, tuple[Cut, list[Scores]]]:
@@ -105,8 +108,9 @@ def write_healed(subject: Subject, cut: Cut, dest: Path) -> Generator[Progress, 
         pruned, healed = folder / "pruned", folder / "healed"
         result = yield from write(subject, cut, pruned)
         found = yield from heal(subject, cut, pruned, healed)
-        healed.rename(dest)
-    return replace(result, path=dest, healed=found)
+        (healed if found.better else pruned).rename(dest)
+    notes = () if found.better else (WORSE,)
+    return replace(result, path=dest, healed=found, notes=notes)
 
 
 def _nonzero(subject: Subject, cut: Cut) -> tuple[int, int]:

@@ -7,6 +7,7 @@ numbers are unpacked when it runs, forward and back.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Generator
 from contextlib import ExitStack
@@ -30,6 +31,7 @@ from .running import fingerprint, quantize
 from .work import Work
 from .writing import Result
 
+WORSE = "Distilling made it worse: scales were left as they began. Give more --minutes, or other text."
 RATE = 2e-3  # of a group's scale, a step
 
 
@@ -49,10 +51,13 @@ def distill(source: Path, dest: Path, options: Options, progress: Callable, back
         ops = backend if isinstance(backend, Backend) else create_backend(backend)
         original = stack.enter_context(open_session(source, backend=ops))
         student = stack.enter_context(open_session(made, backend=ops))
-        found = _heard(_taught(original, student, dest, options), progress)
+        better = work.path / "taught"
+        shutil.rmtree(better, ignore_errors=True)
+        found = _heard(_taught(original, student, better, options), progress)
+    (better if found.better else made).rename(dest)
     work.remove()
-    seconds = time.perf_counter() - started
-    return replace(first, path=dest, notes=tuple(first.notes), taught=found, seconds=seconds)
+    notes = (*first.notes, *(() if found.better else (WORSE,)))
+    return replace(first, path=dest, notes=notes, taught=found, seconds=time.perf_counter() - started)
 
 
 def _heard(events: Generator[Progress, None, Taught], progress: Callable) -> Taught:
