@@ -35,11 +35,11 @@ class Lessons:
     steps: int | None = None
     minutes: float = 10.0
     length: int = 256
-    batch_size: int = 4
+    batch_size: int = 2
     learning_rate: float = 5e-4
     sampled: int = 32768
     held_out: float = 0.1
-    judged: int = 4096
+    judged: int = 2048
     seed: int = 0
 
     def __post_init__(self):

@@ -32,6 +32,7 @@ from .work import Work
 from .writing import Result
 
 WORSE = "Distilling made it worse: scales were left as they began. Give more --minutes, or other text."
+LENGTH = 256  # tokens a passage, at most: with the same time, more steps teach more than longer ones
 RATE = 2e-3  # of a group's scale, a step
 
 
@@ -71,7 +72,7 @@ def _heard(events: Generator[Progress, None, Taught], progress: Callable) -> Tau
 def _taught(original: Session, student: Session, dest: Path, options: Options) -> Generator[Progress, None, Taught]:
     started = time.perf_counter()
     lessons = Lessons(
-        options.calibration, options.steps, options.minutes, options.window, sampled=2 * options.tokens,
+        options.calibration, options.steps, options.minutes, min(LENGTH, options.window), sampled=2 * options.tokens,
         learning_rate=RATE, seed=options.seed,
     )  # fmt: skip
     data, held = yield from passages(lessons, original, student)
