@@ -38,11 +38,20 @@ void oracle(const Shape& s, const Rule& rule, const float* q, const std::vector<
         for (int64_t i = 0; i < s.dv; i++) out[i] += weights[j] / total * values[(j * s.K + kv) * s.dv + i];
 }
 
+// `count` numbers of one head of a token, as a cache of E gives them back
 template <class E>
-float rounded(float value) {
-    E e;
-    narrow(value, &e);
-    return widen(e);
+void append(std::vector<float>& to, const float* from, int64_t count) {
+    float most = 0;
+    for (int64_t i = 0; i < count; i++) most = std::max(most, std::fabs(from[i]));
+    for (int64_t i = 0; i < count; i++) {
+        if constexpr (std::is_same_v<E, int8_t>) {
+            to.push_back(most > 0 ? std::nearbyint(from[i] * (127.0f / most)) * (most / 127.0f) : 0.0f);
+        } else {
+            E e;
+            narrow(from[i], &e);
+            to.push_back(widen(e));
+        }
+    }
 }
 
 // Chunks of tokens, one after another, through a cache of E; every result against everything said so far.
@@ -53,6 +62,8 @@ void cached(const Kernels& k, Pool& pool, const Shape& s, const Rule& rule, cons
     for (int64_t n : chunks) longest += n;
     const int64_t capacity = longest, places = round_up(capacity, kRows), width = round_up(s.dv, kRows), slots = s.B + 1;
     std::vector<E> keys(static_cast<size_t>(slots * s.K * places * s.d)), values(static_cast<size_t>(slots * s.K * places * width));
+    std::vector<float> scales(static_cast<size_t>(2 * slots * s.K * places));
+    const bool scaled = type == Number::i8;
     std::vector<std::vector<float>> all_keys(s.B), all_values(s.B);
     const auto sinks = normal(s.H);
     std::vector<int32_t> starts(s.B, 0), lengths(s.B), slot(s.B);
@@ -64,13 +75,15 @@ void cached(const Kernels& k, Pool& pool, const Shape& s, const Rule& rule, cons
         const float scale = 1.0f / std::sqrt(float(s.d));
         k.attention(Attention{q.data(), key.data(), value.data(), rule.sinks ? sinks.data() : nullptr, out.data(),
                               starts.data(), lengths.data(), slot.data(), nullptr, keys.data(), values.data(), type, s.B,
-                              T, s.H, s.K, s.d, s.dv, capacity, rule.window, rule.chunk, scale, rule.softcap},
+                              T, s.H, s.K, s.d, s.dv, capacity, rule.window, rule.chunk, scale, rule.softcap,
+                              scaled ? scales.data() : nullptr, scaled ? scales.data() + slots * s.K * places : nullptr},
                     pool);
         std::vector<double> want(out.size(), 0.0);
         for (int64_t b = 0; b < s.B; b++) {
-            for (int64_t i = 0; i < lengths[b] * s.K * s.d; i++) all_keys[b].push_back(rounded<E>(key[b * T * s.K * s.d + i]));
-            for (int64_t i = 0; i < lengths[b] * s.K * s.dv; i++)
-                all_values[b].push_back(rounded<E>(value[b * T * s.K * s.dv + i]));
+            for (int64_t i = 0; i < lengths[b] * s.K; i++) {
+                append<E>(all_keys[b], key.data() + (b * T * s.K + i) * s.d, s.d);
+                append<E>(all_values[b], value.data() + (b * T * s.K + i) * s.dv, s.dv);
+            }
             for (int64_t t = 0; t < lengths[b]; t++)
                 for (int64_t h = 0; h < s.H; h++) {
                     const int64_t row = (b * T + t) * s.H + h;
@@ -177,6 +190,7 @@ void check_attention(const Kernels& k, Pool& pool) {
             cached<float>(k, pool, s, rule, {1, 1, 15, 1, 33, 2, 130, 1, 1}, Number::f32, 2e-5);
             cached<half>(k, pool, s, rule, {3, 140, 1, 1}, Number::f16, 2e-5);
             cached<bfloat>(k, pool, s, rule, {20, 1, 1}, Number::bf16, 2e-5);
+            cached<int8_t>(k, pool, s, rule, {20, 1, 140, 1}, Number::i8, 2e-5);
             for (int64_t T : {1, 7, 16, 50}) {
                 Shape with = s;
                 with.T = T;
@@ -193,6 +207,7 @@ void check_attention(const Kernels& k, Pool& pool) {
         absorbed(k, pool, tokens, 2, 270, 300, 16);
     }
     cached<half>(k, pool, {1, 0, 6, 2, 64, 64}, rules[0], {900, 1, 1}, Number::f16, 2e-5);  // keys in several pieces
+    cached<int8_t>(k, pool, {1, 0, 9, 3, 64, 64}, rules[0], {900, 1, 1}, Number::i8, 2e-5);
     alone(k, pool, {2, 33, 4, 2, 8, 8}, {0, 0, 0, false, true});
 }
 
