@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ import pytest
 from ondevice.cli import main
 from ondevice.errors import BadOption, OnDeviceError
 from ondevice.runtime.session import open_session
-from ondevice.tools.shrink import Options, Outcome, Result, running, shrink
-from ondevice.tools.shrink.plans import cuts, together
+from ondevice.tools.shrink import Options, Outcome, Result, plans, running, shrink
+from ondevice.tools.shrink.plans import Plan, cuts, together
 from ondevice.tools.shrink.report import frontier
 from tests.tools.wide_models import LLAMA, write_model
 
@@ -28,7 +29,7 @@ def text(tmp_path):
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
-    monkeypatch.setattr("ondevice.tools.shrink.plans.DEEP", 3)
+    monkeypatch.setattr(plans, "DEEP", 3)
     return write_model(tmp_path / "in", LLAMA | {"num_hidden_layers": 3, "intermediate_size": 320})
 
 
@@ -36,18 +37,22 @@ def outcome(plan, nbytes, loss):
     return Outcome(plan, nbytes, 1, loss, 1.0, 1.0)
 
 
-def test_the_best_plan_becomes_the_folder(tmp_path, model, text, monkeypatch):
+@pytest.mark.parametrize(("deep", "cut"), [(3, "layers -1"), (4, "channels -10%")])
+def test_the_best_plan_becomes_the_folder(tmp_path, model, text, monkeypatch, deep, cut):
+    monkeypatch.setattr(plans, "DEEP", deep)
     monkeypatch.setattr(running, "WORSE", 1e9)  # a random model loses little by anything: all plans are carried out
-    monkeypatch.setattr(running, "HEALED", 1e9)
+    part = Plan(layers=1) if deep == 3 else Plan(channels=0.1)
+    monkeypatch.setattr(running, "_worth_healing", lambda trial: part if len(trial.outcomes) == 2 else None)
     target = 90_000
     *_, result = shrink(model, tmp_path / "out", Options(target, calibration=text, tokens=512, length=32))
     made = [o for o in result.outcomes if not o.failed]
-    assert isinstance(result, Result) and len(made) == 5 and not result.left
+    assert isinstance(result, Result) and not result.left
     assert all(o.nbytes <= target for o in made)
     best = min(made, key=lambda o: o.loss)
     assert result.chosen == best.plan
-    assert len(result.cuts) == 2 and [o.expected is None for o in made] == [True, False, False, False, True]
-    assert made[-1].plan.endswith(", healed")
+    assert [o.plan for o in result.outcomes] == ["bits alone", cut, f"{cut}, healed"]
+    assert [o.expected is None for o in result.outcomes] == [True, False, True]
+    assert [o.plan for o in result.cuts] == [cut] and not result.cuts[0].failed
     with open_session(tmp_path / "out", backend="reference") as session:
         assert session.checkpoint.nbytes == best.nbytes
         assert session.tokenizer.decode(session.tokenizer.encode("the day")) == "the day"
@@ -90,10 +95,18 @@ def test_an_existing_folder_is_left_alone(tmp_path, model, text):
 def test_few_bits_bring_smaller_models_into_question(model):
     with open_session(model, backend="reference") as session:
         many, few = cuts(session.config, 10**6), cuts(session.config, 10**5)
-    assert not many and {plan.name for plan in few} == {"layers -1", "channels -10%"}
-    assert [plan.name for plan in together(few)] == [
-        "bits alone", "channels -10%", "layers -1", "layers -1, channels -10%",
-    ]  # fmt: skip
+    assert not many and [plan.name for plan in few] == ["layers -1"]
+    both = [plan.name for plan in together([Plan(vocabulary=2), *few])]
+    assert both == ["bits alone", "layers -1", "vocabulary / 2", "vocabulary / 2, layers -1"]
+
+
+def test_healing_is_for_what_may_win_by_it():
+    tried = [outcome("bits alone", 1, 0.3), outcome("layers -1", 1, 0.32)]
+    for lost, expected in ((0.1, Plan(layers=1)), (0.02, None)):
+        trial = SimpleNamespace(outcomes=tried, losses={Plan(layers=1): lost})
+        assert running._worth_healing(trial) == expected
+    trial.outcomes = [*tried, outcome("layers -1, healed", 1, 0.31)]
+    assert running._worth_healing(trial) is None
 
 
 def test_the_frontier_is_what_nothing_smaller_beats():

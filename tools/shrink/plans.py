@@ -64,9 +64,10 @@ def cuts(config: ModelConfig, target_bytes: int) -> list[Plan]:
     found = []
     if heads * config.vocab * config.width >= HEAVY * parameters:
         found += [Plan(vocabulary=3), Plan(vocabulary=2)]
-    if 8 * target_bytes / parameters < FEW_BITS and len(config.layers) >= DEEP:
+    few = 8 * target_bytes / parameters < FEW_BITS
+    if few and len(config.layers) >= DEEP:
         found += [Plan(layers=n) for n in (max(1, len(config.layers) // 15), max(1, len(config.layers) // 30))]
-    if 8 * target_bytes / parameters < FEW_BITS and _plain(config):
+    elif few and _plain(config):  # slower to choose, and costs more for as many parameters
         found += [Plan(channels=0.1)]
     return list(dict.fromkeys(found))
 
