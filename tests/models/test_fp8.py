@@ -18,6 +18,7 @@ from ondevice.tensors import Dense
 from ondevice.testing.family import check_family
 from ondevice.tools.convert import convert, plan, plan_hf
 from ondevice.tools.convert.blocks import nearest
+from ondevice.tools.quantize import Options, quantize
 from tests.models import twins
 
 torch = pytest.importorskip("torch")
@@ -101,6 +102,14 @@ def test_converted_it_is_what_transformers_loads(tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
     for name, values in twin.state_dict().items():
         assert torch.equal(values, read.state_dict()[name]), name
+
+
+def test_quantized_it_counts_as_original(tmp_path):
+    publish(twins.make("deepseek_v3", **WIDE), tmp_path / "fp8", (128, 128), torch.float32)
+    quantize(tmp_path / "fp8", tmp_path / "out", Options(bits=4, group_size=32, method="rtn"))
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        assert checkpoint["model.layers.1.mlp.switch_mlp.up_proj.weight"].format.bits == 4
+        assert checkpoint["model.layers.1.self_attn.kv_b_proj.weight"].shape == (96, 14)
 
 
 def test_one_scale_for_a_whole_matrix(tmp_path):

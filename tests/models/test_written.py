@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from ondevice.checkpoint import open_checkpoint
 from ondevice.errors import Unsupported
-from ondevice.testing.family import TINY, logits_of
+from ondevice.testing.family import TINY, check_family, logits_of
 from ondevice.tools.convert import convert, plan_hf
+from ondevice.tools.quantize import Options, quantize
 from tests.models import twins
 
 transformers = pytest.importorskip("transformers")
@@ -33,3 +36,21 @@ def test_what_has_no_place_is_said(name, twin_folder, tmp_path):
     with open_checkpoint(twin_folder(name)[1]) as checkpoint, pytest.raises(Unsupported, match="no place for layers"):
         convert(plan_hf(checkpoint), tmp_path / "written")
     assert not (tmp_path / "written").exists()
+
+
+OTHERWISE = {  # what mlx-lm does as transformers does only so
+    "gpt2": {"activation_function": "gelu_new"},
+    "deepseek_v3": {"moe_intermediate_size": 32, "head_dim": 4},
+}
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "granitemoe", "gpt2", "mixtral"])
+def test_mlx_lm_reads_what_is_quantized(name, tmp_path):
+    mx, utils = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm.utils")
+    sizes = {"hidden_size": 96, "intermediate_size": 64, "head_dim": 16} | OTHERWISE.get(name, {})
+    twins.make(name, **sizes).save_pretrained(tmp_path / "original")
+    place = tmp_path / "original" / "config.json"
+    place.write_text(json.dumps(twins.published(json.loads(place.read_text())) | {"n_ctx": 29}))
+    quantize(tmp_path / "original", tmp_path / "quantized", Options(bits=8, group_size=32, method="rtn"))
+    model, _ = utils.load_model(tmp_path / "quantized")
+    check_family(tmp_path / "quantized", lambda ids: np.array(model(mx.array(ids)).astype(mx.float32)))

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...errors import BadFile, BadOption
 from ...models.parameters import Parameters
-from ...schemes import label, to_float
+from ...schemes import FP8, label, to_float
 from ...tensors import Affine, Dense, Tensor
 from .options import GROUPS
 
@@ -45,8 +45,9 @@ def affine_bytes(shape: tuple[int, ...], form: Affine) -> int:
 
 
 def require_unquantized(parameters: Parameters) -> None:
-    """Raises BadOption where some matrix is quantized already."""
-    found = sorted({label(t.format) for name in matrices(parameters) if (t := parameters[name]).quantized})
+    """Raises BadOption where some matrix is quantized already; those in FP8 were trained so and count as original."""
+    held = (parameters.checkpoint.outline(stored) for n in matrices(parameters) for stored in parameters.stored(n))
+    found = sorted({label(tensor.format) for tensor in held if tensor.quantized and tensor.format != FP8})
     if found:
         raise BadOption(
             f"{parameters.checkpoint.path} is quantized already ({', '.join(found)}).",

@@ -183,4 +183,4 @@ def uniform(parameters: Parameters, names: NameMap, options: Options) -> tuple[d
         raise Unsupported(
             "There is nothing to quantize: no group of 32 or more divides a row.", notes[0] if notes else ""
         )
-    return plan, tuple(notes)
+    return plan, tuple(dict.fromkeys(notes))  # once for what is in one tensor
