@@ -32,7 +32,8 @@ def probe() -> Probe:
 
 def create(exact: bool = False, threads: int | None = None, kernels: str | None = None) -> CpuBackend:
     """exact: float32 activations in front of quantized weights and in the cache (otherwise int8 in groups of 16, and
-    float16). threads: None for one a physical core that this process may use. kernels: avx512, avx2, neon, portable or
+    float16; and, on processors that have them, products of bfloat16 numbers in training). threads: None for one a
+    physical core that this process may use. kernels: avx512_bf16, avx512, avx2, neon, portable or
     numpy; None for what $ONDEVICE_CPU_KERNELS says, else for the best that this processor has. Raises BadOption."""
     from .backend import open_backend
 

@@ -29,7 +29,7 @@ from ..tape import Array, TapedBackend
 from . import GET_KERNELS, NO_KERNELS, compiled
 from .threads import default_threads
 
-VARIANTS = ("avx512", "avx2", "neon", "portable", "numpy")
+VARIANTS = ("avx512_bf16", "avx512", "avx2", "neon", "portable", "numpy")
 MOST_THREADS = 256
 
 
@@ -92,7 +92,12 @@ class CpuBackend(TapedBackend):
     def info(self) -> Info:
         threads = self.machine.threads
         device = f"{self.machine.kernels} kernels, {threads} thread{'s' if threads > 1 else ''}"
-        details = {"kernels": self.machine.kernels, "threads": threads, "compile": self.compiled or "not asked for yet"}
+        details = {
+            "kernels": self.machine.kernels,
+            "threads": threads,
+            "training": "bfloat16 products, float32 sums" if self.kernels.narrow else "float32",
+            "compile": self.compiled or "not asked for yet",
+        }
         return Info(self.name, device, "float32", self.exact, self.features, details)
 
     def new_cache(self, specs: Sequence[LayerCache], slots: int, capacity: int, dtype: str | None = None) -> Cache:
@@ -116,6 +121,12 @@ class CpuBackend(TapedBackend):
         """What the host makes of a step, made again at each replay."""
         recording = self.kernels.recording
         return self.array(rule(step, *rest)) if recording is None else Array(self, recording.moving(rule, step, *rest))
+
+    def adapted_linear(self, x: A, weight: W, bias: W | None, down: W, up: W, scale: float) -> A:
+        if not self.kernels.differentiating:
+            return super().adapted_linear(x, weight, bias, down, up, scale)
+        low = self.kernels.product(x.data, down.data if type(down) is Array else down)
+        return self._call("adapted", (x, weight, bias, down, up, Array(self, low)), scale)
 
     def compile(self, fn: Callable[[A, Step], A], state: Sequence[Any] = ()) -> Callable[[A, Step], A]:
         from .recording import Replayed

@@ -36,6 +36,7 @@ class NativeKernels(NativeGradients, NumpyKernels):
     def __init__(self, machine: _native.Machine, exact: bool):
         super().__init__("float32")
         self.machine, self.exact = machine, exact
+        self.narrow = machine.pairs and not exact  # in training, products with frozen weights are of bfloat16 numbers
         self.recording: Recording | None = None
         self.arena = _native.Arena()
         self._tables: dict[Any, np.ndarray] = {}
@@ -133,12 +134,12 @@ class NativeKernels(NativeGradients, NumpyKernels):
         return self.call(self.machine.embed, self._matrix(weight), 0, ids, shape=(*ids.shape, columns))
 
     def linear(self, x: np.ndarray, weight: Any, bias: Any = None) -> np.ndarray:
+        if self.differentiating and self.narrow:
+            return self.product(x, weight, bias=bias)
         return self._linear(self.plain(x), weight, bias)
 
     def adapted_linear(self, x: np.ndarray, weight: Any, bias: Any, down: Any, up: Any, scale: float) -> np.ndarray:
         """One call: the adapter's products are float32, whatever the weight's own is."""
-        if self.differentiating:
-            return super().adapted_linear(x, weight, bias, down, up, scale)
         return self._linear(self.plain(x), weight, bias, adapter(self.machine, down, up, scale, self.exact))
 
     def _linear(self, x: np.ndarray, weight: Any, bias: Any, change: _native.Adapter | None = None) -> np.ndarray:

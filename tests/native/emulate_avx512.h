@@ -57,6 +57,46 @@ static inline simde__m512 shuffle_f32x4(simde__m512 a, simde__m512 b, int which)
     return whole;
 }
 
+static inline uint32_t bits_of(float a) {
+    uint32_t bits;
+    std::memcpy(&bits, &a, 4);
+    return bits;
+}
+static inline uint16_t to_bf16(float a) {  // to nearest, ties to even; subnormal numbers count as 0
+    const uint32_t bits = bits_of(a), size = bits & 0x7fffffff;
+    if (size > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
+    if (size < 0x00800000) return static_cast<uint16_t>(bits >> 16 & 0x8000);
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+static inline __m256i cvtneps_pbh(simde__m512 a) {
+    float from[16];
+    uint16_t to[16];
+    std::memcpy(from, &a, sizeof(from));
+    for (int i = 0; i < 16; i++) to[i] = to_bf16(from[i]);
+    return half_of<__m256i>(to, 0);
+}
+static inline simde__m512i cvtne2ps_pbh(simde__m512 upper, simde__m512 lower) {
+    return both<simde__m512i>([&](int i) { return cvtneps_pbh(i ? upper : lower); });
+}
+// Intel's manual: the odd numbers' product is added first, then the even ones', each rounded.
+static inline simde__m512 dpbf16_ps(simde__m512 sum, simde__m512i a, simde__m512i b) {
+    uint16_t x[32], y[32];
+    float out[16];
+    std::memcpy(x, &a, sizeof(x)), std::memcpy(y, &b, sizeof(y)), std::memcpy(out, &sum, sizeof(out));
+    const auto wide = [](uint16_t bits) {
+        const uint32_t all = static_cast<uint32_t>(bits) << 16;
+        float value;
+        std::memcpy(&value, &all, 4);
+        return value;
+    };
+    for (int i = 0; i < 16; i++) {
+        out[i] = __builtin_fmaf(wide(x[2 * i + 1]), wide(y[2 * i + 1]), out[i]);
+        out[i] = __builtin_fmaf(wide(x[2 * i]), wide(y[2 * i]), out[i]);
+    }
+    std::memcpy(&sum, out, sizeof(out));
+    return sum;
+}
+
 }  // namespace emulated
 
 #define _mm512_shuffle_f32x4 emulated::shuffle_f32x4
@@ -65,3 +105,11 @@ static inline simde__m512 shuffle_f32x4(simde__m512 a, simde__m512 b, int which)
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
 #define _mm512_cvtepi32_ps emulated::cvtepi32_ps
 #define _mm512_cvtph_ps emulated::cvtph_ps
+#undef _mm512_dpbf16_ps
+#undef _mm512_cvtneps_pbh
+#undef _mm512_cvtne2ps_pbh
+#undef __m512bh
+#define __m512bh simde__m512i
+#define _mm512_dpbf16_ps emulated::dpbf16_ps
+#define _mm512_cvtneps_pbh emulated::cvtneps_pbh
+#define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh

@@ -6,7 +6,7 @@ namespace ondevice::cpu {
 int failures = 0;
 const char* variant = "pool";
 
-extern const Kernels kAvx512, kAvx2, kNeon, kPortable;
+extern const Kernels kAvx512Bf16, kAvx512, kAvx2, kNeon, kPortable;
 
 }  // namespace ondevice::cpu
 
@@ -14,6 +14,9 @@ extern const Kernels kAvx512, kAvx2, kNeon, kPortable;
 int main(int count, char** names) {
     using namespace ondevice::cpu;
     const Kernels* all[] = {
+#if defined(ONDEVICE_AVX512_BF16)
+        &kAvx512Bf16,
+#endif
 #if defined(ONDEVICE_AVX512)
         &kAvx512,
 #endif

@@ -14,8 +14,10 @@ import pytest
 HERE = Path(__file__).parent
 NATIVE = HERE.parents[1] / "backends" / "cpu" / "native"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
 FLAGS = {  # of each instruction set's file, as in CMakeLists.txt
-    "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
+    "avx512": [*AVX2, *AVX512],
+    "avx512_bf16": [*AVX2, *AVX512, "-mavx512bf16"],
     "avx2": AVX2,
     "neon": ["-march=armv8.2-a+dotprod"],
     "portable": [],
@@ -75,11 +77,13 @@ def test_kernels_of_this_processor(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not X86, reason="emulated on x86-64")
-def test_avx512_emulated(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", ["avx512", "avx512_bf16"])
+def test_avx512_emulated(tmp_path: Path, variant: str) -> None:
     needs("c++")
     if not Path("/usr/include/simde").is_dir():
         pytest.skip("libsimde-dev is not installed")
-    run([str(build(tmp_path, ["avx512", "portable"], avx512=EMULATED)), "avx512"])
+    flags = [*EMULATED, "-DONDEVICE_PAIRS"] if variant == "avx512_bf16" else EMULATED
+    run([str(build(tmp_path, [variant, "portable"], **{variant: flags})), variant])
 
 
 @pytest.mark.skipif(not X86, reason="emulated on x86-64")
@@ -96,7 +100,7 @@ def test_sanitizers_find_nothing(tmp_path: Path, sanitizers: str) -> None:
 
 
 @pytest.mark.parametrize("compiler", ["g++", "clang++"])
-@pytest.mark.parametrize("variant", ["avx512", "avx2", "portable"] if X86 else ["neon", "portable"])
+@pytest.mark.parametrize("variant", ["avx512", "avx512_bf16", "avx2", "portable"] if X86 else ["neon", "portable"])
 def test_no_compiler_warns(tmp_path: Path, compiler: str, variant: str) -> None:
     needs(compiler)
     flags = [*FLAGS[variant], *(["-Wno-uninitialized", "-Wno-maybe-uninitialized"] if compiler == "g++" else [])]

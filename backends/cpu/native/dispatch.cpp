@@ -13,7 +13,7 @@
 
 namespace ondevice::cpu {
 
-extern const Kernels kAvx512, kAvx2, kNeon, kPortable;
+extern const Kernels kAvx512Bf16, kAvx512, kAvx2, kNeon, kPortable;
 
 namespace {
 
@@ -23,14 +23,14 @@ struct Registers {
     unsigned a, b, c, d;
 };
 
-Registers cpuid(unsigned leaf) {
+Registers cpuid(unsigned leaf, unsigned part = 0) {
     Registers r{};
 #if defined(_MSC_VER)
     int values[4];
-    __cpuidex(values, static_cast<int>(leaf), 0);
+    __cpuidex(values, static_cast<int>(leaf), static_cast<int>(part));
     r = {unsigned(values[0]), unsigned(values[1]), unsigned(values[2]), unsigned(values[3])};
 #else
-    __get_cpuid_count(leaf, 0, &r.a, &r.b, &r.c, &r.d);  // leaves r alone if the processor has no such leaf
+    __get_cpuid_count(leaf, part, &r.a, &r.b, &r.c, &r.d);  // leaves r alone if the processor has no such leaf
 #endif
     return r;
 }
@@ -60,6 +60,10 @@ constexpr bool bit(unsigned word, int n) { return word >> n & 1; }
     return all && has_avx2() && (saved_registers() & 0xe6) == 0xe6;
 }
 
+[[maybe_unused]] bool has_avx512_bf16() {  // part 0 says how many parts there are
+    return has_avx512() && cpuid(7).a >= 1 && bit(cpuid(7, 1).a, 5);
+}
+
 #elif defined(__aarch64__)
 
 [[maybe_unused]] bool has_dot_product() {
@@ -78,6 +82,9 @@ constexpr bool bit(unsigned word, int n) { return word >> n & 1; }
 
 Variants variants() {
     Variants found{};
+#if defined(ONDEVICE_AVX512_BF16)
+    if (has_avx512_bf16()) found.all[found.count++] = &kAvx512Bf16;
+#endif
 #if defined(ONDEVICE_AVX512)
     if (has_avx512()) found.all[found.count++] = &kAvx512;
 #endif

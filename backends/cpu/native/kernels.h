@@ -158,14 +158,15 @@ struct Term {
     int64_t width() const { return back ? weight.columns : weight.rows; }
 };
 
-// out [tokens, width] = the terms' sum + bias, added to what was there if `add`
+// out [tokens, width] = the terms' sum + bias, added to what was there if `add`. narrow: of numbers rounded to bfloat16,
+// with float sums
 struct Products {
     Term terms[kTerms];
     int count;
     const float* bias;
     float* out;
     int64_t tokens, width;
-    bool add;
+    bool add, narrow;
 };
 
 // One layer's cache: keys [slots, K, blocks of 16 tokens, d, 16], values [slots, K, tokens, dv rounded up to 16],
@@ -265,12 +266,21 @@ struct GatedBack {
     Activation kind;
 };
 
-// Gradient of rms_norm's x
+// Gradients of rms_norm's or, `centred`, of layer_norm's x, gain and bias; any but `out` may be null.
 struct NormBack {
     const float *grad, *x, *gain;
-    float* out;
+    float *out, *to_gain, *to_bias;
     int64_t rows, width, gains;
     float eps, offset;
+    bool centred;
+};
+
+// Gradient of softcap
+struct SoftcapBack {
+    const float *grad, *x;
+    float* out;
+    int64_t size;
+    float cap;
 };
 
 // What Attention (without a cache) got, the gradient of its result, and those of q, k, v and, by row of the batch
@@ -281,11 +291,13 @@ struct AttentionBack {
     float *to_q, *to_k, *to_v, *to_sinks;
 };
 
-// Cross-entropy of logits [rows, width]; targets below 0 count nothing. With `grad` [rows], out [rows, width] is the
+// Cross-entropy of logits [rows, width]; targets below 0 count nothing; `wanted`, if given, takes their place: logits
+// whose softmax is imitated. With `grad` [rows], out [rows, width] is the
 // gradient of the logits; without, [rows] the losses.
 struct TokenLoss {
     const float* logits;
     const int32_t* targets;
+    const float* wanted;
     const float* grad;
     float* out;
     int64_t rows, width;
@@ -313,6 +325,7 @@ using Kernel = void (*)(const Arguments&, Pool&);
 struct Kernels {
     const char* name;
     int tokens;  // kTokens of Quantized
+    bool pairs;  // whether narrow products are the quicker ones
     Kernel<Pairwise> add, multiply;
     Kernel<Single> add_number, multiply_number, softcap;
     Kernel<Gated> gated;
@@ -329,7 +342,8 @@ struct Kernels {
     Kernel<ShortConvolution> short_convolution;
     Kernel<GatedDelta> gated_delta;
     Kernel<GatedBack> gated_back;
-    Kernel<NormBack> rms_norm_back;
+    Kernel<NormBack> norm_back;
+    Kernel<SoftcapBack> softcap_back;
     Kernel<AttentionBack> attention_back;
     Kernel<TokenLoss> token_loss;
     Kernel<AdamW> adamw;
@@ -337,7 +351,7 @@ struct Kernels {
 
 // The instruction sets compiled in that this processor has, the best first; the last is always "portable".
 struct Variants {
-    const Kernels* all[4];
+    const Kernels* all[5];
     int count;
 };
 Variants variants();

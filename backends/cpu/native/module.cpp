@@ -190,22 +190,22 @@ void linear_float(Machine& machine, In x, const Weight& weight, Maybe bias, cons
 }
 
 // scale x . weight^T, or, `back`, scale x . weight; `turned`: x [depth, tokens] stands for its transpose.
-Term term(const In& x, const Weight& weight, bool back, bool turned, float scale) {
-    const Term t{x.data(), weight.at(0), back, turned, scale};
+Term term(const In& x, const Weight& weight, int64_t expert, bool back, bool turned, float scale) {
+    const Term t{x.data(), weight.at(expert), back, turned, scale};
     const size_t depth = turned ? x.shape(0) : x.shape(x.ndim() - 1);
     require(static_cast<int64_t>(depth) == t.depth() && (!turned || x.ndim() == 2), "activations and weight do not fit");
     return t;
 }
 
 // A term, and a second one if x2 is given.
-void products(Machine& machine, In x, const Weight& weight, bool back, bool turned, float scale, Maybe x2,
-              const Weight* weight2, float scale2, Maybe bias, bool add, Out out) {
-    Products p{{term(x, weight, back, turned, scale)}, 1, data(bias), out.data(), 0, 0, add};
+void products(Machine& machine, In x, const Weight& weight, int64_t expert, bool back, bool turned, float scale, Maybe x2,
+              const Weight* weight2, float scale2, Maybe bias, bool add, bool narrow, Out out) {
+    Products p{{term(x, weight, expert, back, turned, scale)}, 1, data(bias), out.data(), 0, 0, add, narrow};
     p.width = p.terms[0].width();
     p.tokens = static_cast<int64_t>(x.size()) / p.terms[0].depth();
     if (x2) {
         require(weight2, "a second weight is missing");
-        p.terms[p.count++] = term(*x2, *weight2, back, turned, scale2);
+        p.terms[p.count++] = term(*x2, *weight2, 0, back, turned, scale2);
         require(p.terms[1].width() == p.width, "weights do not fit");
         require(static_cast<int64_t>(x2->size()) == p.tokens * p.terms[1].depth(), "tokens do not fit");
     }
@@ -246,23 +246,34 @@ void gated_back(Machine& machine, In grad, In gate, Maybe up, int kind, Out to_g
                    static_cast<int64_t>(gate.size()), Activation(kind)});
 }
 
-void rms_norm_back(Machine& machine, In grad, In x, In gain, float eps, float offset, Out out) {
+void norm_back(Machine& machine, In grad, In x, In gain, float eps, float offset, bool centred, std::optional<Out> to_gain,
+               std::optional<Out> to_bias, Out out) {
     const int64_t width = last(x), rows = static_cast<int64_t>(x.size()) / width;
     const int64_t gains = static_cast<int64_t>(gain.size()) / width;
     require(gains > 0 && static_cast<int64_t>(gain.size()) == gains * width && rows % gains == 0, "gains");
     require(grad.size() == x.size() && out.size() == x.size(), "sizes");
-    call(machine, machine.kernels().rms_norm_back,
-         NormBack{grad.data(), x.data(), gain.data(), out.data(), rows, width, gains, eps, offset});
+    for (const auto& sums : {to_gain, to_bias})
+        require(!sums || (gains == 1 && static_cast<int64_t>(sums->size()) == width), "sizes");
+    call(machine, machine.kernels().norm_back,
+         NormBack{grad.data(), x.data(), gain.data(), out.data(), to_gain ? to_gain->data() : nullptr,
+                  to_bias ? to_bias->data() : nullptr, rows, width, gains, eps, offset, centred});
 }
 
-void token_loss(Machine& machine, In logits, Ints targets, Maybe grad, Out out) {
-    require(logits.ndim() == 2 && targets.size() == logits.shape(0), "sizes");
+void softcap_back(Machine& machine, In grad, In x, float cap, Out out) {
+    require(grad.size() == x.size() && out.size() == x.size(), "sizes");
+    call(machine, machine.kernels().softcap_back,
+         SoftcapBack{grad.data(), x.data(), out.data(), static_cast<int64_t>(x.size()), cap});
+}
+
+void token_loss(Machine& machine, In logits, std::optional<Ints> targets, Maybe wanted, Maybe grad, Out out) {
+    require(logits.ndim() == 2 && targets.has_value() != wanted.has_value(), "targets, or what is wanted");
+    require(targets ? targets->size() == logits.shape(0) : wanted->size() == logits.size(), "sizes");
     const auto rows = static_cast<int64_t>(logits.shape(0)), width = last(logits);
     require(static_cast<int64_t>(out.size()) == (grad ? rows * width : rows) && (!grad || size(grad) == rows), "sizes");
-    for (int64_t i = 0; i < rows; i++)
-        if (targets.data()[i] >= width) throw std::out_of_range("target");
+    for (int64_t i = 0; targets && i < rows; i++)
+        if (targets->data()[i] >= width) throw std::out_of_range("target");
     call(machine, machine.kernels().token_loss,
-         TokenLoss{logits.data(), targets.data(), data(grad), out.data(), rows, width});
+         TokenLoss{logits.data(), targets ? targets->data() : nullptr, data(wanted), data(grad), out.data(), rows, width});
 }
 
 void adamw(Machine& machine, In param, In grad, Maybe m, Maybe v, int step, float rate, float beta1, float beta2,
@@ -599,6 +610,8 @@ NB_MODULE(_native, m) {
         .def(nb::init<int, const std::string&>(), "threads"_a, "kernels"_a = "")
         .def_prop_ro("threads", [](Machine& self) { return self.pool().threads(); })
         .def_prop_ro("kernels", [](Machine& self) { return self.kernels().name; })
+        .def_prop_ro("pairs", [](Machine& self) { return self.kernels().pairs; },
+                     "Whether products of bfloat16 numbers are the quicker ones.")
         .def_rw("plan", &Machine::plan, nb::arg().none())
         .def("replay", &Machine::replay, nb::call_guard<nb::gil_scoped_release>())
         .def("pack_affine", &pack_affine, "codes"_a.noconvert(), "stored_bits"_a, "scales"_a.noconvert(),
@@ -609,18 +622,19 @@ NB_MODULE(_native, m) {
              "adapter"_a.none(), "out"_a.noconvert())
         .def("linear_float", &linear_float, "x"_a.noconvert(), "weight"_a, "bias"_a.noconvert().none(),
              "adapter"_a.none(), "out"_a.noconvert())
-        .def("products", &products, "x"_a.noconvert(), "weight"_a, "back"_a, "turned"_a, "scale"_a,
+        .def("products", &products, "x"_a.noconvert(), "weight"_a, "expert"_a, "back"_a, "turned"_a, "scale"_a,
              "x2"_a.noconvert().none(), "weight2"_a.none(), "scale2"_a, "bias"_a.noconvert().none(), "add"_a,
-             "out"_a.noconvert())
+             "narrow"_a, "out"_a.noconvert())
         .def("gated_back", &gated_back, "grad"_a.noconvert(), "gate"_a.noconvert(), "up"_a.noconvert().none(), "kind"_a,
              "to_gate"_a.noconvert(), "to_up"_a.noconvert().none())
-        .def("rms_norm_back", &rms_norm_back, "grad"_a.noconvert(), "x"_a.noconvert(), "gain"_a.noconvert(), "eps"_a,
-             "offset"_a, "out"_a.noconvert())
+        .def("norm_back", &norm_back, "grad"_a.noconvert(), "x"_a.noconvert(), "gain"_a.noconvert(), "eps"_a, "offset"_a,
+             "centred"_a, "to_gain"_a.noconvert().none(), "to_bias"_a.noconvert().none(), "out"_a.noconvert())
+        .def("softcap_back", &softcap_back, "grad"_a.noconvert(), "x"_a.noconvert(), "cap"_a, "out"_a.noconvert())
         .def("attention_back", &attend_back, "grad"_a.noconvert(), "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(),
              "sinks"_a.noconvert().none(), "mask"_a, "step"_a, "to_q"_a.noconvert(), "to_k"_a.noconvert(),
              "to_v"_a.noconvert(), "to_sinks"_a.noconvert().none())
-        .def("token_loss", &token_loss, "logits"_a.noconvert(), "targets"_a.noconvert(), "grad"_a.noconvert().none(),
-             "out"_a.noconvert())
+        .def("token_loss", &token_loss, "logits"_a.noconvert(), "targets"_a.noconvert().none(),
+             "wanted"_a.noconvert().none(), "grad"_a.noconvert().none(), "out"_a.noconvert())
         .def("adamw", &adamw, "param"_a.noconvert(), "grad"_a.noconvert(), "m"_a.noconvert().none(),
              "v"_a.noconvert().none(), "step"_a, "rate"_a, "beta1"_a, "beta2"_a, "eps"_a, "decay"_a,
              "new_param"_a.noconvert(), "new_m"_a.noconvert(), "new_v"_a.noconvert())

@@ -59,7 +59,7 @@ float* Pool::Room::reserve(size_t floats) {
     return data_;
 }
 
-Pool::Pool(int threads) : threads_(threads), scratch_(static_cast<size_t>(threads) + 2) {
+Pool::Pool(int threads) : threads_(threads), scratch_(static_cast<size_t>(threads) + 4), shares_(static_cast<size_t>(threads)) {
     watch_forks();
     for (int thread = 1; thread < threads; thread++) workers_.emplace_back([this, thread] { serve(thread); });
 }
@@ -81,8 +81,10 @@ Pool::~Pool() {
 void Pool::share(int64_t tasks, Call call, const void* self) {
     call_ = call;
     self_ = self;
-    tasks_ = tasks;
-    next_.store(0, std::memory_order_relaxed);
+    for (int thread = 0; thread < threads_; thread++) {
+        shares_[thread].next.store(tasks * thread / threads_, std::memory_order_relaxed);
+        shares_[thread].end = tasks * (thread + 1) / threads_;
+    }
     if (forked) return work(0);
     gate_.fetch_or(kOpen, std::memory_order_release);
     epoch_.fetch_add(1);
@@ -100,10 +102,12 @@ void Countdown::wait() const {
 }
 
 void Pool::work(int thread) {
-    for (;;) {
-        const int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
-        if (task >= tasks_) return;
-        call_(self_, task, thread);
+    for (int i = 0; i < threads_; i++) {
+        Share& share = shares_[(thread + i) % threads_];
+        while (share.next.load(std::memory_order_relaxed) < share.end) {  // the others' are not written to in vain
+            const int64_t task = share.next.fetch_add(1, std::memory_order_relaxed);
+            if (task < share.end) call_(self_, task, thread);
+        }
     }
 }
 

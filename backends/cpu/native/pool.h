@@ -12,7 +12,9 @@
 
 namespace ondevice::cpu {
 
-// `run` hands out the numbers 0 ... tasks-1 to the caller and the workers, whoever is free. Workers wait for the next
+// `run` hands out the numbers 0 ... tasks-1 to the caller and the workers: to each a share of neighbours first, the same
+// in every loop of so many, so that what one loop wrote lies in the cache of the core that reads it in the next; who is
+// done helps the others. Workers wait for the next
 // loop spinning, for a while, then asleep. A worker that comes too late finds the gate closed: nobody waits for it.
 class Pool {
   public:
@@ -37,7 +39,8 @@ class Pool {
         share(tasks, call, &work);
     }
 
-    // At least `floats` floats, aligned to 64 bytes: one room a thread, and two for all. Valid until asked for again.
+    // At least `floats` floats, aligned to 64 bytes: one room a thread, and four for all: 0 and 1 are an operation's own, 2 and 3
+    // belong to products, which it may call. Valid until asked for again.
     float* scratch(int thread, size_t floats) { return scratch_[thread].reserve(floats); }
     float* shared(int which, size_t floats) { return scratch_[threads_ + which].reserve(floats); }
 
@@ -66,18 +69,22 @@ class Pool {
     std::vector<std::thread> workers_;
     Call call_ = nullptr;
     const void* self_ = nullptr;
-    int64_t tasks_ = 0;
-    alignas(64) std::atomic<int64_t> next_{0};
     alignas(64) std::atomic<uint32_t> gate_{0};   // kOpen while a loop runs, plus the number of workers inside
     alignas(64) std::atomic<uint32_t> epoch_{0};  // counts loops; workers wait for it to change
     std::atomic<int> sleepers_{0};
     std::atomic<bool> stop_{false};
     std::mutex mutex_;
     std::condition_variable wake_;
+
+    struct alignas(64) Share {
+        std::atomic<int64_t> next{0};
+        int64_t end = 0;
+    };
+    std::vector<Share> shares_;  // one a thread
 };
 
-// Tasks of a loop that others of the same loop wait for. They must have the lower numbers: tasks are handed out in order,
-// so whoever waits knows that all of them are done or being done.
+// Tasks of a loop that others of the same loop wait for. They must have the lower numbers: the caller
+// takes what is left in order, so all that stands before a task it waits in is done or being done.
 class Countdown {
   public:
     explicit Countdown(int64_t tasks) : left_(tasks) {}

@@ -1,4 +1,5 @@
 #include <cmath>
+#include <vector>
 
 #include "kernels.h"
 #include "simd/neon.h"

@@ -79,7 +79,7 @@ static float soften_back(const Attention& p, int64_t h, int64_t count, float* we
     return -sink / total * shared;
 }
 
-// What one block of queries gives: to_q, and its share of to_keys and to_values.
+// What one block of queries gives: to_q, and its share of to_keys, to_values and to_sinks [heads of the group].
 static void back_block(const AttentionBack& b, const Part& part, const BackRoom& room, float* to_sinks) {
     const Attention& p = b.forward;
     const int64_t group = p.H / p.K, rows = part.tokens * group, places = room.places;
@@ -99,8 +99,7 @@ static void back_block(const AttentionBack& b, const Part& part, const BackRoom&
         if (p.softcap > 0) cap_scores(weights, count, p.softcap);
         hide(p, part, part.token + r / group, part.begin, count, weights);
         const int64_t h = part.kv * group + r % group;
-        const float sink = soften_back(p, h, count, weights, scores, p.softcap > 0 ? room.capped + r * places : nullptr);
-        if (to_sinks) to_sinks[h] += sink;
+        to_sinks[r % group] += soften_back(p, h, count, weights, scores, p.softcap > 0 ? room.capped + r * places : nullptr);
     }
     for (int64_t i = 0; i < room.d; i += kRows) {
         multiply_panels(rows, room.scores, places, room.rows + part.begin * room.d + i, room.d, real, room.to_q + i, room.d,
@@ -114,23 +113,56 @@ static void back_block(const AttentionBack& b, const Part& part, const BackRoom&
     for (int64_t r = 0; r < rows; r++) put_head(room.to_q + r * room.d, p.d, p.d, p.scale, b.to_q + head(r) * p.d);
 }
 
+// Where the queries of the i-th of `cuts` parts begin: a late query sees more keys, so equal work is equal squares.
+static int64_t back_begin(int64_t length, int64_t step, int64_t i, int64_t cuts) {
+    const int64_t at = static_cast<int64_t>(static_cast<float>(length) * sqrtf(static_cast<float>(i) / static_cast<float>(cuts)));
+    return i == cuts ? length : round_up(at, step) < length ? round_up(at, step) : length;
+}
+
+// The sums of all parts -> the gradients of one row's and key head's keys and values; 0 for the queries behind the last.
+static void put_back(const AttentionBack& b, int64_t row, int64_t kv, const float* sums, int64_t cuts) {
+    const Attention& p = b.forward;
+    const int64_t places = round_up(p.T, kRows), d = round_up(p.d, kRows), dv = round_up(p.dv, kRows), group = p.H / p.K;
+    for (int64_t t = 0; t < p.T; t++) {
+        const int64_t token = row * p.T + t;
+        float *to_k = b.to_k + (token * p.K + kv) * p.d, *to_v = b.to_v + (token * p.K + kv) * p.dv;
+        for (int64_t cut = 0; cut < cuts; cut++) {
+            const float *keys = sums + cut * places * (d + dv) + t * d, *values = sums + cut * places * (d + dv) + places * d + t * dv;
+            for (int64_t i = 0; i < p.d; i++) to_k[i] = keys[i] + (cut ? to_k[i] : 0.0f);
+            for (int64_t i = 0; i < p.dv; i++) to_v[i] = values[i] + (cut ? to_v[i] : 0.0f);
+        }
+        if (t >= p.lengths[row]) std::memset(b.to_q + (token * p.H + kv * group) * p.d, 0, sizeof(float) * group * p.d);
+    }
+}
+
+// A task is a row and a key head; where these are too few for the threads, their queries are cut into parts.
 static void attention_back(const AttentionBack& b, Pool& pool) {
     const Attention& p = b.forward;
-    const int64_t group = p.H / p.K, step = kBackRows / group ? kBackRows / group : 1;
-    pool.run(p.B * p.K, [&](int64_t task, int thread) {
-        const int64_t row = task / p.K, kv = task % p.K, length = p.lengths[row];
+    const int64_t group = p.H / p.K, step = kBackRows / group ? kBackRows / group : 1, heads = p.B * p.K;
+    const int64_t wanted = pool.threads() == 1 ? 1 : (4 * pool.threads() + heads - 1) / heads, most = (p.T + step - 1) / step;
+    const int64_t cuts = wanted < most ? wanted : most;
+    const int64_t size = round_up(p.T, kRows) * (round_up(p.d, kRows) + round_up(p.dv, kRows));
+    float *all = pool.shared(0, heads * cuts * size), *sinks = pool.shared(1, heads * cuts * group);
+    pool.run(heads * cuts, [&](int64_t task, int thread) {
+        const int64_t row = task / cuts / p.K, kv = task / cuts % p.K, cut = cuts - 1 - task % cuts, length = p.lengths[row];
         const BackRoom room = back_room_at(pool.scratch(thread, back_room_size(p)), p);
         gather_keys(p, row, kv, room);
-        float* to_sinks = b.to_sinks ? b.to_sinks + row * p.H : nullptr;
-        for (int64_t h = kv * group; to_sinks && h < (kv + 1) * group; h++) to_sinks[h] = 0;
-        for (int64_t token = 0; token < length; token += step)
-            back_block(b, part_of(p, row, kv, token, length - token < step ? length - token : step), room, to_sinks);
-        for (int64_t t = 0; t < p.T; t++) {
-            const int64_t token = row * p.T + t;
-            put_head(room.to_keys + t * room.d, p.d, p.d, 1.0f, b.to_k + (token * p.K + kv) * p.d);
-            put_head(room.to_values + t * room.dv, p.dv, p.dv, 1.0f, b.to_v + (token * p.K + kv) * p.dv);
-            if (t >= length)
-                std::memset(b.to_q + (token * p.H + kv * group) * p.d, 0, sizeof(float) * group * p.d);
+        float* to_sinks = sinks + (task / cuts * cuts + cut) * group;
+        for (int64_t h = 0; h < group; h++) to_sinks[h] = 0;
+        const int64_t end = back_begin(length, step, cut + 1, cuts);
+        for (int64_t token = back_begin(length, step, cut, cuts); token < end; token += step)
+            back_block(b, part_of(p, row, kv, token, end - token < step ? end - token : step), room, to_sinks);
+        float* sums = all + (task / cuts * cuts + cut) * size;
+        std::memcpy(sums, room.to_keys, sizeof(float) * room.places * room.d);
+        std::memcpy(sums + room.places * room.d, room.to_values, sizeof(float) * room.places * room.dv);
+    });
+    pool.run(heads, [&](int64_t task, int) {
+        const int64_t row = task / p.K, kv = task % p.K;
+        put_back(b, row, kv, all + task * cuts * size, cuts);
+        for (int64_t h = 0; b.to_sinks && h < group; h++) {
+            float sum = 0;
+            for (int64_t cut = 0; cut < cuts; cut++) sum += sinks[(task * cuts + cut) * group + h];
+            b.to_sinks[row * p.H + kv * group + h] = sum;
         }
     });
 }

@@ -100,11 +100,11 @@ constexpr int64_t kMany = 32;  // tokens from which strips are worth it
 static void linear_many(const LinearFloat& p, Pool& pool) {
     const LowRank& change = p.product.change;
     Products all{{Term{p.x, p.product.weight, false, false, 1.0f}}, 1, p.product.bias, p.product.out, p.tokens,
-                 p.product.weight.rows, false};
+                 p.product.weight.rows, false, false};
     if (change.x) {
         float* low = pool.shared(0, static_cast<size_t>(p.tokens * change.down.rows));
         const Term narrow{p.x, change.down, false, false, 1.0f};
-        products({{narrow}, 1, nullptr, low, p.tokens, change.down.rows, false}, pool);
+        products({{narrow}, 1, nullptr, low, p.tokens, change.down.rows, false, false}, pool);
         all.terms[all.count++] = Term{low, change.up, false, false, change.scale};
     }
     products(all, pool);

@@ -8,6 +8,12 @@
 #define ONDEVICE_UNROLL
 #endif
 
+#if defined(__GNUC__)
+#define ONDEVICE_PREFETCH(address) __builtin_prefetch(address)
+#else
+#define ONDEVICE_PREFETCH(address) (void)(address)
+#endif
+
 constexpr int L = kRows / N;  // vectors that hold one number for each row of a tile
 
 template <class E>
@@ -20,6 +26,43 @@ static ONDEVICE_INLINE void load16(const uint8_t* p, Number type, F out[L]) {
     else if (type == Number::bf16) load16(reinterpret_cast<const bfloat*>(p), out);
     else load16(reinterpret_cast<const float*>(p), out);
 }
+
+#if !defined(ONDEVICE_PAIRS)  // the instruction set has none: right, not fast
+
+constexpr bool kPairs = false;  // whether products of pairs are quicker than those of floats
+
+// A word holds two numbers as bfloat16, the lower first: of `even` and of `odd`, number by number.
+static inline F pairs_of(F even, F odd) {
+    float e[N], o[N];
+    store(e, even), store(o, odd);
+    for (int i = 0; i < N; i++) {
+        bfloat low, high;
+        narrow(e[i], &low), narrow(o[i], &high);
+        e[i] = from_bits(low.bits | static_cast<uint32_t>(high.bits) << 16);
+    }
+    return load(e);
+}
+
+// 2 N numbers that follow one another, as N words.
+static inline void store_pairs(float* to, F first, F second) {
+    float x[2 * N], even[N], odd[N];
+    store(x, first), store(x + N, second);
+    for (int i = 0; i < N; i++) even[i] = x[2 * i], odd[i] = x[2 * i + 1];
+    store(to, pairs_of(load(even), load(odd)));
+}
+
+// sum + both products of each word
+static inline F dot_pairs(F a, F b, F sum) {
+    float x[N], y[N], low[2][N], high[2][N];
+    store(x, a), store(y, b);
+    for (int i = 0; i < N; i++) {
+        low[0][i] = from_bits(to_bits(x[i]) << 16), high[0][i] = from_bits(to_bits(x[i]) & 0xffff0000);
+        low[1][i] = from_bits(to_bits(y[i]) << 16), high[1][i] = from_bits(to_bits(y[i]) & 0xffff0000);
+    }
+    return fma(load(low[0]), load(low[1]), fma(load(high[0]), load(high[1]), sum));
+}
+
+#endif
 
 // e^x, 2 units in the last place: x = n ln 2 + r, e^r by the polynomial of Cephes' expf. Below -87 it is 0, above 88
 // infinite or nearly; not-a-number stays that.

@@ -2,28 +2,48 @@
 //
 // The blocking is that of Goto and van de Geijn 2008: a strip of the weight is unpacked into panels of 16 columns that
 // stay in the second level of cache, and the tokens pass in blocks that stay there too; a panel and six tokens fill the
-// first level. A quantized weight is never written out: only the strip that is being used.
+// first level. A quantized weight is never written out: only the strip that is being used. `narrow` products are of
+// numbers rounded to bfloat16, two of them in a word, with float sums.
 
-constexpr int64_t kStrip = 256;  // columns of the result whose weights are unpacked together, at most: 256 KB
-constexpr int64_t kTall = 96;    // tokens in a block: 96 KB
-constexpr int64_t kPass = 576;   // tokens that an unpacked strip serves at most: then unpacking is a few percent
+constexpr int64_t kTall = 96;              // tokens in a block: 96 KB, which stay in the second level of cache
+constexpr int64_t kRow = kDepth + kRows;   // floats from one token's numbers to the next's: lines that do not collide
+constexpr int64_t kUnpacked = 1 << 20;     // floats of weights in panels at a time: 4 MB, in the last level of cache
+constexpr int64_t kGathered = 2 << 20;     // floats of tokens in rows at a time, at most
+constexpr int64_t kPass = 1152;            // tokens that unpacked weights serve at most
+constexpr int64_t kTogether = 8;           // cuts at a time, at most: then kUnpacked are 512 columns
+constexpr int64_t kShare = 8;              // tasks a thread: then none waits long for the last one
 
-// 16 rows of 16 numbers, the columns of `from` (as unpack_tile leaves them) -> as many rows of a panel.
-static ONDEVICE_INLINE void turn16(const float* from, float* panel) {
+// Places [k, k + depth) of one term's sum, which lie from place `at` on in a cut's rows and panels.
+struct Stretch {
+    int term;
+    int64_t k, depth, at;
+};
+
+// What is summed in one go: up to kDepth places, of one term or of several; `before` it come so many,
+// in whole pairs.
+struct Cut {
+    Stretch parts[kTerms];
+    int count;
+    int64_t depth, before;
+};
+
+// 16 rows of 16 numbers, the columns of `from` (as unpack_tile leaves them) -> the first `rows` of them, of a panel.
+static ONDEVICE_INLINE void turn16(const float* from, int64_t rows, float* panel) {
     for (int i = 0; i < L; i++)
         for (int j = 0; j < L; j++) {
             F v[N];
             for (int a = 0; a < N; a++) v[a] = load(from + (j * N + a) * kRows + i * N);
             transpose(v);
-            for (int a = 0; a < N; a++) store(panel + (i * N + a) * kRows + j * N, v[a]);
+            for (int a = 0; a < N && i * N + a < rows; a++) store(panel + (i * N + a) * kRows + j * N, v[a]);
         }
 }
 
-// Rows [k, k + depth) of a dense matrix, columns [from, from + count) -> panels of 16 columns, missing ones 0.
+// Rows [k, k + depth) of a dense matrix, columns [from, from + count) -> panels of 16 columns, `apart` floats from one to
+// the next, missing columns 0.
 template <class E>
-static void copy_strip(const E* w, int64_t stride, int64_t depth, int64_t count, float* panels) {
+static void copy_strip(const E* w, int64_t stride, int64_t depth, int64_t count, float* panels, int64_t apart) {
     for (int64_t j = 0; j < count; j += kRows) {
-        float* panel = panels + j * kDepth;
+        float* panel = panels + j / kRows * apart;
         const int64_t real = count - j < kRows ? count - j : kRows;
         for (int64_t r = 0; r < depth; r++, panel += kRows) {
             const E* row = w + r * stride + j;
@@ -44,40 +64,40 @@ static void copy_strip(const E* w, int64_t stride, int64_t depth, int64_t count,
 
 // The same of tiles; k is a multiple of 16, from and count of the tiles' unit. room: 16 count floats.
 static void turn_tiles(const Matrix& w, int64_t k, int64_t depth, int64_t from, int64_t count, float* room,
-                       float* panels) {
+                       float* panels, int64_t apart) {
     for (int64_t r = 0; r < depth; r += kRows) {
         unpack_tile(*w.tiles, w.tiles->tile(w.expert, (k + r) / kRows), from, count, room);
-        for (int64_t j = 0; j < count; j += kRows) turn16(room + j * kRows, panels + j * kDepth + r * kRows);
+        for (int64_t j = 0; j < count; j += kRows)
+            turn16(room + j * kRows, depth - r, panels + j / kRows * apart + r * kRows);
     }
 }
 
 // What columns [from, from + count) of the result need of the weight: places [k, k + depth) of the sum, in panels.
 static void unpack_strip(const Term& t, int64_t k, int64_t depth, int64_t from, int64_t count, float* room,
-                         float* panels) {
+                         float* panels, int64_t apart) {
     const Matrix& w = t.weight;
     if (!t.back) {
-        for (int64_t j = 0; j < count; j += kRows) unpack(w, (from + j) / kRows, k, depth, panels + j * kDepth);
+        for (int64_t j = 0; j < count; j += kRows) unpack(w, (from + j) / kRows, k, depth, panels + j / kRows * apart);
         return;
     }
-    if (w.tiles) return turn_tiles(w, k, depth, from, count, room, panels);
+    if (w.tiles) return turn_tiles(w, k, depth, from, count, room, panels, apart);
     const auto* data = static_cast<const uint8_t*>(w.dense) + (k * w.columns + from) * size_of(w.type);
-    if (w.type == Number::f32) copy_strip(reinterpret_cast<const float*>(data), w.columns, depth, count, panels);
-    if (w.type == Number::f16) copy_strip(reinterpret_cast<const half*>(data), w.columns, depth, count, panels);
-    if (w.type == Number::bf16) copy_strip(reinterpret_cast<const bfloat*>(data), w.columns, depth, count, panels);
+    if (w.type == Number::f32) copy_strip(reinterpret_cast<const float*>(data), w.columns, depth, count, panels, apart);
+    if (w.type == Number::f16) copy_strip(reinterpret_cast<const half*>(data), w.columns, depth, count, panels, apart);
+    if (w.type == Number::bf16) copy_strip(reinterpret_cast<const bfloat*>(data), w.columns, depth, count, panels, apart);
 }
 
-// Numbers [k, k + depth) of tokens [at, at + count), scaled, to rows of kDepth: one after another in memory, whatever lay
-// between them.
+// Numbers [k, k + depth) of tokens [at, at + count), scaled, to rows of kRow.
 static void gather_tokens(const Term& t, int64_t at, int64_t count, int64_t k, int64_t depth, float* rows) {
     const float* x = t.x + at * t.depth() + k;
-    for (int64_t i = 0; i < count; i++, x += t.depth(), rows += kDepth) {
+    for (int64_t i = 0; i < count; i++, x += t.depth(), rows += kRow) {
         int64_t j = 0;
         for (; j + N <= depth; j += N) store(rows + j, load(x + j) * set(t.scale));
         for (; j < depth; j++) rows[j] = x[j] * t.scale;
     }
 }
 
-// The same where x is [depth, tokens].
+// The same where x is [depth, tokens]; up to N - 1 zeros come behind each row's numbers.
 static void turn_tokens(const Term& t, int64_t tokens, int64_t at, int64_t count, int64_t k, int64_t depth, float* rows) {
     const float* x = t.x + k * tokens + at;
     for (int64_t i = 0; i < count; i += N)
@@ -86,29 +106,75 @@ static void turn_tokens(const Term& t, int64_t tokens, int64_t at, int64_t count
             F v[N];
             for (int a = 0; a < N; a++) v[a] = j + a < depth ? load_some(x + (j + a) * tokens + i, n) : set(0);
             transpose(v);
-            for (int a = 0; a < n; a++) store(rows + (i + a) * kDepth + j, v[a] * set(t.scale));
+            for (int a = 0; a < n; a++) store(rows + (i + a) * kRow + j, v[a] * set(t.scale));
         }
 }
 
-// out [tokens, 16] (+)= rows [tokens, kDepth] . panel
-template <int T = kFloatTokens>
-static void multiply_rows(int64_t tokens, const float* rows, const float* panel, int64_t depth, float* out,
-                          int64_t stride, bool add) {
-    int64_t t = 0;
-    for (; t + T <= tokens; t += T)
-        multiply_panel<T>(rows + t * kDepth, kDepth, panel, kRows, depth, out + t * stride, stride, add);
-    if constexpr (T > 1)
-        if (t < tokens)
-            multiply_rows<T - 1>(tokens - t, rows + t * kDepth, panel, depth, out + t * stride, stride, add);
+// Words from one token's numbers to the next's.
+static constexpr int64_t row_words(bool narrow) { return narrow ? kRow / 2 : kRow; }
+
+// out [T, 16 P] (+)= rows [T, words] . P panels, `apart` words from one to the next
+template <bool narrow, int T, int P>
+static ONDEVICE_INLINE void multiply_tile(const float* rows, const float* panel, int64_t apart, int64_t words, float* out,
+                                          int64_t stride, bool add) {
+    for (int t = 0; t < T; t++) ONDEVICE_PREFETCH(out + t * stride);
+    F y[T][P * L];
+    for (int t = 0; t < T; t++)
+        for (int i = 0; i < P * L; i++) y[t][i] = set(0);
+    for (int64_t k = 0; k < words; k++, panel += kRows) {
+        F w[P * L];
+        for (int j = 0; j < P; j++) load16(panel + j * apart, w + j * L);
+        ONDEVICE_UNROLL
+        for (int t = 0; t < T; t++) {
+            const F a = set(rows[t * row_words(narrow) + k]);
+            ONDEVICE_UNROLL
+            for (int i = 0; i < P * L; i++) y[t][i] = narrow ? dot_pairs(a, w[i], y[t][i]) : fma(a, w[i], y[t][i]);
+        }
+    }
+    for (int t = 0; t < T; t++)
+        for (int i = 0; i < P * L; i++) {
+            float* to = out + t * stride + i * N;
+            store(to, add ? load(to) + y[t][i] : y[t][i]);
+        }
 }
 
-// The last columns of a result whose width is no multiple of 16. sums: 16 a token.
-static void multiply_edge(int64_t tokens, const float* rows, const float* panel, int64_t depth, float* sums,
-                          int64_t width, float* out, int64_t stride, bool add) {
-    multiply_rows(tokens, rows, panel, depth, sums, kRows, false);
+// The same for any number of tokens, in tiles of T and, for the rest, of half as many.
+template <bool narrow, int T, int P>
+static void multiply_rows(int64_t tokens, const float* rows, const float* panel, int64_t apart, int64_t words, float* out,
+                          int64_t stride, bool add) {
+    constexpr int64_t row = row_words(narrow);
+    int64_t t = 0;
+    for (; t + T <= tokens; t += T)
+        multiply_tile<narrow, T, P>(rows + t * row, panel, apart, words, out + t * stride, stride, add);
+    if constexpr (T > 1)
+        if (t < tokens)
+            multiply_rows<narrow, T / 2, P>(tokens - t, rows + t * row, panel, apart, words, out + t * stride, stride, add);
+}
+
+// The last columns of a result whose width is no multiple of 16.
+template <bool narrow>
+static void multiply_edge(int64_t tokens, const float* rows, const float* panel, int64_t words, int64_t width, float* out,
+                          int64_t stride, bool add) {
+    float sums[kTall * kRows];
+    multiply_rows<narrow, kTileTokens, 1>(tokens, rows, panel, 0, words, sums, kRows, false);
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t i = 0; i < width; i++)
             out[t * stride + i] = sums[t * kRows + i] + (add ? out[t * stride + i] : 0.0f);
+}
+
+// Rows of numbers -> rows of pairs; what lies behind the last number counts as 0.
+static void narrow_rows(int64_t tokens, int64_t depth, float* rows, float* words) {
+    for (int64_t t = 0; t < tokens; t++, rows += kRow, words += kRow / 2) {
+        if (depth % 2) rows[depth] = 0;
+        for (int64_t k = 0; k < depth; k += 2 * N) store_pairs(words + k / 2, load(rows + k), load(rows + k + N));
+    }
+}
+
+// A panel of numbers -> one of pairs, which are neighbours of a column.
+static void narrow_panel(int64_t depth, const float* panel, float* words) {
+    for (int64_t k = 0; k < depth; k += 2, panel += 2 * kRows, words += kRows)
+        for (int i = 0; i < L; i++)
+            store(words + i * N, pairs_of(load(panel + i * N), k + 1 < depth ? load(panel + kRows + i * N) : set(0)));
 }
 
 static void add_bias(const Products& p, int64_t token, int64_t tokens, int64_t from, int64_t count) {
@@ -116,64 +182,192 @@ static void add_bias(const Products& p, int64_t token, int64_t tokens, int64_t f
         for (int64_t i = from; i < from + count; i++) p.out[t * p.width + i] += p.bias[i];
 }
 
-// Columns that are unpacked together: about kStrip, in whole units of tiles that are read across, all strips alike;
-// fewer where tokens are too few to be shared out.
-static int64_t strip_of(const Products& p, int64_t threads) {
-    int64_t unit = kRows;
-    for (int i = 0; i < p.count; i++) {
-        const Term& t = p.terms[i];
-        if (t.back && t.weight.tiles && t.weight.tiles->unit() > unit) unit = t.weight.tiles->unit();
-    }
-    const int64_t fewest = (p.width + kStrip - 1) / kStrip, strips = p.tokens > kTall || fewest > 4 * threads ? fewest : 4 * threads;
-    return round_up((p.width + strips - 1) / strips, unit);
-}
-
-static int64_t products_room(int64_t strip) { return kDepth * strip + kRows * strip + kTall * (kDepth + kRows); }
-
-// How far to go through the sum at a time: in equal parts, of whole units of tiles.
-static int64_t depth_of(const Term& t, int64_t cuts) {
+// How far to go through a term's sum at a time: in equal parts, of whole units of tiles, that leave room for what small
+// terms add to the last one.
+static int64_t step_of(const Products& p, const Term& t) {
+    int64_t small = 0;
+    for (int i = 0; i < p.count; i++)
+        if (&p.terms[i] != &t && p.terms[i].depth() < kDepth / 4) small += p.terms[i].depth();
+    const int64_t cuts = (t.depth() + small + kDepth - 1) / kDepth;
     const int64_t unit = t.weight.tiles && !t.back ? t.weight.tiles->unit() : kRows;
     const int64_t step = round_up((t.depth() + cuts - 1) / cuts, unit);
     return step < kDepth ? step : kDepth;
 }
 
-// One strip of the result, for tokens [token, token + tokens).
-static void product_strip(const Products& p, int64_t token, int64_t tokens, int64_t from, int64_t count, int64_t strip,
-                          float* panels) {
-    float *room = panels + kDepth * strip, *rows = room + kRows * strip, *sums = rows + kTall * kDepth;
-    bool add = p.add;
+static std::vector<Cut> cuts_of(const Products& p) {
+    std::vector<Cut> cuts;
     for (int i = 0; i < p.count; i++) {
-        const Term& t = p.terms[i];
-        const int64_t cuts = (t.depth() + kDepth - 1) / kDepth, step = depth_of(t, cuts);
-        for (int64_t k = 0; k < t.depth(); k += step, add = true) {
-            const int64_t depth = t.depth() - k < step ? t.depth() - k : step;
-            unpack_strip(t, k, depth, from, count, room, panels);
-            for (int64_t at = token; at < token + tokens; at += kTall) {
-                const int64_t some = token + tokens - at < kTall ? token + tokens - at : kTall;
-                float* out = p.out + at * p.width + from;
-                if (t.turned) turn_tokens(t, p.tokens, at, some, k, depth, rows);
-                else gather_tokens(t, at, some, k, depth, rows);
-                for (int64_t j = 0; j < count; j += kRows) {
-                    const float* panel = panels + j * kDepth;
-                    if (count - j >= kRows) multiply_rows(some, rows, panel, depth, out + j, p.width, add);
-                    else multiply_edge(some, rows, panel, depth, sums, count - j, out + j, p.width, add);
-                }
-            }
+        const int64_t depth = p.terms[i].depth(), step = step_of(p, p.terms[i]);
+        for (int64_t k = 0; k < depth; k += step) {
+            const int64_t some = depth - k < step ? depth - k : step;
+            if (cuts.empty() || cuts.back().count == kTerms || k > 0 || cuts.back().depth + some > kDepth)
+                cuts.push_back(Cut{{}, 0, 0, cuts.empty() ? 0 : cuts.back().before + round_up(cuts.back().depth, 2)});
+            Cut& cut = cuts.back();
+            cut.parts[cut.count++] = Stretch{i, k, some, cut.depth};
+            cut.depth += some;
         }
     }
-    if (p.bias) add_bias(p, token, tokens, from, count);
+    return cuts;
+}
+
+// Columns that a thread unpacks at a time: whole units of tiles that are read across.
+static int64_t unit_of(const Products& p) {
+    int64_t unit = 4 * kRows;
+    for (int i = 0; i < p.count; i++) {
+        const Term& t = p.terms[i];
+        if (t.back && t.weight.tiles && t.weight.tiles->unit() > unit) unit = t.weight.tiles->unit();
+    }
+    return unit;
+}
+
+// What is gathered and unpacked together: tokens [token, token + tokens), columns [from, from + columns), `count` cuts.
+struct Region {
+    const Cut* cuts;
+    int64_t count, token, tokens, from, columns;
+    float *rows, *panels;
+
+    bool narrow;
+
+    int64_t words(int64_t places) const { return narrow ? (places + 1) / 2 : places; }
+    float* rows_of(int64_t cut, int64_t at) const { return rows + (cut * tokens + at) * row_words(narrow); }
+    float* panels_of(int64_t cut, int64_t column) const {
+        return panels + words(cuts[cut].before - cuts[0].before) * round_up(columns, kRows) + column * words(cuts[cut].depth);
+    }
+    int64_t depth() const { return cuts[count - 1].before + round_up(cuts[count - 1].depth, 2) - cuts[0].before; }
+};
+
+// The floats that gathering or unpacking takes beside its result.
+static int64_t products_room(int64_t unit) { return kRows * unit + kDepth * unit + kTall * kRow; }
+
+static void gather(const Products& p, const Region& r, int64_t c, int64_t at, float* room) {
+    const int64_t some = r.tokens - at < kTall ? r.tokens - at : kTall;
+    float* rows = r.narrow ? room : r.rows_of(c, at);
+    for (int i = 0; i < r.cuts[c].count; i++) {
+        const Stretch& s = r.cuts[c].parts[i];
+        const Term& t = p.terms[s.term];
+        if (t.turned) turn_tokens(t, p.tokens, r.token + at, some, s.k, s.depth, rows + s.at);
+        else gather_tokens(t, r.token + at, some, s.k, s.depth, rows + s.at);
+    }
+    if (r.narrow) narrow_rows(some, r.cuts[c].depth, rows, r.rows_of(c, at));
+}
+
+static void unpack(const Products& p, const Region& r, int64_t c, int64_t at, int64_t count, float* room) {
+    const Cut& cut = r.cuts[c];
+    const int64_t apart = cut.depth * kRows;
+    float *panels = r.narrow ? room : r.panels_of(c, at), *tiles = room + kDepth * round_up(count, kRows);
+    for (int i = 0; i < cut.count; i++) {
+        const Stretch& s = cut.parts[i];
+        unpack_strip(p.terms[s.term], s.k, s.depth, r.from + at, count, tiles, panels + s.at * kRows, apart);
+    }
+    for (int64_t j = 0; r.narrow && j < count; j += kRows)
+        narrow_panel(cut.depth, panels + j / kRows * apart, r.panels_of(c, at + j));
+}
+
+// Tokens [at, at + tokens) of a region times its columns [from, from + count).
+template <bool narrow>
+static void multiply(const Products& p, const Region& r, int64_t at, int64_t tokens, int64_t from, int64_t count) {
+    constexpr int64_t wide = kTilePanels * kRows;
+    float* out = p.out + (r.token + at) * p.width + r.from;
+    for (int64_t c = 0; c < r.count; c++) {
+        const int64_t words = r.words(r.cuts[c].depth), apart = words * kRows, end = from + count;
+        const bool add = p.add || r.cuts[c].before > 0;
+        const float* rows = r.rows_of(c, at);
+        int64_t j = from;
+        for (; j + wide <= end; j += wide)
+            multiply_rows<narrow, kTileTokens, kTilePanels>(tokens, rows, r.panels_of(c, j), apart, words, out + j, p.width, add);
+        for (; j + kRows <= end; j += kRows)
+            multiply_rows<narrow, kTileTokens, 1>(tokens, rows, r.panels_of(c, j), 0, words, out + j, p.width, add);
+        if (j < end) multiply_edge<narrow>(tokens, rows, r.panels_of(c, j), words, end - j, out + j, p.width, add);
+    }
+}
+
+// Gathers the tokens, unless that has been done, and unpacks the weights of a region; then multiplies them.
+static void products_of(const Products& p, const Region& r, bool gathered, bool last, Pool& pool) {
+    const int64_t unit = unit_of(p), units = (r.columns + unit - 1) / unit, blocks = (r.tokens + kTall - 1) / kTall;
+    const int64_t gathers = gathered ? 0 : blocks * r.count;
+    pool.run(gathers + units * r.count, [&](int64_t task, int thread) {
+        float* room = pool.scratch(thread, products_room(unit));
+        if (task < gathers) return gather(p, r, task % r.count, task / r.count * kTall, room);
+        const int64_t at = (task - gathers) / r.count * unit;
+        unpack(p, r, (task - gathers) % r.count, at, r.columns - at < unit ? r.columns - at : unit, room);
+    });
+    const int64_t splits = pool.threads() == 1 ? 1 : (kShare * pool.threads() + blocks - 1) / blocks;
+    const int64_t width = round_up((r.columns + splits - 1) / splits, kTilePanels * kRows);
+    const int64_t across = (r.columns + width - 1) / width;
+    pool.run(blocks * across, [&](int64_t task, int) {
+        const int64_t at = task / across * kTall, some = r.tokens - at < kTall ? r.tokens - at : kTall;
+        const int64_t from = task % across * width, count = r.columns - from < width ? r.columns - from : width;
+        if (r.narrow) multiply<true>(p, r, at, some, from, count);
+        else multiply<false>(p, r, at, some, from, count);
+        if (p.bias && last) add_bias(p, r.token + at, some, r.from + from, count);
+    });
+}
+
+static int64_t equal(int64_t whole, int64_t most, int64_t unit) {
+    const int64_t parts = (whole + most - 1) / most;
+    return round_up((whole + parts - 1) / parts, unit);
+}
+
+// A result of up to 16 columns, as a LoRA's narrow half has: the tokens are read once, where they lie.
+static void thin_products(const Products& p, Pool& pool) {
+    const Term& t = p.terms[0];
+    const int64_t depth = t.depth(), tasks = pieces(pool, p.tokens, kTall / 2), step = equal(p.tokens, (p.tokens + tasks - 1) / tasks, 1);
+    float* panel = pool.shared(2, depth * kRows);
+    unpack_strip(t, 0, depth, 0, p.width, nullptr, panel, 0);
+    pool.run((p.tokens + step - 1) / step, [&](int64_t task, int thread) {
+        const int64_t at = task * step, some = p.tokens - at < step ? p.tokens - at : step;
+        float *sums = pool.scratch(thread, step * kRows), *out = p.out + at * p.width;
+        multiply_panels(some, t.x + at * depth, depth, panel, kRows, depth, sums, kRows, false);
+        for (int64_t i = 0; i < some; i++)
+            for (int64_t j = 0; j < p.width; j++)
+                out[i * p.width + j] = (p.add ? out[i * p.width + j] : 0.0f) + t.scale * sums[i * kRows + j] + (p.bias ? p.bias[j] : 0.0f);
+    });
+}
+
+constexpr int64_t kLong = 64;  // tokens that are summed up at a time: 64 rows of kAcross columns, in the first level of cache
+constexpr int64_t kAcross = 64;
+
+// A result of up to 16 rows, each a sum over all tokens: the gradient of a LoRA's factors. x is [tokens, rows], the
+// weight an array [tokens, width].
+static void long_products(const Products& p, Pool& pool) {
+    const Term& t = p.terms[0];
+    const auto* w = static_cast<const float*>(t.weight.dense);
+    const int64_t width = p.width, depth = t.depth();
+    pool.run((width + kAcross - 1) / kAcross, [&](int64_t task, int thread) {
+        const int64_t from = task * kAcross, end = width - from < kAcross ? width : from + kAcross;
+        float *sums = pool.scratch(thread, (kRows + kLong) * kAcross), *edge = sums + kRows * kAcross;
+        for (int64_t k = 0; k < depth; k += kLong) {
+            const int64_t some = depth - k < kLong ? depth - k : kLong;
+            for (int64_t j = from; j < end; j += kRows) {
+                const bool whole = end - j >= kRows;
+                if (!whole) copy_strip(w + k * width + j, width, some, end - j, edge, 0);
+                multiply_panels(p.tokens, t.x + k * p.tokens, 1, whole ? w + k * width + j : edge, whole ? width : kRows, some,
+                                sums + j - from, kAcross, k > 0, p.tokens);
+            }
+        }
+        for (int64_t i = 0; i < p.tokens; i++)
+            for (int64_t j = from; j < end; j++) p.out[i * width + j] = t.scale * sums[i * kAcross + j - from];
+    });
 }
 
 static void products(const Products& p, Pool& pool) {
-    const int64_t strip = strip_of(p, pool.threads()), strips = (p.width + strip - 1) / strip, enough = 4 * pool.threads();
-    int64_t passes = (p.tokens + kPass - 1) / kPass;
-    if (pool.threads() > 1 && passes * strips < enough) passes = (enough + strips - 1) / strips;
-    const int64_t pass = round_up((p.tokens + passes - 1) / passes, kTall);
-    passes = (p.tokens + pass - 1) / pass;
-    pool.run(strips * passes, [&](int64_t task, int thread) {
-        const int64_t from = task % strips * strip, token = task / strips * pass;
-        const int64_t count = p.width - from < strip ? p.width - from : strip;
-        product_strip(p, token, p.tokens - token < pass ? p.tokens - token : pass, from, count, strip,
-                      pool.scratch(thread, products_room(strip)));
-    });
+    const Term& t = p.terms[0];
+    if (p.count == 1 && !t.weight.tiles && !t.turned && p.width <= kRows) return thin_products(p, pool);
+    if (p.count == 1 && t.turned && t.back && p.tokens <= kRows && !t.weight.tiles && t.weight.type == Number::f32 && !p.add && !p.bias)
+        return long_products(p, pool);
+    const std::vector<Cut> cuts = cuts_of(p);
+    const int64_t all = static_cast<int64_t>(cuts.size()), pass = equal(p.tokens, kPass, 1);
+    const int64_t fit = kGathered / (pass * kRow), together = equal(all, fit < 1 ? 1 : fit < kTogether ? fit : kTogether, 1);
+    for (int64_t token = 0; token < p.tokens; token += pass)
+        for (int64_t c = 0; c < all; c += together) {
+            Region r{cuts.data() + c, all - c < together ? all - c : together, token, p.tokens - token < pass ? p.tokens - token : pass,
+                     0, 0, nullptr, nullptr, p.narrow};
+            const int64_t step = equal(p.width, kUnpacked / r.depth(), unit_of(p));
+            r.rows = pool.shared(2, together * pass * kRow);
+            r.panels = pool.shared(3, r.depth() * round_up(step < p.width ? step : p.width, kRows));
+            for (; r.from < p.width; r.from += step) {
+                r.columns = p.width - r.from < step ? p.width - r.from : step;
+                products_of(p, r, r.from > 0, c + together >= all, pool);
+            }
+        }
 }

@@ -53,27 +53,75 @@ static void gated_back(const GatedBack& p, Pool& pool) {
     }
 }
 
-// With g = grad (gain + offset) and 1 / r the norm's divisor: r (g - x r^2 mean(g x)).
-static void rms_norm_back(const NormBack& p, Pool& pool) {
+static void softcap_back(const SoftcapBack& p, Pool& pool) {
+    const F inverse = set(1.0f / p.cap);
+    map(p.size, pool, [&](int64_t i, int n) {
+        const F part = tanh(load_some(p.x + i, n) * inverse);
+        store_some(p.out + i, load_some(p.grad + i, n) * (set(1.0f) - part * part), n);
+    });
+}
+
+// What a row is normalised with: n = (x - mean) / divisor.
+struct Normal {
+    float mean, inverse;
+};
+
+static inline Normal normal_of(const float* x, const NormBack& p) {
+    const float width = static_cast<float>(p.width);
+    const float mean = p.centred ? total(x, p.width, [](F v) { return v; }) / width : 0.0f;
+    const float squares = total(x, p.width, [&](F v) { return (v - set(mean)) * (v - set(mean)); });
+    return {mean, 1.0f / sqrtf(squares / width + p.eps)};
+}
+
+// With g = grad (gain + offset): (g - n mean(g n) - mean(g)) / divisor, where the last mean is of centred norms alone.
+static void norm_row_back(const NormBack& p, int64_t row, Normal normal) {
+    const float *x = p.x + row * p.width, *grad = p.grad + row * p.width, *gain = p.gain + row % p.gains * p.width;
+    float* out = p.out + row * p.width;
+    const F offset = set(p.offset), mean = set(normal.mean), inverse = set(normal.inverse);
+    const auto some = [&](int64_t i) { return p.width - i < N ? static_cast<int>(p.width - i) : N; };
+    F all = set(0), shared = set(0);
+    for (int64_t i = 0; i < p.width; i += N) {
+        const int n = some(i);
+        const F g = load_some(grad + i, n) * (load_some(gain + i, n) + offset);
+        shared = fma((load_some(x + i, n) - mean) * inverse, g, shared);  // g is 0 behind the end
+        all = all + g;
+    }
+    const float width = static_cast<float>(p.width);
+    const F along = set(sum(shared) / width), middle = set(p.centred ? sum(all) / width : 0.0f);
+    for (int64_t i = 0; i < p.width; i += N) {
+        const int n = some(i);
+        const F g = load_some(grad + i, n) * (load_some(gain + i, n) + offset);
+        store_some(out + i, inverse * (g - middle - (load_some(x + i, n) - mean) * inverse * along), n);
+    }
+}
+
+// Columns [from, end) of the gradients of gain and bias, summed over all rows in their order.
+static void norm_columns_back(const NormBack& p, const Normal* normals, int64_t from, int64_t end) {
+    for (int64_t i = from; i < end; i += N) {
+        const int n = end - i < N ? static_cast<int>(end - i) : N;
+        F to_gain = set(0), to_bias = set(0);
+        for (int64_t row = 0; row < p.rows; row++) {
+            const F g = load_some(p.grad + row * p.width + i, n);
+            const F x = load_some(p.x + row * p.width + i, n) - set(normals[row].mean);
+            to_gain = fma(g, x * set(normals[row].inverse), to_gain);
+            to_bias = to_bias + g;
+        }
+        if (p.to_gain) store_some(p.to_gain + i, to_gain, n);
+        if (p.to_bias) store_some(p.to_bias + i, to_bias, n);
+    }
+}
+
+static void norm_back(const NormBack& p, Pool& pool) {
+    auto* normals = reinterpret_cast<Normal*>(pool.shared(0, 2 * p.rows));
     rows_in_parallel(p.rows, p.width, pool, [&](int64_t row) {
-        const float *x = p.x + row * p.width, *grad = p.grad + row * p.width, *gain = p.gain + row % p.gains * p.width;
-        float* out = p.out + row * p.width;
-        const F offset = set(p.offset);
-        const auto some = [&](int64_t i) { return p.width - i < N ? static_cast<int>(p.width - i) : N; };
-        F squares = set(0), shared = set(0);
-        for (int64_t i = 0; i < p.width; i += N) {
-            const int n = some(i);
-            const F v = load_some(x + i, n), g = load_some(grad + i, n) * (load_some(gain + i, n) + offset);
-            squares = fma(v, v, squares);
-            shared = fma(v, g, shared);
-        }
-        const float width = static_cast<float>(p.width), r = 1.0f / sqrtf(sum(squares) / width + p.eps);
-        const F along = set(r * r * sum(shared) / width), inverse = set(r);
-        for (int64_t i = 0; i < p.width; i += N) {
-            const int n = some(i);
-            const F g = load_some(grad + i, n) * (load_some(gain + i, n) + offset);
-            store_some(out + i, inverse * (g - load_some(x + i, n) * along), n);
-        }
+        normals[row] = normal_of(p.x + row * p.width, p);
+        norm_row_back(p, row, normals[row]);
+    });
+    if (!p.to_gain && !p.to_bias) return;
+    constexpr int64_t strip = 4 * kRows;
+    pool.run((p.width + strip - 1) / strip, [&](int64_t task, int) {
+        const int64_t from = task * strip;
+        norm_columns_back(p, normals, from, p.width - from < strip ? p.width : from + strip);
     });
 }
 
@@ -105,22 +153,59 @@ static inline float exponents(const float* x, int64_t size, float shift, float* 
     return sum(sums) + rest;
 }
 
+// The largest number of a row, and the sum of e^(x - largest).
+struct Softmax {
+    float largest, total;
+};
+
+static inline Softmax softmax_of(const float* x, int64_t size, float* exponentials) {
+    const float largest = largest_of(x, size);
+    return {largest, exponents(x, size, largest, exponentials)};
+}
+
+// Cross-entropy of a row with the softmax of `wanted`, or (out not null) its gradient.
+static inline float imitation(const float* logits, const float* wanted, int64_t width, float grad, float* out) {
+    const Softmax own = softmax_of(logits, width, out), other = softmax_of(wanted, width, nullptr);
+    const F shift = set(other.largest), share = set(1.0f / other.total), scale = set(1.0f / own.total);
+    F sums = set(0);
+    float rest = 0;
+    for (int64_t i = 0; i < width; i += N) {
+        const int n = width - i < N ? static_cast<int>(width - i) : N;
+        const F probability = exp(load_some(wanted + i, n) - shift) * share;
+        if (out) {
+            store_some(out + i, (load_some(out + i, n) * scale - probability) * set(grad), n);
+        } else if (n == N) {
+            sums = fma(probability, load(logits + i), sums);
+        } else {
+            float last[N];
+            store(last, probability);
+            for (int j = 0; j < n; j++) rest += last[j] * logits[i + j];
+        }
+    }
+    return own.largest + logf(own.total) - sum(sums) - rest;
+}
+
 static void token_loss(const TokenLoss& p, Pool& pool) {
     rows_in_parallel(p.rows, p.width, pool, [&](int64_t row) {
         const float* logits = p.logits + row * p.width;
-        const int32_t target = p.targets[row];
         float* out = p.grad ? p.out + row * p.width : nullptr;
+        if (p.wanted) {
+            const float loss = imitation(logits, p.wanted + row * p.width, p.width, p.grad ? p.grad[row] : 0.0f, out);
+            if (!out) p.out[row] = loss;
+            return;
+        }
+        const int32_t target = p.targets[row];
         if (target < 0) {
             if (out) std::memset(out, 0, sizeof(float) * p.width);
             else p.out[row] = 0;
             return;
         }
-        const float largest = largest_of(logits, p.width), total = exponents(logits, p.width, largest, out);
+        const Softmax own = softmax_of(logits, p.width, out);
         if (!out) {
-            p.out[row] = largest + logf(total) - logits[target];
+            p.out[row] = own.largest + logf(own.total) - logits[target];
             return;
         }
-        const F scale = set(p.grad[row] / total);
+        const F scale = set(p.grad[row] / own.total);
         for (int64_t i = 0; i < p.width; i += N) {
             const int n = p.width - i < N ? static_cast<int>(p.width - i) : N;
             store_some(out + i, load_some(out + i, n) * scale, n);

@@ -11,6 +11,8 @@ constexpr const char* kName = "avx2";
 constexpr int N = 8;
 constexpr int kTokens = 4;        // 16 rows x 4 tokens of 16-bit sums fill half of the 16 registers
 constexpr int kFloatTokens = 6;   // 16 rows x 6 tokens of float sums, two for the weights, one for the activation
+constexpr int kTileTokens = 6;   // 6 tokens x 16 columns of sums, two for the weights, one for the activation: of 16 registers
+constexpr int kTilePanels = 1;
 constexpr float kOffset8 = 128;   // what dots of 8-bit codes were less than their codes
 
 struct F {

@@ -1,16 +1,33 @@
-// AVX-512 with VNNI: what the kernel bodies are written in. See simd/portable.h for what each name means.
+// AVX-512 with VNNI, and, where the file is compiled for it, with BF16: what the kernel bodies are written in. See
+// simd/portable.h and kernels/math.inl for what each name means.
 #pragma once
 
 #include <immintrin.h>
 
 #include "../tiles.h"
 
-namespace ondevice::cpu::avx512 {
+#if defined(__AVX512BF16__) && !defined(ONDEVICE_PAIRS)
+#define ONDEVICE_PAIRS
+#endif
+#if defined(ONDEVICE_PAIRS)
+#define ONDEVICE_SET avx512_bf16
+#else
+#define ONDEVICE_SET avx512
+#endif
 
+namespace ondevice::cpu::ONDEVICE_SET {
+
+#if defined(ONDEVICE_PAIRS)
+constexpr const char* kName = "avx512_bf16";
+constexpr bool kPairs = true;
+#else
 constexpr const char* kName = "avx512";
+#endif
 constexpr int N = 16;
 constexpr int kTokens = 8;       // sums of 8 tokens, twice (integers of a group, floats), leave 16 of 32 registers
 constexpr int kFloatTokens = 8;  // two products a cycle, four cycles each: eight sums keep the units busy
+constexpr int kTileTokens = 12;   // 12 tokens x 32 columns of sums, two for the weights, one for the activation: of 32 registers
+constexpr int kTilePanels = 2;
 constexpr float kOffset8 = 0;    // dots of 8-bit codes are of the codes themselves
 
 struct F {
@@ -89,6 +106,22 @@ static ONDEVICE_INLINE void store_bytes(int8_t* p, F a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }
 
+#if defined(ONDEVICE_PAIRS)
+
+static ONDEVICE_INLINE __m512bh as_pairs(F a) { return (__m512bh)a.v; }
+static ONDEVICE_INLINE __m512i narrowed(F a) {  // in the lower half of each word
+    return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(a.v));
+}
+static ONDEVICE_INLINE F pairs_of(F even, F odd) {
+    return {_mm512_castsi512_ps(_mm512_or_si512(narrowed(even), _mm512_slli_epi32(narrowed(odd), 16)))};
+}
+static ONDEVICE_INLINE void store_pairs(float* to, F first, F second) {
+    store(to, {(__m512)_mm512_cvtne2ps_pbh(second.v, first.v)});
+}
+static ONDEVICE_INLINE F dot_pairs(F a, F b, F sum) { return {_mm512_dpbf16_ps(sum.v, as_pairs(a), as_pairs(b))}; }
+
+#endif
+
 struct Line {
     __m512i v;
 };
@@ -127,4 +160,4 @@ struct Dot {
     ONDEVICE_INLINE void total(int, F out[1]) const { out[0] = {_mm512_cvtepi32_ps(sums)}; }
 };
 
-}  // namespace ondevice::cpu::avx512
+}  // namespace ondevice::cpu::ONDEVICE_SET

@@ -12,6 +12,8 @@ constexpr const char* kName = "neon";
 constexpr int N = 4;
 constexpr int kTokens = 4;       // 16 rows x 4 tokens of sums fill half of the 32 registers
 constexpr int kFloatTokens = 4;  // the same
+constexpr int kTileTokens = 6;   // 6 tokens x 16 columns of sums, four for the weights, one for the activation: of 32 registers
+constexpr int kTilePanels = 1;
 constexpr float kOffset8 = 128;  // what dots of 8-bit codes were less than their codes
 
 struct F {

@@ -12,6 +12,8 @@ constexpr const char* kName = "portable";
 constexpr int N = 4;             // floats in an F; divides 16
 constexpr int kTokens = 1;       // most tokens that a tile is multiplied with at a time: 1, 2, 4, ... up to this
 constexpr int kFloatTokens = 4;  // the same for float activations: 1, 2, 3, ...
+constexpr int kTileTokens = 4;   // of many products: tokens in a tile, and panels of 16 columns in it
+constexpr int kTilePanels = 1;
 constexpr float kOffset8 = 128;  // what Dot<8> took from each code
 
 struct F {
