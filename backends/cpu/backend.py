@@ -20,6 +20,7 @@ from ..base import (
     Info,
     LayerCache,
     Step,
+    W,
     cache_dtype,
     positions,
     sharpness,

@@ -57,6 +57,7 @@ static inline simde__m512 shuffle_f32x4(simde__m512 a, simde__m512 b, int which)
     return whole;
 }
 
+// Called, not inlined: tiles of products hold two dozen of them, which compilers take minutes for.
 static inline uint32_t bits_of(float a) {
     uint32_t bits;
     std::memcpy(&bits, &a, 4);
@@ -68,18 +69,18 @@ static inline uint16_t to_bf16(float a) {  // to nearest, ties to even; subnorma
     if (size < 0x00800000) return static_cast<uint16_t>(bits >> 16 & 0x8000);
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-static inline __m256i cvtneps_pbh(simde__m512 a) {
+static __attribute__((noinline)) __m256i cvtneps_pbh(simde__m512 a) {
     float from[16];
     uint16_t to[16];
     std::memcpy(from, &a, sizeof(from));
     for (int i = 0; i < 16; i++) to[i] = to_bf16(from[i]);
     return half_of<__m256i>(to, 0);
 }
-static inline simde__m512i cvtne2ps_pbh(simde__m512 upper, simde__m512 lower) {
+static __attribute__((noinline)) simde__m512i cvtne2ps_pbh(simde__m512 upper, simde__m512 lower) {
     return both<simde__m512i>([&](int i) { return cvtneps_pbh(i ? upper : lower); });
 }
 // Intel's manual: the odd numbers' product is added first, then the even ones', each rounded.
-static inline simde__m512 dpbf16_ps(simde__m512 sum, simde__m512i a, simde__m512i b) {
+static __attribute__((noinline)) simde__m512 dpbf16_ps(simde__m512 sum, simde__m512i a, simde__m512i b) {
     uint16_t x[32], y[32];
     float out[16];
     std::memcpy(x, &a, sizeof(x)), std::memcpy(y, &b, sizeof(y)), std::memcpy(out, &sum, sizeof(out));
