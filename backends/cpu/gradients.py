@@ -128,13 +128,15 @@ class NativeGradients:
     def rms_norm_vjp(
         self, grad: np.ndarray, need: Need, x: np.ndarray, gain: Any, eps: float, offset: float
     ) -> Gradients:
-        if need[1] and len(gain.shape) > 1:  # each head has its own
+        if need[1] and gain.shape != x.shape[-1:]:  # each head has its own
             return super().rms_norm_vjp(grad, need, x, gain, eps, offset)
         return self._norm_back(grad, (need[1], False), x, gain, eps, offset, False)[:2]
 
     def layer_norm_vjp(
         self, grad: np.ndarray, need: Need, x: np.ndarray, gain: Any, bias: Any, eps: float
     ) -> Gradients:
+        if need[1] and gain.shape != x.shape[-1:]:
+            return super().layer_norm_vjp(grad, need, x, gain, bias, eps)
         return self._norm_back(grad, need[1:], x, gain, eps, 0.0, True)
 
     def _norm_back(
