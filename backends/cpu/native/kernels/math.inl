@@ -31,14 +31,8 @@ static ONDEVICE_INLINE void load16(const uint8_t* p, Number type, F out[L]) {
 
 constexpr bool kPairs = false;  // whether products of pairs are quicker than those of floats
 
-#if defined(__GNUC__)
-#define ONDEVICE_APART __attribute__((noinline))  // GCC 12 breaks down over it in a tile of AVX-512
-#else
-#define ONDEVICE_APART
-#endif
-
 // A word holds two numbers as bfloat16, the lower first: of `even` and of `odd`, number by number.
-static ONDEVICE_APART F pairs_of(F even, F odd) {
+static inline F pairs_of(F even, F odd) {
     float e[N], o[N];
     store(e, even), store(o, odd);
     for (int i = 0; i < N; i++) {
@@ -58,7 +52,7 @@ static inline void store_pairs(float* to, F first, F second) {
 }
 
 // sum + both products of each word
-static ONDEVICE_APART F dot_pairs(F a, F b, F sum) {
+static inline F dot_pairs(F a, F b, F sum) {
     float x[N], y[N], low[2][N], high[2][N];
     store(x, a), store(y, b);
     for (int i = 0; i < N; i++) {

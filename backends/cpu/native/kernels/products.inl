@@ -128,7 +128,10 @@ static ONDEVICE_INLINE void multiply_tile(const float* rows, const float* panel,
         for (int t = 0; t < T; t++) {
             const F a = set(rows[t * row_words(narrow) + k]);
             ONDEVICE_UNROLL
-            for (int i = 0; i < P * L; i++) y[t][i] = narrow ? dot_pairs(a, w[i], y[t][i]) : fma(a, w[i], y[t][i]);
+            for (int i = 0; i < P * L; i++) {
+                if constexpr (narrow) y[t][i] = dot_pairs(a, w[i], y[t][i]);
+                else y[t][i] = fma(a, w[i], y[t][i]);
+            }
         }
     }
     for (int t = 0; t < T; t++)
