@@ -3,19 +3,20 @@
 // One head's queries of some tokens times columns [from, from + count) of its matrix.
 static void absorb_strip(const Absorb& p, int64_t head, int64_t token, int64_t tokens, int64_t from, int64_t count,
                          int64_t strip, float* panels) {
-    float *room = panels + kDepth * strip, *rows = room + kRows * strip, *sums = rows + kTall * kDepth;
+    float *room = panels + kDepth * strip, *rows = room + kRows * strip;
     const Term t{nullptr, of_stack(p.weight, head), true, false, 1.0f};
     const int64_t n = p.weight.rows, width = p.weight.columns + p.r, stride = p.heads * width;
     float* out = p.out + token * stride + head * width + from;
     for (int64_t k = 0; k < n; k += kDepth) {
         const int64_t depth = n - k < kDepth ? n - k : kDepth;
-        unpack_strip(t, k, depth, from, count, room, panels);
+        unpack_strip(t, k, depth, from, count, room, panels, depth * kRows);
         for (int64_t i = 0; i < tokens; i++)
-            std::memcpy(rows + i * kDepth, p.q + ((token + i) * p.heads + head) * n + k, sizeof(float) * depth);
+            std::memcpy(rows + i * kRow, p.q + ((token + i) * p.heads + head) * n + k, sizeof(float) * depth);
         for (int64_t j = 0; j < count; j += kRows) {
-            const float* panel = panels + j * kDepth;
-            if (count - j >= kRows) multiply_rows(tokens, rows, panel, depth, out + j, stride, k > 0);
-            else multiply_edge(tokens, rows, panel, depth, sums, count - j, out + j, stride, k > 0);
+            const float* panel = panels + j * depth;
+            if (count - j >= kRows)
+                multiply_rows<false, kTileTokens, 1>(tokens, rows, panel, 0, depth, out + j, stride, k > 0);
+            else multiply_edge<false>(tokens, rows, panel, depth, count - j, out + j, stride, k > 0);
         }
     }
 }
@@ -23,8 +24,8 @@ static void absorb_strip(const Absorb& p, int64_t head, int64_t token, int64_t t
 static void absorb(const Absorb& p, Pool& pool) {
     const int64_t latent = p.weight.columns, width = latent + p.r;
     const int64_t unit = p.weight.tiles && p.weight.tiles->unit() > kRows ? p.weight.tiles->unit() : kRows;
-    // Few tokens meet each number once: a strip that fits the first level of cache.
-    const int64_t strip = round_up(p.tokens < kMany ? 64 : kStrip, unit), strips = (latent + strip - 1) / strip;
+    // Few tokens meet each number once: a strip that fits the first level of cache; many, one for the second.
+    const int64_t strip = round_up(p.tokens < kMany ? 64 : 256, unit), strips = (latent + strip - 1) / strip;
     const int64_t chunks = (p.tokens + kTall - 1) / kTall;
     pool.run(p.heads * strips * chunks, [&](int64_t task, int thread) {
         const int64_t head = task % p.heads, from = task / p.heads % strips * strip;
