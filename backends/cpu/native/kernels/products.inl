@@ -1,17 +1,16 @@
 // Sums of float products with many tokens: forward, x . W^T, and the gradient's way, dy . W, over the same weights.
 //
 // The blocking is that of Goto and van de Geijn 2008: a strip of the weight is unpacked into panels of 16 columns that
-// stay in the second level of cache, and the tokens pass in blocks that stay there too; a panel and six tokens fill the
-// first level. A quantized weight is never written out: only the strip that is being used. `narrow` products are of
+// stay in the second level of cache, and the tokens, gathered once for all strips, pass in blocks that stay there too; a
+// panel and six tokens fill the first level. A quantized weight is never written out: only the strip that is being used. `narrow` products are of
 // numbers rounded to bfloat16, two of them in a word, with float sums.
 
-constexpr int64_t kTall = 96;              // tokens in a block: 96 KB, which stay in the second level of cache
+constexpr int64_t kStrip = 256;            // columns of the result whose weights are unpacked together, at most: 256 KB
+constexpr int64_t kTall = 96;              // tokens in a block: 104 KB
 constexpr int64_t kRow = kDepth + kRows;   // floats from one token's numbers to the next's: lines that do not collide
-constexpr int64_t kUnpacked = 1 << 20;     // floats of weights in panels at a time: 4 MB, in the last level of cache
-constexpr int64_t kGathered = 2 << 20;     // floats of tokens in rows at a time, at most
-constexpr int64_t kPass = 1152;            // tokens that unpacked weights serve at most
-constexpr int64_t kTogether = 8;           // cuts at a time, at most: then kUnpacked are 512 columns
-constexpr int64_t kShare = 8;              // tasks a thread: then none waits long for the last one
+constexpr int64_t kPass = 576;             // tokens that an unpacked strip serves at most: then unpacking is a few percent
+constexpr int64_t kMost = 2048;            // tokens that are gathered at a time, at most
+constexpr int64_t kGathered = 4 << 20;     // floats of them in rows: 16 MB
 
 // Places [k, k + depth) of one term's sum, which lie from place `at` on in a cut's rows and panels.
 struct Stretch {
@@ -215,7 +214,7 @@ static std::vector<Cut> cuts_of(const Products& p) {
 
 // Columns that a thread unpacks at a time: whole units of tiles that are read across.
 static int64_t unit_of(const Products& p) {
-    int64_t unit = 4 * kRows;
+    int64_t unit = kRows;
     for (int i = 0; i < p.count; i++) {
         const Term& t = p.terms[i];
         if (t.back && t.weight.tiles && t.weight.tiles->unit() > unit) unit = t.weight.tiles->unit();
@@ -223,24 +222,16 @@ static int64_t unit_of(const Products& p) {
     return unit;
 }
 
-// What is gathered and unpacked together: tokens [token, token + tokens), columns [from, from + columns), `count` cuts.
+// What is gathered together: tokens [token, token + tokens) of `count` cuts, in rows.
 struct Region {
     const Cut* cuts;
-    int64_t count, token, tokens, from, columns;
-    float *rows, *panels;
-
-    bool narrow;
+    int64_t count, token, tokens;
+    float* rows;
+    bool narrow, last;  // last: the sums are whole with it
 
     int64_t words(int64_t places) const { return narrow ? (places + 1) / 2 : places; }
     float* rows_of(int64_t cut, int64_t at) const { return rows + (cut * tokens + at) * row_words(narrow); }
-    float* panels_of(int64_t cut, int64_t column) const {
-        return panels + words(cuts[cut].before - cuts[0].before) * round_up(columns, kRows) + column * words(cuts[cut].depth);
-    }
-    int64_t depth() const { return cuts[count - 1].before + round_up(cuts[count - 1].depth, 2) - cuts[0].before; }
 };
-
-// The floats that gathering or unpacking takes beside its result.
-static int64_t products_room(int64_t unit) { return kRows * unit + kDepth * unit + kTall * kRow; }
 
 static void gather(const Products& p, const Region& r, int64_t c, int64_t at, float* room) {
     const int64_t some = r.tokens - at < kTall ? r.tokens - at : kTall;
@@ -254,55 +245,75 @@ static void gather(const Products& p, const Region& r, int64_t c, int64_t at, fl
     if (r.narrow) narrow_rows(some, r.cuts[c].depth, rows, r.rows_of(c, at));
 }
 
-static void unpack(const Products& p, const Region& r, int64_t c, int64_t at, int64_t count, float* room) {
-    const Cut& cut = r.cuts[c];
-    const int64_t apart = cut.depth * kRows;
-    float *panels = r.narrow ? room : r.panels_of(c, at), *tiles = room + kDepth * round_up(count, kRows);
+// The floats that a strip takes, or gathering a block.
+static int64_t products_room(int64_t strip) { return (2 * kDepth + kRows) * strip + kTall * kRow; }
+
+// Columns [from, from + count) of what a cut multiplies -> panels.
+static const float* unpack(const Products& p, const Cut& cut, int64_t from, int64_t count, bool narrow, float* room) {
+    const int64_t wide = round_up(count, kRows), apart = cut.depth * kRows, words = (cut.depth + 1) / 2 * kRows;
+    float *panels = room, *pairs = panels + kDepth * wide, *tiles = pairs + kDepth * wide;
     for (int i = 0; i < cut.count; i++) {
         const Stretch& s = cut.parts[i];
-        unpack_strip(p.terms[s.term], s.k, s.depth, r.from + at, count, tiles, panels + s.at * kRows, apart);
+        unpack_strip(p.terms[s.term], s.k, s.depth, from, count, tiles, panels + s.at * kRows, apart);
     }
-    for (int64_t j = 0; r.narrow && j < count; j += kRows)
-        narrow_panel(cut.depth, panels + j / kRows * apart, r.panels_of(c, at + j));
+    if (!narrow) return panels;
+    for (int64_t j = 0; j < wide / kRows; j++) narrow_panel(cut.depth, panels + j * apart, pairs + j * words);
+    return pairs;
 }
 
-// Tokens [at, at + tokens) of a region times its columns [from, from + count).
+// Tokens [at, at + tokens) of a cut times its panels.
 template <bool narrow>
-static void multiply(const Products& p, const Region& r, int64_t at, int64_t tokens, int64_t from, int64_t count) {
+static void multiply(const float* rows, int64_t tokens, const float* panels, int64_t words, int64_t count, float* out,
+                     int64_t stride, bool add) {
     constexpr int64_t wide = kTilePanels * kRows;
-    float* out = p.out + (r.token + at) * p.width + r.from;
-    for (int64_t c = 0; c < r.count; c++) {
-        const int64_t words = r.words(r.cuts[c].depth), apart = words * kRows, end = from + count;
-        const bool add = p.add || r.cuts[c].before > 0;
-        const float* rows = r.rows_of(c, at);
-        int64_t j = from;
-        for (; j + wide <= end; j += wide)
-            multiply_rows<narrow, kTileTokens, kTilePanels>(tokens, rows, r.panels_of(c, j), apart, words, out + j, p.width, add);
-        for (; j + kRows <= end; j += kRows)
-            multiply_rows<narrow, kTileTokens, 1>(tokens, rows, r.panels_of(c, j), 0, words, out + j, p.width, add);
-        if (j < end) multiply_edge<narrow>(tokens, rows, r.panels_of(c, j), words, end - j, out + j, p.width, add);
-    }
+    int64_t j = 0;
+    for (; j + wide <= count; j += wide)
+        multiply_rows<narrow, kTileTokens, kTilePanels>(tokens, rows, panels + j * words, words * kRows, words, out + j, stride, add);
+    for (; j + kRows <= count; j += kRows)
+        multiply_rows<narrow, kTileTokens, 1>(tokens, rows, panels + j * words, 0, words, out + j, stride, add);
+    if (j < count) multiply_edge<narrow>(tokens, rows, panels + j * words, words, count - j, out + j, stride, add);
 }
 
-// Gathers the tokens, unless that has been done, and unpacks the weights of a region; then multiplies them.
-static void products_of(const Products& p, const Region& r, bool gathered, bool last, Pool& pool) {
-    const int64_t unit = unit_of(p), units = (r.columns + unit - 1) / unit, blocks = (r.tokens + kTall - 1) / kTall;
-    const int64_t gathers = gathered ? 0 : blocks * r.count;
-    pool.run(gathers + units * r.count, [&](int64_t task, int thread) {
-        float* room = pool.scratch(thread, products_room(unit));
-        if (task < gathers) return gather(p, r, task % r.count, task / r.count * kTall, room);
-        const int64_t at = (task - gathers) / r.count * unit;
-        unpack(p, r, (task - gathers) % r.count, at, r.columns - at < unit ? r.columns - at : unit, room);
+// Tokens [token, end) of a region times columns [from, from + count): a strip stays in the second level of cache.
+static void product_strip(const Products& p, const Region& r, int64_t token, int64_t end, int64_t from, int64_t count,
+                          float* room) {
+    for (int64_t c = 0; c < r.count; c++) {
+        const Cut& cut = r.cuts[c];
+        const float* panels = unpack(p, cut, from, count, r.narrow, room);
+        for (int64_t at = token; at < end; at += kTall) {
+            const int64_t some = end - at < kTall ? end - at : kTall;
+            float* out = p.out + (r.token + at) * p.width + from;
+            const float* rows = r.rows_of(c, at);
+            const bool add = p.add || cut.before > 0;
+            if (r.narrow) multiply<true>(rows, some, panels, r.words(cut.depth), count, out, p.width, add);
+            else multiply<false>(rows, some, panels, cut.depth, count, out, p.width, add);
+        }
+    }
+    if (p.bias && r.last) add_bias(p, r.token + token, end - token, from, count);
+}
+
+// Columns that are unpacked together: about kStrip, in whole units of tiles that are read across, all strips alike;
+// fewer where tokens are too few to be shared out.
+static int64_t strip_of(const Products& p, int64_t threads) {
+    const int64_t unit = unit_of(p), fewest = (p.width + kStrip - 1) / kStrip;
+    const int64_t strips = p.tokens > kTall || fewest > 4 * threads ? fewest : 4 * threads;
+    return round_up((p.width + strips - 1) / strips, unit);
+}
+
+static void products_of(const Products& p, const Region& r, Pool& pool) {
+    const int64_t blocks = (r.tokens + kTall - 1) / kTall, strip = strip_of(p, pool.threads());
+    pool.run(blocks * r.count, [&](int64_t task, int thread) {
+        gather(p, r, task % r.count, task / r.count * kTall, pool.scratch(thread, products_room(strip)));
     });
-    const int64_t splits = pool.threads() == 1 ? 1 : (kShare * pool.threads() + blocks - 1) / blocks;
-    const int64_t width = round_up((r.columns + splits - 1) / splits, kTilePanels * kRows);
-    const int64_t across = (r.columns + width - 1) / width;
-    pool.run(blocks * across, [&](int64_t task, int) {
-        const int64_t at = task / across * kTall, some = r.tokens - at < kTall ? r.tokens - at : kTall;
-        const int64_t from = task % across * width, count = r.columns - from < width ? r.columns - from : width;
-        if (r.narrow) multiply<true>(p, r, at, some, from, count);
-        else multiply<false>(p, r, at, some, from, count);
-        if (p.bias && last) add_bias(p, r.token + at, some, r.from + from, count);
+    const int64_t strips = (p.width + strip - 1) / strip, enough = 4 * pool.threads();
+    int64_t passes = (r.tokens + kPass - 1) / kPass;
+    if (pool.threads() > 1 && passes * strips < enough) passes = (enough + strips - 1) / strips;
+    const int64_t pass = round_up((r.tokens + passes - 1) / passes, kTall);
+    passes = (r.tokens + pass - 1) / pass;
+    pool.run(strips * passes, [&](int64_t task, int thread) {
+        const int64_t from = task % strips * strip, token = task / strips * pass;
+        product_strip(p, r, token, token + pass < r.tokens ? token + pass : r.tokens, from,
+                      p.width - from < strip ? p.width - from : strip, pool.scratch(thread, products_room(strip)));
     });
 }
 
@@ -359,18 +370,11 @@ static void products(const Products& p, Pool& pool) {
     if (p.count == 1 && t.turned && t.back && p.tokens <= kRows && !t.weight.tiles && t.weight.type == Number::f32 && !p.add && !p.bias)
         return long_products(p, pool);
     const std::vector<Cut> cuts = cuts_of(p);
-    const int64_t all = static_cast<int64_t>(cuts.size()), pass = equal(p.tokens, kPass, 1);
-    const int64_t fit = kGathered / (pass * kRow), together = equal(all, fit < 1 ? 1 : fit < kTogether ? fit : kTogether, 1);
-    for (int64_t token = 0; token < p.tokens; token += pass)
-        for (int64_t c = 0; c < all; c += together) {
-            Region r{cuts.data() + c, all - c < together ? all - c : together, token, p.tokens - token < pass ? p.tokens - token : pass,
-                     0, 0, nullptr, nullptr, p.narrow};
-            const int64_t step = equal(p.width, kUnpacked / r.depth(), unit_of(p));
-            r.rows = pool.shared(2, together * pass * kRow);
-            r.panels = pool.shared(3, r.depth() * round_up(step < p.width ? step : p.width, kRows));
-            for (; r.from < p.width; r.from += step) {
-                r.columns = p.width - r.from < step ? p.width - r.from : step;
-                products_of(p, r, r.from > 0, c + together >= all, pool);
-            }
-        }
+    const int64_t all = static_cast<int64_t>(cuts.size()), most = equal(p.tokens, kMost, 1);
+    const int64_t fit = kGathered / (most * kRow), together = equal(all, fit < 1 ? 1 : fit, 1);
+    float* rows = pool.shared(2, together * most * kRow);
+    for (int64_t token = 0; token < p.tokens; token += most)
+        for (int64_t c = 0; c < all; c += together)
+            products_of(p, {cuts.data() + c, all - c < together ? all - c : together, token,
+                            p.tokens - token < most ? p.tokens - token : most, rows, p.narrow, c + together >= all}, pool);
 }
