@@ -11,12 +11,13 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import BadFile, BadOption
+from ..errors import BadOption
 from ..runtime.session import Session
 from ..train import Data, Example, Finished, Settings, StepDone, Validating, load_data, train
 from ..train.encode import encoded
 from ..train.learner import Teacher
 from .calibration import Sampling, samples
+from .calibration.samples import read_text
 from .evaluate.text import Evaluation, evaluate
 from .progress import Progress
 
@@ -113,18 +114,9 @@ def _texts(lessons: Lessons, original: Session) -> Generator[Progress, None, lis
                 yield Progress("The original writes what it teaches by", event.done, event.total, "tokens")
         windows = event.tolist()
     else:
-        ids = original.tokenizer.encode(_read(lessons.data))
+        ids = original.tokenizer.encode(read_text(lessons.data))
         windows = [ids[at : at + lessons.length] for at in range(0, len(ids), lessons.length)]
     return [original.tokenizer.decode(window, skip_special=False) for window in windows]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise BadFile(f"{path} is not UTF-8 text.", "Convert it first: iconv -t utf-8.") from None
-    except OSError as error:
-        raise BadFile(f"{path} cannot be read: {error.strerror}.", "Check the path and its rights.") from None
 
 
 def _parted(examples: Sequence[Example], lessons: Lessons) -> tuple[list[Example], list[Example]]:

@@ -60,7 +60,8 @@ def _windows(ids: Sequence[int], tokens: int, length: int, source: Path) -> np.n
     return cut[np.linspace(0, held - 1, wanted).round().astype(int)]
 
 
-def _read(source: Path) -> str:
+def read_text(source: Path) -> str:
+    """Raises BadFile for what is no UTF-8 text or cannot be read."""
     try:
         return source.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -70,13 +71,13 @@ def _read(source: Path) -> str:
 
 
 def _text(session: Session, source: Path) -> list[int]:
-    return list(session.tokenizer.encode(_read(source)))
+    return list(session.tokenizer.encode(read_text(source)))
 
 
 def _conversations(session: Session, source: Path) -> list[int]:
     """All conversations end to end."""
     ids: list[int] = []
-    for number, line in enumerate(_read(source).splitlines(), 1):
+    for number, line in enumerate(read_text(source).splitlines(), 1):
         if line.strip():
             ids += _conversation(session, _parsed(source, number, line), f"{source}, line {number}")
     return ids
