@@ -49,11 +49,12 @@ def keep(partial: Path, final: Path) -> None:
 
 
 def nbytes(path: Path) -> int:
-    """Of a file, or of all files in a folder; those that vanish meanwhile do not count."""
+    """Of a file, or of all files in a folder; files and folders that vanish meanwhile do not count."""
     total = 0
-    for file in [path] if path.is_file() else path.rglob("*"):
+    files = [path] if path.is_file() else (Path(at, name) for at, _, names in os.walk(path) for name in names)
+    for file in files:
         with suppress(OSError):
-            total += file.stat().st_size if file.is_file() else 0
+            total += file.stat().st_size
     return total
 
 

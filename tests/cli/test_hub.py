@@ -17,7 +17,7 @@ from ondevice.checkpoint import write_folder
 from ondevice.checkpoint.write import Spec
 from ondevice.errors import BadFile, BadOption, OnDeviceError, Unavailable
 from ondevice.hub import repos
-from ondevice.hub.files import BLOCK
+from ondevice.hub.files import BLOCK, nbytes
 from ondevice.tensors import dense
 
 from .hub_server import Hub
@@ -246,6 +246,20 @@ def test_the_mirror_serves_when_the_hub_does_not(server, monkeypatch, tmp_path):
     said = []
     assert hub.resolve("tiny", said.append).read_bytes() == DATA
     assert any("no Hub repo" in line for line in said) and any("package" in line for line in said)
+
+
+def test_a_folder_that_vanishes_while_it_is_counted_does_not_count(monkeypatch, tmp_path):
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "kept").write_bytes(DATA)
+    scandir = os.scandir
+
+    def vanishing(at="."):
+        if os.path.basename(os.fspath(at)) == "gone":
+            raise FileNotFoundError(at)
+        return scandir(at)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    assert nbytes(tmp_path) == len(DATA)
 
 
 @pytest.mark.parametrize("source", ["hub", "package"])
