@@ -135,8 +135,9 @@ void latents(const Kernels& k, Pool& pool, Number type, int64_t H, int64_t parts
     const int64_t places = round_up(capacity, kRows), slot = 1;
     const Rule rule{window, 0, 0, false, false};
     const Shape s{1, 0, H, 1, d, dv};
-    auto q = normal(capacity * H * d), key = normal(capacity * d);
-    for (float& v : key) v = rounded<E>(v);
+    const auto q = normal(capacity * H * d), said = normal(capacity * d);
+    std::vector<float> key;
+    append<E>(key, said.data(), capacity * d);
     std::vector<float> values;
     for (int64_t t = 0; t < capacity; t++) values.insert(values.end(), key.begin() + t * d, key.begin() + t * d + dv);
     std::vector<double> want(static_cast<size_t>(capacity * H * dv));

@@ -1,5 +1,6 @@
 """The kernels as C++ programs (`*.cpp` here): every instruction set, also those that this processor lacks, against
-scalar oracles; under the sanitizers; and without warnings on GCC and Clang. Each builds what it needs: minutes."""
+scalar oracles; under the sanitizers; and without warnings on GCC and Clang. Each builds what it needs: minutes, so the
+quick suite only asks whether a compiler accepts the programs."""
 
 from __future__ import annotations
 
@@ -25,8 +26,6 @@ FLAGS = {  # of each instruction set's file, as in CMakeLists.txt
 EMULATED = [*AVX2, "-include", str(HERE / "emulate_avx512.h"), "-w", "-fno-tree-sra"]  # GCC 12 breaks down in that
 X86 = platform.machine() in ("x86_64", "AMD64")
 ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-
-pytestmark = pytest.mark.slow
 
 
 def needs(*programs: str) -> None:
@@ -71,11 +70,19 @@ def run(command: list[str]) -> str:
     return done.stdout
 
 
+def test_a_compiler_accepts_the_programs() -> None:
+    needs("c++")
+    programs = map(str, sorted(HERE.glob("*.cpp")))
+    run(["c++", "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", f"-I{NATIVE}", *programs])
+
+
+@pytest.mark.slow
 def test_kernels_of_this_processor(tmp_path: Path) -> None:
     needs("c++")
     run([str(build(tmp_path, here()))])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not X86, reason="emulated on x86-64")
 @pytest.mark.parametrize("variant", ["avx512", "avx512_bf16"])
 def test_avx512_emulated(tmp_path: Path, variant: str) -> None:
@@ -86,12 +93,14 @@ def test_avx512_emulated(tmp_path: Path, variant: str) -> None:
     run([str(build(tmp_path, [variant, "portable"], **{variant: flags})), variant])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not X86, reason="emulated on x86-64")
 def test_neon_emulated(tmp_path: Path) -> None:
     needs(ARM_COMPILER, ARM_EMULATOR)
     run([ARM_EMULATOR, str(build(tmp_path, ["neon", "portable"], ARM_COMPILER, ["-static"])), "neon"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
 def test_sanitizers_find_nothing(tmp_path: Path, sanitizers: str) -> None:
     needs("c++")
@@ -99,6 +108,7 @@ def test_sanitizers_find_nothing(tmp_path: Path, sanitizers: str) -> None:
     run([str(build(tmp_path, here(), flags=flags)), here()[0]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["g++", "clang++"])
 @pytest.mark.parametrize("variant", ["avx512", "avx512_bf16", "avx2", "portable"] if X86 else ["neon", "portable"])
 def test_no_compiler_warns(tmp_path: Path, compiler: str, variant: str) -> None:
