@@ -16,8 +16,7 @@ from .pull import fetch
 @click.argument("model")
 @click.argument("dest", type=click.Path(path_type=Path))
 @click.option("--target-size", metavar="SIZE", required=True, help="Of all weights, at most, such as 60MB.")
-@click.option("--budget", "minutes", type=float, metavar="MINUTES", help="No plan is begun that would end later; "
-    "default: 30.")  # fmt: skip
+@click.option("--budget", "minutes", type=float, metavar="MINUTES", help="It takes no longer; default: 30.")
 @click.option(
     "--calibration", type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A text, or .jsonl of conversations; default: what the model itself says.",
@@ -49,14 +48,18 @@ def command(model, dest, target_size, as_json, **given):
 def _line(outcome: dict) -> str:
     if outcome["failed"]:
         return f"{outcome['plan']}: {outcome['failed']}"
-    return f"{outcome['plan']}: {outcome['nbytes'] / 1e6:.1f} MB, loss {outcome['loss']:.4f}"
+    return f"{outcome['plan']}: {outcome['nbytes'] / 1e6:.1f} MB, {_loss(outcome, 'loss ')}"
+
+
+def _loss(outcome: dict, said: str = "") -> str:
+    return "not measured" if outcome["loss"] is None else f"{said}{outcome['loss']:.4f}"
 
 
 def _tell(facts: dict) -> None:
     rows = []
     for outcome in (facts["original"], *facts["cuts"], *facts["outcomes"]):
         made = not outcome["failed"]
-        numbers = (f"{outcome['nbytes'] / 1e6:.1f}", f"{outcome['loss']:.4f}") if made else ("", outcome["failed"])
+        numbers = (f"{outcome['nbytes'] / 1e6:.1f}", _loss(outcome)) if made else ("", outcome["failed"])
         rows.append((outcome["plan"], *numbers, f"{outcome['seconds']:.0f} s"))
     console.table(rows, ("plan", "MB", "loss (nats a token)", "time"))
     for estimate in facts["left"]:

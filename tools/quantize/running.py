@@ -60,7 +60,7 @@ def quantize(
         return distill(source, dest, options, progress, backend)
     with open_checkpoint(source) as checkpoint:
         job = _Job(source, dest, options, progress, checkpoint)
-        result = job.nearest() if options.method == "rtn" else job.calibrated(backend, given)
+        result = job.nearest(given) if options.method == "rtn" else job.calibrated(backend, given)
     return replace(result, seconds=time.perf_counter() - started)
 
 
@@ -73,8 +73,9 @@ class _Job:
         if not options.requantize:
             require_unquantized(self.parameters)
 
-    def nearest(self) -> Result:
+    def nearest(self, given: Given | None) -> Result:
         plan, notes = uniform(self.parameters, self.family.names, self.options)
+        plan = dict(given.plan) if given else plan
         if self.options.mode == "mxfp4":
             plan = dict.fromkeys(plan, Blocks("MXFP4"))
         return self._write(plan, lambda name: nearest(numbers(self.parameters, name), plan[name]), notes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from ...models.parameters import Parameters, expected
 from ...tensors import Affine
 from ..prune.cutting import Cut
-from ..quantize.allocation import Choice, allocate
+from ..quantize.allocation import Choice, allocate, formats
 from ..quantize.matrices import affine_bytes
 from ..quantize.weighing import Weighed
 
@@ -40,6 +40,22 @@ def share_out(weighed: Weighed, parameters: Parameters, cut: Cut, target_bytes: 
     nbytes = fixed + sum(choice.nbytes for choice in chosen.values())
     cost = float(sum(choice.cost for choice in chosen.values()))
     return Shared({name: choice.form for name, choice in chosen.items()}, nbytes, cost)
+
+
+def share_out_alike(parameters: Parameters, names: Iterable[str], target_bytes: int) -> Shared:
+    """Formats for these matrices where nothing is known of what an error costs: as if it were the same in each number,
+    a quarter with every bit more. cost: no nats."""
+    table = {
+        name: [
+            Choice(form, affine_bytes(parameters.shapes[name], form), parameters[name].size / 4.0**form.bits)
+            for form in formats(parameters, name)
+        ]
+        for name in names
+    }
+    fixed = sum(parameters[name].nbytes for name in parameters if name not in table)
+    chosen = allocate(table, target_bytes, fixed)
+    nbytes = fixed + sum(choice.nbytes for choice in chosen.values())
+    return Shared({name: choice.form for name, choice in chosen.items()}, nbytes, 0.0)
 
 
 def _choices(weighed: Weighed, cut: Cut, source: str, shape: tuple[int, ...]) -> list[Choice]:

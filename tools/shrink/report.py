@@ -41,6 +41,8 @@ def _row(o: Outcome) -> str:
     if o.failed:
         return f"| {o.plan} | {o.failed} | | | | | {o.seconds:.0f} |"
     sizes = f"{o.nbytes / 1e6:.1f} | {o.parameters / 1e6:.1f}"
+    if o.loss is None:
+        return f"| {o.plan} | {sizes} | not measured | | | {o.seconds:.0f} |"
     return f"| {o.plan} | {sizes} | {o.loss:.4f} | {_foretold(o.expected)} | {o.bits_per_byte:.4f} | {o.seconds:.0f} |"
 
 
@@ -59,16 +61,18 @@ def frontier(outcomes: list[Outcome]) -> list[Outcome]:
 
 def draw(path: Path, result: Result, options: Options) -> bool:
     """Whether there is a picture now: not without matplotlib."""
-    made = [outcome for outcome in (*result.outcomes, *result.cuts, result.original) if not outcome.failed]
+    made = [outcome for outcome in (*result.outcomes, *result.cuts, result.original) if outcome.loss is not None]
     best = frontier(made)
     foretold = [estimate for estimate in result.left if estimate.loss is not None]
     series = {
         "frontier": [_point(o) for o in best],
-        "carried out": [_point(o) for o in result.outcomes if not o.failed and o not in best],
-        "cut, all bits kept": [_point(o) for o in result.cuts if not o.failed and o not in best],
+        "carried out": [_point(o) for o in result.outcomes if o in made and o not in best],
+        "cut, all bits kept": [_point(o) for o in result.cuts if o in made and o not in best],
         "expected": [(options.target_bytes / 1e6, estimate.loss, estimate.plan) for estimate in foretold],
     }
     series = {name: points for name, points in series.items() if points}
+    if not made:
+        return False
     try:
         pictures.points(path, "Size against loss", series, "MB", "nats a token more than the original", ("frontier",))
     except Unavailable:

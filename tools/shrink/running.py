@@ -1,5 +1,6 @@
 """The whole of it: bits alone first; then what single cuts lose; then the plans that promise most by that, while there
-is time; what was cut is healed if that may make it the best; the best becomes the new folder.
+is time; what was cut is healed if that may make it the best; the best becomes the new folder. When time is up, what is
+under way is dropped; where nothing is made by then, the nearest values are written, which takes seconds.
 
 A plan should lose what its cuts lose, each alone, and what its bits do: the second-order estimate by which they are
 shared out, times how much more than foretold bits alone have lost.
@@ -12,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ...errors import OnDeviceError
+from ...errors import BadFile, BadOption, OnDeviceError
+from ..progress import Progress
 from ..quantize.running import fingerprint
 from ..quantize.work import Work
 from .events import Estimate, Outcome, Result
@@ -28,6 +30,12 @@ NOISE = 0.02  # nats a token: differences that a short text does not show
 HEALING = 0.3  # of the time, kept for healing where that promises something
 HEALED = 0.5  # of what cuts lose, about, comes back by healing
 SURE = 0.7  # of the time that is left is learnt in: what is around it takes time as well
+FIRST = 0.9  # of the time, at most, until there is a model: then the nearest values are written instead
+LAST = 0.98  # of the time: what is under way then is dropped, the report takes the rest
+
+
+class TimeUp(Exception):
+    """Goes through whatever is under way."""
 
 
 def shrink(source: Path, dest: Path, options: Options, told: Told = lambda event: None) -> Iterator[Outcome | Result]:
@@ -41,14 +49,26 @@ def shrink(source: Path, dest: Path, options: Options, told: Told = lambda event
     same = fingerprint(source, replace(options, minutes=1))  # more time may be given
     work = Work(dest, {"shrink": VERSION, **same}, "shrink")
     clock = Clock(work, 60 * options.minutes)
-    with Trial(source, work, options, told) as trial:
-        trial.prepare()
-        yield from _tried(trial, clock)
-        best = min((o for o in trial.outcomes if o.loss is not None), key=lambda o: o.loss, default=None)
-        if best is None:
+
+    def heard(event: Progress) -> None:
+        clock.require(FIRST if not trial.outcomes else LAST)
+        told(event)
+
+    with Trial(source, work, options, heard) as trial:
+        try:
+            trial.prepare()
+            yield from _tried(trial, clock)
+        except (BadOption, BadFile):
+            work.remove()
+            raise
+        except TimeUp:
+            if not trial.made and (outcome := trial.plain()):
+                yield outcome
+        if not trial.made:
             least = min(trial.shared(plan).nbytes for plan in together(list(trial.losses)))
             work.remove()
             raise unreachable(options.target_bytes, least)
+        best = min(trial.made, key=lambda o: float("inf") if o.loss is None else o.loss)
         left = tuple(_left(trial))
         found = trial.original, tuple(trial.outcomes), tuple(trial.looked.values())
         result = Result(dest, best.plan, *found, left, clock.spent)
@@ -77,6 +97,11 @@ class Clock:
         """Whether there are so many left."""
         self.work.keep_record("seconds", self.spent)
         return self.spent + seconds <= self.limit
+
+    def require(self, share: float) -> None:
+        """Raises TimeUp when that share of the limit is spent."""
+        if self.spent > share * self.limit:
+            raise TimeUp
 
 
 def _tried(trial: Trial, clock: Clock) -> Iterator[Outcome]:
@@ -124,6 +149,8 @@ def _left(trial: Trial) -> Iterator[Estimate]:
 def _promising(trial: Trial) -> list[tuple[Plan, float]]:
     """Plans not carried out yet, with the loss that is expected, the least first; none that should be much worse than
     the best so far."""
+    if trial.weighed is None:
+        return []
     done = {o.plan for o in trial.outcomes}
     factor = max(trial.outcomes[0].loss or 0.0, 0.0) / trial.shared(BITS_ALONE).cost or 1.0
     most = WORSE * min((max(o.loss, NOISE) for o in trial.outcomes if o.loss is not None), default=float("inf"))

@@ -32,12 +32,13 @@ from ..quantize.sensitivity import Cost
 from ..quantize.weighing import Weighed, weigh
 from ..quantize.work import Work
 from ..teaching import Lessons
-from .estimating import Shared, share_out
+from .estimating import Shared, share_out, share_out_alike
 from .events import Outcome
 from .judging import Judge, Told
 from .options import Options
-from .plans import Plan
+from .plans import BITS_ALONE, Plan
 
+PLAIN = "bits alone, nearest values"  # as it is called for people
 FLOOR = 64  # tokens that judging takes at least
 LENGTH = 256  # tokens a window, at most, of text that is cut anew
 
@@ -45,7 +46,7 @@ T = TypeVar("T")
 
 
 class Trial:
-    """A context. judge, original and weighed are there once `prepare` is through."""
+    """A context. judge and weighed are there once `prepare` is through, original is measured then."""
 
     def __init__(self, source: Path, work: Work, options: Options, told: Told):
         self.source, self.work, self.options, self.told = source, work, options, told
@@ -53,6 +54,9 @@ class Trial:
         self.subject = Subject(source, Plan(vocabulary=2).pruning(2, options.tokens, options.window))
         self.outcomes: list[Outcome] = [Outcome(**o) for o in work.record("outcomes") or []]
         self.looked: dict[Plan, Outcome] = {Plan(**p): Outcome(**o) for p, o in work.record("looked") or []}
+        self.weighed: Weighed | None = None
+        total = sum(self.subject.parameters[name].size for name in self.subject.parameters)
+        self.original = Outcome("original", self.subject.checkpoint.nbytes, total, None, None, 0.0)
 
     def __enter__(self) -> Trial:
         return self
@@ -64,6 +68,11 @@ class Trial:
     def best(self) -> Path:
         """The folder of the best model so far."""
         return self.work.path / "best"
+
+    @property
+    def made(self) -> list[Outcome]:
+        """Of plans that there is a model of, or was."""
+        return [o for o in self.outcomes if not o.failed]
 
     @property
     def losses(self) -> dict[Plan, float]:
@@ -92,11 +101,9 @@ class Trial:
         kept = self.work.record("original")
         if kept is None:
             found = self.judge.measured(self.source, "The original", self.told)
-            parameters, checkpoint = self.subject.parameters, self.subject.checkpoint
-            total = sum(parameters[name].size for name in parameters)
             seconds = time.perf_counter() - started
-            kept = asdict(Outcome("original", checkpoint.nbytes, total, 0.0, found.bits_per_byte, seconds))
-            self.work.keep_record("original", kept)
+            measured = replace(self.original, loss=0.0, bits_per_byte=found.bits_per_byte, seconds=seconds)
+            self.work.keep_record("original", kept := asdict(measured))
         self.original = Outcome(**kept)
         self.weighed = self._weighed()
 
@@ -115,10 +122,8 @@ class Trial:
         costs, hessians, table = self.work.arrays("costs"), self.work.arrays("hessians"), self.work.record("table")
         subject = self.subject
         if costs is None or hessians is None or table is None:
-            names, _ = uniform(subject.parameters, subject.family.names, QuantizeOptions())
-            made = weigh(
-                subject.config, subject.parameters, list(names), self.exact, self.ids, self.options.seed, self.told
-            )
+            names = self._matrices()
+            made = weigh(subject.config, subject.parameters, names, self.exact, self.ids, self.options.seed, self.told)
             self.work.keep("hessians", made.hessians)
             parts = {f"{n}/{part}": a for n, c in made.costs.items() for part, a in vars(c).items()}
             self.work.keep("costs", parts)
@@ -128,6 +133,10 @@ class Trial:
         read = {n: Cost(costs[f"{n}/outputs"], costs[f"{n}/inputs"]) for n in (k.rpartition("/")[0] for k in costs)}
         choices = {n: [Choice(Affine(**form), *rest) for form, *rest in several] for n, several in table.items()}
         return Weighed(read, hessians, choices)
+
+    def _matrices(self) -> list[str]:
+        """Names of what is quantized."""
+        return list(uniform(self.subject.parameters, self.subject.family.names, QuantizeOptions())[0])
 
     # ---- cutting
 
@@ -209,6 +218,8 @@ class Trial:
 
     def shared(self, plan: Plan) -> Shared:
         """How bits would be shared out over what the plan leaves."""
+        if self.weighed is None:
+            return share_out_alike(self.subject.parameters, self._matrices(), self.options.target_bytes)
         cut = self.cut(plan, foretell=True)
         return share_out(self.weighed, self.subject.parameters, cut, self.options.target_bytes)
 
@@ -233,6 +244,21 @@ class Trial:
             outcome = Outcome(plan.name, None, None, None, None, 0.0, expected, error.message)
         outcome = replace(outcome, seconds=time.perf_counter() - started)
         self._keep(made, outcome)
+        return outcome
+
+    def plain(self) -> Outcome | None:
+        """All of the model in the nearest values: what there is still time for when it is up. None: nothing fits."""
+        started, made, shared = time.perf_counter(), self.work.path / "made", self.shared(BITS_ALONE)
+        if shared.nbytes > self.options.target_bytes:
+            return None
+        self.work.keep_record("begun", True)
+        shutil.rmtree(made, ignore_errors=True)
+        options = QuantizeOptions("rtn", requantize=True)
+        quantize(self.source, made, options, given=Given(shared.plan, {}))
+        seconds = time.perf_counter() - started
+        outcome = Outcome(PLAIN, shared.nbytes, self.original.parameters, None, None, seconds)
+        made.rename(self.best)
+        self.outcomes.append(outcome)
         return outcome
 
     def _measured(self, name: str, folder: Path, cut: Cut) -> Outcome:
