@@ -9,8 +9,8 @@ from pathlib import Path
 @dataclass(frozen=True)
 class Outcome:
     """A plan that was carried out. loss: nats a token of the original more than the original takes for the held-out
-    text; None: there was no time to measure it. expected: the loss that was foretold, where it was. failed: why there is
-    no such model (the rest is None)."""
+    text; None: there was no time to measure it. expected: the loss that was foretold, where it was. failed: why there
+    is no such model (the rest is None)."""
 
     plan: str
     nbytes: int | None

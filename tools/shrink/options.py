@@ -11,9 +11,9 @@ from ...errors import BadOption
 @dataclass(frozen=True)
 class Options:
     """target_bytes: of all weights, at most. minutes: nothing is begun that would end later, judging by how long the
-    like of it took, and what is under way is dropped then; there is always a model. calibration: a text or .jsonl; None: what the model itself says,
-    drawn with `seed`; `tokens` of it, `length` a window (None: 512, but 256 of its own text), of which the last
-    `held_out` share judges the plans and is shown to none."""
+    like of it took, and what is under way is dropped then; there is always a model. calibration: a text or .jsonl;
+    None: what the model itself says, drawn with `seed`; `tokens` of it, `length` a window (None: 512, but 256 of its
+    own text), of which the last `held_out` share judges the plans and is shown to none."""
 
     target_bytes: int
     minutes: float = 30.0
