@@ -7,6 +7,8 @@ from ..errors import Unsupported
 from .config import AttentionConfig, LatentConfig
 from .scope import Scope
 
+WHOLE = ("k_up", "v_up")  # read by no linear map: an adapter of theirs has to be worked into the weight
+
 
 def attention(p: Scope, cfg: AttentionConfig, x: A, step: Step) -> A:
     """x [B, T, D] -> [B, T, D]"""
@@ -66,7 +68,7 @@ def latent_attention(p: Scope, cfg: LatentConfig, x: A, step: Step) -> A:
     turning_k = p.ops.rope(turning_k.reshape(B, T, 1, cfg.turning), step, freqs, interleaved, scale)
     turning_k = turning_k.reshape(B, T, cfg.turning)
     p.tap("q", q), p.tap("turning_q", turning_q), p.tap("latent", latent), p.tap("turning_k", turning_k)
-    for name in ("k_up", "v_up"):
+    for name in WHOLE:
         if p.adapters(name):
             raise Unsupported(f"An adapter of latent attention's {name} is not applied here.", "Adapt other weights.")
     wk, wv = p.weight("k_up"), p.weight("v_up")

@@ -18,14 +18,15 @@ from .views import ROWS, WRITTEN
 if TYPE_CHECKING:
     from ...checkpoint import Checkpoint
 
+MARKS = {"mlx", "module"}  # what a name is, besides how ours lies there
 STOPS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
 class NameMap(dict):
     """Our names -> a checkpoint's. `{i}` stands for the layer, `{e}` for the expert, `{h}` for the head of a norm; a
     tuple lists alternatives, best first. Biases need no entries: `x.bias` is found beside `x`'s `….weight`. Behind a
-    name, `|` and how ours lies in that tensor (families/views.py), or `|mlx` where it is mlx-lm's name and not
-    transformers'."""
+    name, `|` and how ours lies in that tensor (families/views.py), `|mlx` where it is mlx-lm's name and not
+    transformers', or `|module` where it is what transformers calls it in memory, whatever its files call it."""
 
     IGNORED = re.compile(
         r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$|^lm_head\.weight$|^rope_(freqs|factors_(long|short))\.weight$"
@@ -41,10 +42,11 @@ class NameMap(dict):
 
     def places(self, name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Every name that one of ours may have in a checkpoint, `{e}` left in, and how it lies there."""
-        for spelled, views in self._places(name):
-            yield spelled, tuple(view for view in views if view != "mlx")
+        for spelled, views in self.marked(name):
+            yield spelled, tuple(view for view in views if view not in MARKS)
 
-    def _places(self, name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    def marked(self, name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """`places`, with their marks among the views."""
         layer = re.match(r"layers\.(\d+)\.", name)
         key = re.sub(r"^layers\.\d+\.", "layers.{i}.", name)
         beside = key not in self and key.endswith(".bias")
@@ -60,8 +62,8 @@ class NameMap(dict):
     def written(self, name: str, mlx: bool) -> tuple[str, tuple[str, ...]]:
         """Under which name one of ours is written, and how it lies there (for views.stored): Hugging Face's, or
         mlx-lm's where it has another. Raises Unsupported where a file of either has no place for it."""
-        places = sorted(self._places(name), key=lambda place: ("mlx" in place[1]) != mlx)
-        written = (place for place in places if set(place[1]) - {"mlx"} <= WRITTEN and "{h}" not in place[0])
+        places = sorted(self.marked(name), key=lambda place: ("mlx" in place[1]) != mlx)
+        written = (place for place in places if set(place[1]) - MARKS <= WRITTEN and "{h}" not in place[0])
         spelled, views = next(written, (None, ()))
         if spelled is None:
             raise Unsupported(f"There is no place for {name} in a file of this model.", "Use the model as it is.")
@@ -152,12 +154,19 @@ SANDWICH = LLAMA | {  # a norm in front of and behind each half of a block
 }
 
 
-def experts(module: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> dict[str, tuple]:
-    """Names of experts, one a tensor below `module`, or stacked as mlx-lm has them."""
-    parts = {"gate": (gate, "gate_proj"), "up": (up, "up_proj"), "down": (down, "down_proj")}
+def experts(
+    module: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj", inside: str = ""
+) -> dict[str, tuple]:
+    """Names of experts, one a tensor below `module`, or stacked as mlx-lm has them, or as transformers has them in
+    memory, below `inside` where that is another module."""
+    parts = {"gate": (gate, "gate_up_proj|first"), "up": (up, "gate_up_proj|last"), "down": (down, "down_proj")}
     return {
-        f"layers.{{i}}.moe.{ours}": (f"{module}.experts.{{e}}.{theirs}.weight", f"{module}.switch_mlp.{mlx}.weight|mlx")
-        for ours, (theirs, mlx) in parts.items()
+        f"layers.{{i}}.moe.{ours}": (
+            f"{module}.experts.{{e}}.{theirs}.weight",
+            f"{module}.switch_mlp.{ours}_proj.weight|mlx",
+            f"{inside or module}.experts.{held}|module",
+        )
+        for ours, (theirs, held) in parts.items()
     }
 
 

@@ -15,9 +15,11 @@ HALVES = {"gate": "even", "up": "odd"}  # their rows in turn
 NAMES = LLAMA | {
     "layers.{i}.attn.sinks": "model.layers.{i}.self_attn.sinks",
     "layers.{i}.moe.router": "model.layers.{i}.mlp.router.weight",
-    "layers.{i}.moe.down": (f"{EXPERTS}.down_proj.weight|mlx", f"{EXPERTS}.down_proj|T", f"{EXPERTS}.down_proj_blocks"),
+    "layers.{i}.moe.down": (
+        f"{EXPERTS}.down_proj.weight|mlx", f"{EXPERTS}.down_proj|T|module", f"{EXPERTS}.down_proj_blocks",
+    ),
     "layers.{i}.moe.down.bias": (f"{EXPERTS}.down_proj.bias|mlx", f"{EXPERTS}.down_proj_bias"),
-    **{f"layers.{{i}}.moe.{ours}": (f"{EXPERTS}.{ours}_proj.weight|mlx", f"{EXPERTS}.gate_up_proj|T|{rows}",
+    **{f"layers.{{i}}.moe.{ours}": (f"{EXPERTS}.{ours}_proj.weight|mlx", f"{EXPERTS}.gate_up_proj|T|{rows}|module",
        f"{EXPERTS}.gate_up_proj_blocks|{rows}") for ours, rows in HALVES.items()},
     **{f"layers.{{i}}.moe.{ours}.bias": (f"{EXPERTS}.{ours}_proj.bias|mlx", f"{EXPERTS}.gate_up_proj_bias|{rows}")
        for ours, rows in HALVES.items()},

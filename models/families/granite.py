@@ -18,11 +18,21 @@ KEYS = {
 }
 MOE = "model.layers.{i}.block_sparse_moe"
 SHARED = "model.layers.{i}.shared_mlp"
+STORED = {  # ours -> in which of a file's tensors, as which of its rows, and what transformers calls that in memory
+    "gate": ("input", "|first", "gate_up_proj"),
+    "up": ("input", "|last", "gate_up_proj"),
+    "down": ("output", "", "down_proj"),
+}
 MOE_NAMES = LLAMA | {
-    "layers.{i}.moe.router": (f"{MOE}.router.layer.weight", f"{MOE}.router.weight"),
-    "layers.{i}.moe.gate": (f"{MOE}.switch_mlp.gate_proj.weight|mlx", f"{MOE}.input_linear.weight|first"),
-    "layers.{i}.moe.up": (f"{MOE}.switch_mlp.up_proj.weight|mlx", f"{MOE}.input_linear.weight|last"),
-    "layers.{i}.moe.down": (f"{MOE}.switch_mlp.down_proj.weight|mlx", f"{MOE}.output_linear.weight"),
+    "layers.{i}.moe.router": (f"{MOE}.router.layer.weight", f"{MOE}.router.weight|module"),
+    **{
+        f"layers.{{i}}.moe.{ours}": (
+            f"{MOE}.{its[0]}_linear.weight{its[1]}",
+            f"{MOE}.switch_mlp.{ours}_proj.weight|mlx",
+            f"{MOE}.experts.{its[2]}{its[1]}|module",
+        )
+        for ours, its in STORED.items()
+    },
     "layers.{i}.moe.shared.gate": f"{SHARED}.input_linear.weight|first",
     "layers.{i}.moe.shared.up": f"{SHARED}.input_linear.weight|last",
     "layers.{i}.moe.shared.down": f"{SHARED}.output_linear.weight",

@@ -9,8 +9,9 @@ from ..fields import head_dim, layer_count
 from ..ropes import rope
 from . import LLAMA, Family, Gguf, experts, gguf
 
-MODULE = "model.layers.{i}.block_sparse_moe"
-NAMES = LLAMA | experts(MODULE, "w1", "w3", "w2") | {"layers.{i}.moe.router": f"{MODULE}.gate.weight"}
+MODULE, MLP = "model.layers.{i}.block_sparse_moe", "model.layers.{i}.mlp"
+ROUTER = {"layers.{i}.moe.router": (f"{MODULE}.gate.weight", f"{MLP}.gate.weight|module")}
+NAMES = LLAMA | experts(MODULE, "w1", "w3", "w2", inside=MLP) | ROUTER
 
 
 def config(hf: Mapping) -> ModelConfig:

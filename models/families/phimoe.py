@@ -9,7 +9,10 @@ from ..config import ModelConfig, routed
 from ..fields import flag, head_dim, layer_count, number
 from ..ropes import rope
 from . import Family
-from .mixtral import NAMES
+from .mixtral import MLP, MODULE
+from .mixtral import NAMES as MIXTRAL
+
+NAMES = MIXTRAL | {"layers.{i}.moe.router": (f"{MODULE}.gate.weight", f"{MLP}.router.weight|module")}
 
 
 def config(hf: Mapping) -> ModelConfig:

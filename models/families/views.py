@@ -73,7 +73,7 @@ def stored_shape(shapes: Sequence[Sequence[int]], views: Sequence[Sequence[str]]
     if len(shapes) > 1:
         shape[axis] = sum(s[axis] for s in shapes)
     if "heads" in views[0]:
-        shape = [math.prod(shape[:-1]), shape[-1]]
+        shape = [math.prod(shape)] if bias else [math.prod(shape[:-1]), shape[-1]]
     if "T" in views[0]:
         shape[-2:] = shape[-1], shape[-2]
     if "unit" in views[0]:

@@ -9,11 +9,13 @@ import numpy as np
 
 from ..backends.base import Backend, W
 from ..errors import BadOption
+from ..models.attention import WHOLE
 from ..models.decoder import SoftPrompt
 from ..models.scope import Gains, Lora
 from ..schemes import take_rows, to_float
 from ..tensors import Tensor, dense, store
 from .adapter import Adapter, LowRank
+from .merging import merged
 
 Weighted = tuple[Adapter, float]  # an adapter and how much of it
 
@@ -27,7 +29,9 @@ def loras(
     one, ranks side by side, so that several adapters cost little more than one.
     """
     found: dict[str, list[Lora]] = {}
-    for name in dict.fromkeys(name for adapter, _ in adapters for name in adapter.updates):
+    for name in _adapted(adapters):
+        if _is_whole(name):
+            continue
         updates = [(a.updates[name], weight) for a, weight in adapters if name in a.updates]
         plain = [(update, weight) for update, weight in updates if update.magnitude is None]
         found[name] = [_merged(ops, plain, name == "embed")] if plain else []
@@ -109,10 +113,20 @@ def _row_chunks(tensor: Tensor, numbers: int = 1 << 22) -> Iterator[tuple[slice,
         yield rows, to_float(take_rows(tensor, np.arange(rows.start, rows.stop)))
 
 
+def _adapted(adapters: Sequence[Weighted]) -> list[str]:
+    return [*dict.fromkeys(name for adapter, _ in adapters for name in adapter.updates)]
+
+
+def _is_whole(name: str) -> bool:
+    return name.endswith(WHOLE)
+
+
 def replaced(base: Callable[[str], Tensor], adapters: Sequence[Weighted]) -> dict[str, Tensor]:
-    """Whole tensors that the adapters bring: the model's own plus each one's difference times its weight. `base` must
-    know what "head" is where it is the embedding."""
+    """Whole tensors that the adapters bring: the model's own plus each one's difference times its weight; and weights
+    that must have their updates in them. `base` must know what "head" is where it is the embedding."""
     found: dict[str, Tensor] = {}
+    for name in filter(_is_whole, _adapted(adapters)):
+        found[name] = dense(merged(base(name), [(a.updates[name], w) for a, w in adapters if name in a.updates]))
     for name in dict.fromkeys(name for adapter, _ in adapters for name in adapter.replaced):
         given = [(a.replaced[name], weight) for a, weight in adapters if name in a.replaced]
         if len(given) == 1 and given[0][1] == 1:

@@ -107,8 +107,8 @@ def read_settings(folder: Path) -> Settings:
 
 
 def _path(name: str, modules: Modules) -> str:
-    """A weight's module as mlx-lm has it: experts stacked."""
-    return modules.paths.get(Place(name)) or modules.stacked[name]
+    """A weight's module as mlx-lm has it, experts stacked; "" where it has none of its own."""
+    return modules.paths.get(Place(name)) or modules.stacked.get(name, "")
 
 
 def _faults(name: str, parts: Mapping[str, Tensor], settings: Settings, modules: Modules) -> list[str]:
@@ -150,7 +150,7 @@ def _for_head(update: LowRank) -> LowRank:
 def _untouched(held: Mapping[str, Any], settings: Settings, modules: Modules) -> list[str]:
     """Targets that the config names and the file does not hold, and those that no module of the model answers to."""
     count = len(modules.config.layers)
-    paths = {_path(name, modules): name for name, shape in modules.shapes.items() if len(shape) > 1}
+    paths = {path: name for name, s in modules.shapes.items() if len(s) > 1 and (path := _path(name, modules))}
     problems = [
         f"{path} is a target, and the file holds no update of it"
         for path, name in paths.items()
@@ -189,7 +189,7 @@ def files(adapter: Adapter, modules: Modules) -> dict[str, bytes]:
 def _placed(adapter: Adapter, modules: Modules) -> dict[str, LowRank]:
     """The updates, a tied head's left to the embedding's."""
     updates = dict(adapter.updates)
-    refused = sorted(adapter.replaced)
+    refused = sorted({*adapter.replaced, *(name for name in updates if not _path(name, modules))})
     mixed = adapter.dora and any(u.magnitude is None for u in updates.values())
     if adapter.dora:
         refused += [name for name in updates if name == "embed" or len(modules.shapes[name]) == 3]
@@ -231,7 +231,7 @@ def _keys(paths: Sequence[str], modules: Modules) -> tuple[list[str], int]:
     within = sorted({m[3] for m in found})
     layers = count - min((int(m[2]) for m in found), default=count)
     outside = [path for path in paths if not LAYERS.fullmatch(path)]
-    every = [_path(name, modules) for name, shape in modules.shapes.items() if len(shape) > 1]
+    every = [path for name, s in modules.shapes.items() if len(s) > 1 and (path := _path(name, modules))]
     short = Settings(1, 1.0, False, layers, tuple(within + outside), 0.0, "")
     if found and {p for p in every if short.names(p, count)} == set(paths):
         return [*within, *outside], layers

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadFile, Unsupported
+from ..models.families.views import stored, viewed, viewed_shape
 from ..models.fields import flag, number, optional, several, table, whole
 from ..tensors import Tensor
 from . import stacks
 from .adapter import Adapter, LowRank
 from .files import CONFIG, file_of, json_of, read_config, read_tensors, stacked, transposed, unfit
 from .modules import Modules, Place, grouped
+from .pieces import Parts, apart, together
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -102,7 +104,7 @@ def read(folder: Path, modules: Modules) -> Adapter:
         return _prompt(folder, modules)
     settings = read_settings(folder)
     raw, problems = _sorted(read_tensors(folder / WEIGHTS), modules)
-    updates, more = _updates(raw.updates, settings, modules)
+    updates, more = _updates(raw, settings, modules)
     of_stacks, most = stacks.read(
         raw.stacks, lambda key: _among(settings.parameters, key), settings.rank_of, settings.scale_of, modules
     )
@@ -185,13 +187,12 @@ def _patterns(config: Mapping) -> tuple[str, ...]:
 
 @dataclass
 class _Raw:
-    """Tensors by what they are: updates by place and part, those of stacks of experts by module, depth and part, whole
-    ones by our name."""
+    """Tensors by what they are: updates by module and part, those of experts that have a module each by place and part,
+    those of stacks of experts by module, depth and part, whole ones by our name."""
 
-    updates: dict[Place, dict[str, Tensor]] = field(default_factory=lambda: defaultdict(dict))
-    stacks: dict[str, dict[int, dict[str, Tensor]]] = field(
-        default_factory=lambda: defaultdict(lambda: defaultdict(dict))
-    )
+    updates: dict[str, Parts] = field(default_factory=lambda: defaultdict(dict))
+    experts: dict[Place, Parts] = field(default_factory=lambda: defaultdict(dict))
+    stacks: dict[str, dict[int, Parts]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(dict)))
     replaced: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -200,12 +201,10 @@ def _sorted(tensors: Mapping[str, Tensor], modules: Modules) -> tuple[_Raw, list
     for name, tensor in tensors.items():
         path = name.removeprefix(PREFIX)
         ending = next((e for e in PARTS if path.endswith(e)), None)
-        place = modules.at(path.removesuffix(ending)) if ending else None
-        if place is not None:
+        owner = _owner(path.removesuffix(ending), raw, modules) if ending else None
+        if owner is not None:
             part, turned = PARTS[ending]
-            raw.updates[place][part] = transposed(tensor) if turned else tensor
-        elif ending is not None and (found := stacks.stem(path.removesuffix(ending))):
-            raw.stacks[found[0]][found[1]][PARTS[ending][0]] = tensor
+            owner[part] = transposed(tensor) if turned else tensor
         elif ending is not None:
             problems.append(f"there is no {path}")
         else:
@@ -213,37 +212,53 @@ def _sorted(tensors: Mapping[str, Tensor], modules: Modules) -> tuple[_Raw, list
     return raw, problems
 
 
+def _owner(path: str, raw: _Raw, modules: Modules) -> Parts | None:
+    """Where the parts of an update at a path are collected; None where the model has nothing there."""
+    if path in modules.held and modules.is_matrix(path):
+        return raw.updates[path]
+    place = modules.at(path)
+    if place is not None:
+        return raw.updates[modules.homes[place.name]] if place.expert is None else raw.experts[place]
+    found = stacks.stem(path)
+    return raw.stacks[found[0]][found[1]] if found else None
+
+
 def _whole(path: str, tensor: Tensor, raw: _Raw, modules: Modules) -> list[str]:
     """A tensor that stands for one of the model's."""
     plain = path.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-    place = modules.tensors.get(plain)
+    place, views = modules.tensors.get(plain, (None, ()))
     if place is None or place.expert is not None:
         return [f"there is no {path}"]
-    if tensor.shape != modules.shapes[place.name]:
-        return [f"{path} is {list(tensor.shape)}, not {list(modules.shapes[place.name])}"]
+    shape, bias = modules.shapes[place.name], place.name.endswith(".bias")
+    if viewed_shape(tensor.shape, views, shape, bias) != shape:
+        return [f"{path} is {list(tensor.shape)}, which does not hold {list(shape)}"]
     if not path.endswith(BASE):
-        raw.replaced[place.name] = tensor
+        raw.replaced[place.name] = viewed(tensor, views, shape, bias)
     return []
 
 
-def _updates(
-    raw: Mapping[Place, dict[str, Tensor]], settings: Settings, modules: Modules
-) -> tuple[dict[str, LowRank], list[str]]:
+def _updates(raw: _Raw, settings: Settings, modules: Modules) -> tuple[dict[str, LowRank], list[str]]:
     """Under our names, experts stacked; and everything that does not fit."""
-    problems, made = [], {}
-    for place, parts in raw.items():
-        path = modules.paths[place]
+    problems, updates, experts = [], {}, {}
+    for path, parts in raw.updates.items():
         key = f"{path}.weight" if _among(settings.parameters, f"{path}.weight") else path
-        problems += _faults(
-            path, parts, settings.rank_of(key), settings.dora, modules.shape(place), place.name == "embed"
-        )
-        if not problems:
-            made[place] = LowRank(parts["down"], parts["up"], settings.scale_of(key), parts.get("magnitude"))
+        pieces = modules.held[path]
+        shapes = [modules.shapes[piece.name] for piece in pieces]
+        shape = sum(math.prod(shape[:-1]) for shape in shapes), shapes[0][-1]
+        faults = _faults(path, parts, settings.rank_of(key), settings.dora, shape, pieces[0].name == "embed")
+        problems += faults
+        if not faults:
+            updates |= apart(parts, settings.scale_of(key), pieces, modules)
+    for place, parts in raw.experts.items():
+        path, shape = modules.paths[place], modules.shapes[place.name][1:]
+        faults = _faults(path, parts, settings.rank_of(path), settings.dora, shape, False)
+        problems += faults
+        if not faults:
+            experts[place] = LowRank(parts["down"], parts["up"], settings.scale_of(path), parts.get("magnitude"))
     if problems:
         return {}, problems
-    updates = {place.name: update for place, update in made.items() if place.expert is None}
-    for name in dict.fromkeys(place.name for place in made if place.expert is not None):
-        found = [made.get(Place(name, e)) for e in range(modules.shapes[name][0])]
+    for name in dict.fromkeys(place.name for place in experts):
+        found = [experts.get(Place(name, e)) for e in range(modules.shapes[name][0])]
         problems += [f"there is no update of {modules.paths[Place(name, e)]}" for e, u in enumerate(found) if u is None]
         if all(found):
             updates[name] = _stack(found)
@@ -273,36 +288,34 @@ def _stack(updates: list[LowRank]) -> LowRank:
 
 def _untouched(raw: _Raw, settings: Settings, modules: Modules) -> list[str]:
     """Targets that the config names and the file does not hold, and those that no module of the model answers to."""
-    named = [
-        p for p, place in modules.matrices() if settings.names(p, place.name == "head") and place not in raw.updates
+    held = {*raw.stacks, *raw.updates, *(modules.paths[place] for place in raw.experts)}
+    problems = [
+        f"{path} is a target, and the file holds no update of it"
+        for path in _wanted(settings, modules, apart=bool(raw.experts))
+        if path not in held
     ]
-    problems = [f"{path} is a target, and the file holds no update of it" for path in named]
-    paths = {False: [path for path, _ in modules.matrices()], True: _parameters(modules)}
+    paths = {False: [*modules.matrices()], True: _parameters(modules)}
     for stack, targets in ((False, settings.targets), (True, settings.parameters)):
         for target in targets if isinstance(targets, tuple) else ():
             if not any(_among((target,), path) for path in paths[stack]):
                 problems.append(f"the target {target} is no {'parameter' if stack else 'module'} of it")
-    held = {*raw.stacks, *(modules.paths[place] for place in raw.updates)}
     for path in paths[True]:
         if _among(settings.parameters, path) and path.rpartition(".")[0] not in held:
             problems.append(f"{path} is a target, and the file holds no update of it")
     return problems
 
 
-def _module(place: Place) -> bool:
-    """Experts and routers are modules in some versions of transformers, and parameters in others."""
-    return place.expert is None and not _routes(place.name)
-
-
-def _routes(name: str) -> bool:
-    return name.endswith(".router")
+def _wanted(settings: Settings, modules: Modules, apart: bool) -> Iterator[str]:
+    """Modules that the config names. apart: experts have a module each; where transformers holds them stacked, names
+    that mean other modules too do not mean them."""
+    for path in modules.matrices():
+        if (apart or path in modules.held) and settings.names(path, modules.homes.get("head") == path):
+            yield path
 
 
 def _parameters(modules: Modules) -> list[str]:
     """Paths of what may be adapted as a parameter: experts' stacks, and matrices of modules that are no plain ones."""
-    paths = dict.fromkeys(modules.experts.values())
-    found = [f"{path}.{parameter}" for path in paths for parameter in stacks.names(path, modules)]
-    return found + [f"{path}.weight" for path, place in modules.matrices() if place.expert is None]
+    return [*stacks.parameters(modules), *(f"{path}.weight" for path in modules.matrices() if path in modules.held)]
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -314,22 +327,19 @@ def files(adapter: Adapter, modules: Modules) -> dict[str, bytes]:
         return _prompt_files(adapter, adapter.prompt, modules)
     tensors: dict[str, Tensor] = {}
     ranks, alphas = {}, {}
-    single = {name: u for name, u in adapter.updates.items() if name not in modules.experts}
-    for name, update in single.items():
-        path = modules.paths[Place(name)]
-        tensors |= _named(path, update, name == "embed")
-        key = f"{path}.weight" if _routes(name) else path
+    for path, update in _by_module(adapter.updates, modules).items():
+        tensors |= _named(path, update, modules.homes.get("embed") == path)
+        key = f"{path}.weight" if _routes(path, modules) else path
         ranks[key], alphas[key] = update.rank, _alpha(update, adapter.rslora)
-    stacked_ones = {name: u for name, u in adapter.updates.items() if name in modules.experts}
     parameters = [key for key in ranks if key.endswith(".weight")]
-    for module, path, update, parts in stacks.write(stacked_ones, modules):
+    for module, path, update, parts in stacks.write(adapter.updates, modules):
         tensors |= {f"{PREFIX}{module}.lora_A.weight": parts["down"], f"{PREFIX}{module}.lora_B.weight": parts["up"]}
         ranks[path], alphas[path] = update.rank, _alpha(update, adapter.rslora)
         parameters.append(path)
     for name, tensor in adapter.replaced.items():
         owner, _, last = _spelled(name, modules).rpartition(".")
         wrapped = ".base_layer" if owner in ranks else ""  # as PEFT's own module has it inside
-        tensors[f"{PREFIX}{owner}{wrapped}.{last}"] = tensor
+        tensors[f"{PREFIX}{owner}{wrapped}.{last}"] = _as_stored(name, tensor, modules)
     config = _config(adapter, modules, ranks, alphas, parameters)
     return {CONFIG: json_of(config), WEIGHTS: file_of(tensors)}
 
@@ -352,8 +362,36 @@ def _named(path: str, update: LowRank, embedding: bool) -> dict[str, Tensor]:
     return named | ({} if update.magnitude is None else {f"{path}.lora_magnitude_vector": update.magnitude})
 
 
+def _by_module(updates: Mapping[str, LowRank], modules: Modules) -> dict[str, LowRank]:
+    """The updates of transformers' modules. Raises Unsupported, naming every weight that has no module there."""
+    homeless = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in updates if name not in modules.homes})
+    if homeless:
+        raise Unsupported(f"PEFT's format has no place for {', '.join(homeless)}.", "Adapt other weights.")
+    paths = [path for path in dict.fromkeys(modules.homes[name] for name in updates) if not modules.is_stack(path)]
+    pieces = {path: modules.held[path] for path in paths}
+    return {path: together([updates.get(p.name) for p in held], held, modules) for path, held in pieces.items()}
+
+
+def _routes(path: str, modules: Modules) -> bool:
+    """Routers are modules in some versions of transformers, and parameters in others."""
+    return modules.held[path][0].name.endswith(".router")
+
+
+def _as_stored(name: str, tensor: Tensor, modules: Modules) -> Tensor:
+    views = next(piece.views for piece in modules.held[_home_of(name, modules)] if piece.name == name)
+    return stored([tensor], [views], name.endswith(".bias"))
+
+
+def _home_of(name: str, modules: Modules) -> str:
+    """Raises Unsupported for what transformers holds together with something else."""
+    path = modules.homes.get(name)
+    if path is None or len(modules.held[path]) > 1:
+        raise Unsupported(f"PEFT's format has no place for {name}, whole.", "Adapt other weights.")
+    return path
+
+
 def _spelled(name: str, modules: Modules) -> str:
-    path = modules.paths[Place(name)]
+    path = _home_of(name, modules)
     return path if name.endswith(".bias") else f"{path}.weight"
 
 
@@ -391,5 +429,5 @@ def _config(
 def _targets(held: set[str], modules: Modules) -> list[str]:
     """The modules' last names, where these mean no other module; else whole paths."""
     short = tuple(sorted({path.rpartition(".")[2] for path in held}))
-    meant = {path for path, _ in modules.matrices() if _among(short, path)}
+    meant = {path for path in modules.matrices() if path in modules.held and _among(short, path)}
     return list(short) if meant == held else sorted(held)
