@@ -7,9 +7,10 @@ the last of them are held out, and tell what came of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from ..errors import BadOption
 from ..runtime.session import Session
@@ -24,6 +25,9 @@ from .progress import Progress
 PROBED = 2  # steps by which the time of one is told: the first also prepares
 PASSES = 3  # over the data at most, where the number of steps is not given
 FEWEST = 8  # passages, of which one is held out
+
+T = TypeVar("T")
+Reword = Callable[[list[list[int]]], Generator[Progress, None, list[list[int]]]]
 
 
 @dataclass(frozen=True)
@@ -86,43 +90,54 @@ def settings_for(lessons: Lessons, **more) -> Settings:
 # ------------------------------------------------------------------------------------------------ what is learnt from
 
 
-def passages(lessons: Lessons, original: Session, student: Session) -> Generator[Progress, None, tuple[Data, str]]:
-    """Examples for the student, and a text that none of them shows. Raises BadOption where there are too few, BadFile
-    for what cannot be read."""
+def passages(
+    lessons: Lessons, original: Session, student: Session, reworded: Reword | None = None
+) -> Generator[Progress, None, tuple[Data, str]]:
+    """Examples for the student, and a text that none of them shows. reworded: done to a text that is learnt from, in
+    the original's tokens. Raises BadOption where there are too few, BadFile for what cannot be read."""
     if lessons.data is not None and lessons.data.suffix == ".jsonl":
         examples = load_data(lessons.data, student, lessons.length, validation=0).train
+        learnt, held = _parted(_enough(examples, lessons), lessons)
     else:
-        texts = yield from _texts(lessons, original)
-        cut = [student.tokenizer.encode(text)[: lessons.length] for text in texts]
-        learnt = [encoded(ids, [(0, len(ids))]) for ids in cut if len(ids) > 1]
-        examples = [Example((ids,), f"passage {number}") for number, ids in enumerate(learnt, 1)]
-    if len(examples) < FEWEST:
-        raise BadOption(
-            f"{lessons.data or 'The text'} holds {len(examples)} passages of {lessons.length} tokens to learn from.",
-            f"Give a longer text: {FEWEST * lessons.length} tokens or more.",
-        )
-    learnt, held = _parted(examples, lessons)
+        windows = yield from _windows(lessons, original)
+        learnt, held = _parted(_enough([w for w in windows if len(w) > 1], lessons), lessons)
+        learnt = (yield from reworded(learnt)) if reworded else learnt
+        learnt, held = (list(_examples(several, lessons, original, student)) for several in (learnt, held))
     text = "\n".join(student.tokenizer.decode(e.sequences[0].ids.tolist()) for e in held)
     return Data(learnt, held[: -(-len(held) // 2)]), text
 
 
-def _texts(lessons: Lessons, original: Session) -> Generator[Progress, None, list[str]]:
+def _enough(passages: list[T], lessons: Lessons) -> list[T]:
+    if len(passages) < FEWEST:
+        raise BadOption(
+            f"{lessons.data or 'The text'} holds {len(passages)} passages of {lessons.length} tokens to learn from.",
+            f"Give a longer text: {FEWEST * lessons.length} tokens or more.",
+        )
+    return passages
+
+
+def _examples(windows: Sequence[list[int]], lessons: Lessons, original: Session, student: Session) -> Iterator[Example]:
+    for number, window in enumerate(windows, 1):
+        ids = student.tokenizer.encode(original.tokenizer.decode(window, skip_special=False))[: lessons.length]
+        if len(ids) > 1:
+            yield Example((encoded(ids, [(0, len(ids))]),), f"passage {number}")
+
+
+def _windows(lessons: Lessons, original: Session) -> Generator[Progress, None, list[list[int]]]:
     """A text in windows of the original's tokens; or what it writes itself."""
     if lessons.data is None:
         for event in samples(original, None, lessons.sampled, lessons.length, lessons.seed):
             if isinstance(event, Sampling):
                 yield Progress("The original writes what it teaches by", event.done, event.total, "tokens")
-        windows = event.tolist()
-    else:
-        ids = original.tokenizer.encode(read_text(lessons.data))
-        windows = [ids[at : at + lessons.length] for at in range(0, len(ids), lessons.length)]
-    return [original.tokenizer.decode(window, skip_special=False) for window in windows]
+        return event.tolist()
+    ids = original.tokenizer.encode(read_text(lessons.data))
+    return [ids[at : at + lessons.length] for at in range(0, len(ids), lessons.length)]
 
 
-def _parted(examples: Sequence[Example], lessons: Lessons) -> tuple[list[Example], list[Example]]:
+def _parted(passages: Sequence[T], lessons: Lessons) -> tuple[list[T], list[T]]:
     """What is learnt from, and the last ones, for measuring."""
-    count = min(max(1, round(lessons.held_out * len(examples))), max(1, lessons.judged // lessons.length))
-    return list(examples[:-count]), list(examples[-count:])
+    count = min(max(1, round(lessons.held_out * len(passages))), max(1, lessons.judged // lessons.length))
+    return list(passages[:-count]), list(passages[-count:])
 
 
 # ------------------------------------------------------------------------------------------------ the training

@@ -23,6 +23,7 @@ from .pull import fetch
 )  # fmt: skip
 @click.option("--tokens", type=click.IntRange(2), help="Of it that are used; default: 8192.")
 @click.option("--seed", type=int, help="Of the model's own text; default: 0.")
+@click.option("--requantize", is_flag=True, help="Take weights that are quantized already for what they stand for.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def command(model, dest, target_size, as_json, **given):
     """Write MODEL as the new folder DEST whose weights take no more than --target-size: ways to prune and quantize it

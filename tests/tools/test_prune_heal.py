@@ -14,6 +14,7 @@ from ondevice.errors import OnDeviceError
 from ondevice.runtime.session import open_session
 from ondevice.runtime.tokenizer import load_tokenizer
 from ondevice.tools.prune import Amount, Lessons, Options, Progress, prune
+from ondevice.tools.prune.rewording import more_often
 from ondevice.tools.prune.subject import Subject
 from ondevice.tools.prune.tokens import encoding, rewritten
 from ondevice.tools.prune.translation import Translation, Translator
@@ -45,7 +46,7 @@ def fewer(model, tmp_path_factory):
     with Subject(model, Options(vocabulary=Amount(100))) as subject:
         how, old, files = encoding(subject.files), subject.tokenizer, subject.files
     made = [id for id, text in how.texts.items() if len(text) > 1 and id not in old.special_ids]
-    gone = {id for id in made if id not in {n for other in made[: len(made) // 2] for n in how.needs(other)}}
+    gone = {id for id in made if id not in {n for other in made[:1] for n in how.needs(other)}}
     kept = np.array([id for id in range(old.vocab_size) if id not in gone])
     for name, content in rewritten(how, files, kept).items():
         (folder / name).write_bytes(content)
@@ -62,37 +63,93 @@ def test_tokens_that_went_begin_with_what_is_now_said_first(fewer):
         assert translation.firsts[id] == new.encode(old.decode([id]))[0]
 
 
+def chances_of(rows, vocab):
+    made = np.exp(np.random.default_rng(3).normal(size=(rows, vocab)) * 4)
+    return made / made.sum(-1, keepdims=True)
+
+
 def test_probability_is_neither_lost_nor_made(fewer):
     translation, old, _, kept = fewer
-    logits = np.random.default_rng(3).normal(size=(5, old.vocab_size)).astype(np.float32) * 4
+    chances = chances_of(5, old.vocab_size)
     wanted = np.zeros((5, len(kept)))
     for id, first in enumerate(translation.firsts):
-        wanted[:, first] += np.exp(logits[:, id].astype(np.float64))
-    assert np.abs(np.exp(translation.spoken(logits).astype(np.float64)) / wanted - 1).max() < 1e-5
+        wanted[:, first] += chances[:, id]
+    assert np.abs(translation.spoken(chances) / wanted - 1).max() < 1e-5
 
 
-def test_the_original_is_read_where_both_ways_of_cutting_meet(fewer, model):
-    translation, old, new, _kept = fewer
+def test_pieces_together_are_as_likely_as_the_token_was(fewer):
+    translation, old, _, kept = fewer
+    chances = chances_of(1, old.vocab_size)
+    first = translation.spoken(chances)[0]
+    whole = [id for id in kept.tolist() if (translation.firsts[id],) in translation.longer]
+    assert whole and max(map(len, translation.spelled.values())) > 2
+    for id in [*translation.spelled, *whole]:
+        pieces = translation.spelled.get(id, (int(translation.firsts[id]),))
+        likely = first[pieces[0]]
+        for at in range(1, len(pieces)):
+            ended = int(kept[pieces[0]]) if at == 1 else None
+            goes, ends = translation.going_on(chances[0], pieces[:at], ended)
+            assert abs(goes.sum() + ends - 1) < 1e-5
+            likely *= goes[pieces[at]]
+        if pieces in translation.longer:
+            likely *= translation.going_on(chances[0], pieces, id)[1]
+        alike = [other for other, said in translation.spelled.items() if said == pieces] or [id]
+        if len(pieces) < 3:  # behind more, that the first two are tokens by themselves is left out
+            assert abs(likely / chances[0, alike].sum() - 1) < 1e-4
+
+
+def test_the_original_teaches_at_every_place(fewer, model):
+    """Where both ways of cutting a text meet, what it says itself; over all places, what it says of the text."""
+    translation, old, new, _ = fewer
     ids = new.encode(PROSE)
     restored = translation.restored(ids)
     assert restored == old.encode(PROSE) and len(restored) < len(ids)
     rows = [encoded(ids, [(0, len(ids))]), encoded(ids[:9], [(0, 9)])]
     batch = make_batch([Example((row,), str(i)) for i, row in enumerate(rows)], [[0], [1]])
     with open_session(model, backend="reference") as original:
-        taught = Translator(original.decoder, translation=translation).read(batch)
-        hidden = original.backend.numpy(taught.hidden).reshape(*batch.ids.shape, -1)
-        alone = original.decoder.hidden(original.backend.array(np.array([restored], np.int32)), _whole(restored))
-        alone = original.backend.numpy(alone)[0]
-    known = taught.known.reshape(batch.ids.shape)
-    text, at = [old.decode(restored[: i + 1]) for i in range(len(restored))], 0
-    for place in range(len(ids) - 1):
-        so_far = new.decode(ids[: place + 1])
-        assert known[0, place] == (so_far in text), so_far
-        if known[0, place]:
-            at += 1
-            assert np.abs(hidden[0, place] - alone[text.index(so_far)]).max() < 1e-5
-    assert 0 < at < len(ids) - 1
-    assert not known[1, 8:].any()
+        teacher = Translator(original.decoder, translation=translation)
+        taught = teacher.read(batch)
+        logits = original.backend.numpy(teacher.logits(taught.hidden)).reshape(*batch.ids.shape, -1)
+        alone = original.decoder(original.backend.array(np.array([restored], np.int32)), _whole(restored))
+        alone = original.backend.numpy(alone).astype(np.float64)
+    alone = np.exp(alone.reshape(-1, alone.shape[-1])[-len(restored) :])
+    alone /= alone.sum(-1, keepdims=True)
+    said, known = np.exp(logits.astype(np.float64)), taught.known.reshape(batch.ids.shape)
+    begun = int(np.flatnonzero(translation.meeting(ids, restored) >= 0)[0])  # nothing is expected in front of a text
+    assert np.abs(said.sum(-1)[known] - 1).max() < 1e-5 and begun < 3
+    assert known[0, begun : len(ids) - 1].all() and not known[1, 9:].any()
+    text = [old.decode(restored[: i + 1]) for i in range(len(restored))]
+    begins = [new.decode(ids[: place + 1]) for place in range(len(ids) - 1)]
+    plain = [place for place, begin in enumerate(begins) if begin in text and (ids[place],) not in translation.longer]
+    plain = [place for place in plain if begins[place - 1] in text]
+    assert 0 < len(plain) < len(begins)
+    for place in plain:
+        wanted = translation.spoken(alone[[text.index(begins[place])]])[0]
+        assert np.abs(said[0, place] - wanted).max() < 1e-4
+    pieces = sum(np.log(said[0, place, ids[place + 1]]) for place in range(begun, len(ids) - 1))
+    tokens = sum(np.log(alone[place, restored[place + 1]]) for place in range(len(restored) - 1))
+    assert pieces >= tokens - 1e-3 and abs(pieces / tokens - 1) < 0.1
+
+
+def test_texts_are_reworded_with_what_went(fewer, model):
+    translation, old, _, _ = fewer
+    gone, window = list(translation.spelled), old.encode(PROSE * 3)
+    with open_session(model, backend="reference") as original:
+        *_, made = _all(more_often(original.decoder, gone, [window], seed=1))
+        assert _all(more_often(original.decoder, gone, [window], seed=1))[-1] == made
+        assert _all(more_often(original.decoder, [], [window]))[-1] == [window]
+    changed = [at for at, pair in enumerate(zip(made[0], window, strict=True)) if len(set(pair)) > 1]
+    assert len(window) / 20 < len(changed) and min(np.diff(changed)) > 1
+    assert all(made[0][at] in translation.spelled for at in changed)
+
+
+def _all(generator):
+    found = []
+    while True:
+        try:
+            found.append(next(generator))
+        except StopIteration as end:
+            return [*found, end.value]
 
 
 def _whole(ids):

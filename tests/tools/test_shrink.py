@@ -109,6 +109,16 @@ def test_a_size_that_no_plan_reaches(tmp_path, model, text):
     assert {path.name for path in tmp_path.iterdir()} == {"in", "text.txt"}
 
 
+def test_what_is_quantized_is_taken_when_asked(tmp_path, model, text, quantize_folder):
+    source = quantize_folder(model, tmp_path / "in8", {"": (8, 32)})
+    options = Options(90_000, 1e-4, calibration=text, tokens=512, length=32)
+    with pytest.raises(BadOption, match="quantized already"):
+        list(shrink(source, tmp_path / "out", options))
+    *_, result = shrink(source, tmp_path / "out", replace(options, requantize=True))
+    assert result.outcomes[0].nbytes <= 90_000
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "in8", "out", "text.txt"}
+
+
 def test_an_existing_folder_is_left_alone(tmp_path, model, text):
     (tmp_path / "out").mkdir()
     with pytest.raises(OnDeviceError, match="exists already"):

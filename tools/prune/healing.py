@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from ...checkpoint import write_folder
@@ -24,10 +25,12 @@ from ..fuse.weights import Weights
 from ..progress import Progress
 from ..teaching import Taught, passages, quality, settings_for, taught
 from .cutting import Cut
+from .rewording import more_often
 from .subject import Subject
 from .translation import Translation, Translator
 
 RANK = 16
+REWORDING = 0.2  # of the time, at most: passages are learnt from far slower than they are reworded
 EMBEDDING = ("embed",)  # trained whole where its rows are fewer
 
 
@@ -40,21 +43,25 @@ def heal(subject: Subject, cut: Cut, pruned: Path, dest: Path) -> Generator[Prog
         student = stack.enter_context(open_session(pruned, backend=ops))
         original = stack.enter_context(open_session(subject.path, backend=ops))
         against = original if cut.tokens is None else None
-        data, held = yield from passages(o.heal, original, student)
+        translation = None if cut.tokens is None else Translation(original.tokenizer, student.tokenizer, cut.tokens)
+        reworded = translation and partial(
+            more_often, original.decoder, list(translation.spelled), seed=o.heal.seed,
+            most=o.heal.steps and o.heal.steps * o.heal.batch_size, seconds=REWORDING * 60 * o.heal.minutes,
+        )  # fmt: skip
+        data, held = yield from passages(o.heal, original, student, reworded)
         first = yield from quality(original, held, "The original")
         before = yield from quality(student, held, "Before healing", against)
         settings = settings_for(o.heal, rank=RANK, modules_to_save=() if cut.tokens is None else EMBEDDING)
-        settings, finished = yield from taught(student, data, settings, _teacher(original, student, cut), o.heal)
+        settings, finished = yield from taught(student, data, settings, _teacher(original, translation), o.heal)
         _write(student, finished, settings, dest)
         with open_session(dest, backend=ops) as healed:
             after = yield from quality(healed, held, "After healing", against)
     return Taught(finished.step, finished.kept, time.perf_counter() - started, first, before, after)
 
 
-def _teacher(original: Session, student: Session, cut: Cut) -> Teacher:
-    if cut.tokens is None:
+def _teacher(original: Session, translation: Translation | None) -> Teacher:
+    if translation is None:
         return Teacher(original.decoder)
-    translation = Translation(original.tokenizer, student.tokenizer, cut.tokens)
     return Translator(original.decoder, translation=translation)
 
 

@@ -13,7 +13,8 @@ class Options:
     """target_bytes: of all weights, at most. minutes: nothing is begun that would end later, judging by how long the
     like of it took, and what is under way is dropped then; there is always a model. calibration: a text or .jsonl;
     None: what the model itself says, drawn with `seed`; `tokens` of it, `length` a window (None: 512, but 256 of its
-    own text), of which the last `held_out` share judges the plans and is shown to none."""
+    own text), of which the last `held_out` share judges the plans and is shown to none. requantize:
+    take weights that are quantized already for what they stand for."""
 
     target_bytes: int
     minutes: float = 30.0
@@ -22,6 +23,7 @@ class Options:
     length: int | None = None
     held_out: float = 0.25
     seed: int = 0
+    requantize: bool = False
 
     def __post_init__(self):
         if self.target_bytes <= 0:

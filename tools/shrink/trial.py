@@ -27,6 +27,7 @@ from ..prune.subject import Subject
 from ..quantize import Given, quantize
 from ..quantize import Options as QuantizeOptions
 from ..quantize.allocation import Choice
+from ..quantize.matrices import require_unquantized
 from ..quantize.running import uniform
 from ..quantize.sensitivity import Cost
 from ..quantize.weighing import Weighed, weigh
@@ -85,6 +86,8 @@ class Trial:
         """Splits the text, measures the original, and weighs errors."""
         started = time.perf_counter()
         self.subject.check()
+        if not self.options.requantize:
+            require_unquantized(self.subject.parameters)
         ids = self._samples()
         held = max(1, round(len(ids) * self.options.held_out))
         flat = ids.reshape(-1)
