@@ -63,7 +63,7 @@ class NameMap(dict):
         """Under which name one of ours is written, and how it lies there (for views.stored): Hugging Face's, or
         mlx-lm's where it has another. Raises Unsupported where a file of either has no place for it."""
         places = sorted(self.marked(name), key=lambda place: ("mlx" in place[1]) != mlx)
-        written = (place for place in places if set(place[1]) - MARKS <= WRITTEN and "{h}" not in place[0])
+        written = (place for place in places if set(place[1]) - MARKS <= WRITTEN)
         spelled, views = next(written, (None, ()))
         if spelled is None:
             raise Unsupported(f"There is no place for {name} in a file of this model.", "Use the model as it is.")

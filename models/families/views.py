@@ -36,26 +36,33 @@ def viewed(
         tensor = dense(to_float(tensor))
     parts = {key: _view(part, views, shape, bias) for key, part in tensor.parts.items()}
     if "grouped" in views:
-        parts = {key: part[_by_key_head(mixer)] for key, part in parts.items()}
+        parts = {key: part[by_key_head(mixer)] for key, part in parts.items()}
     parts = {key: np.ascontiguousarray(part) for key, part in parts.items()}
     return Tensor(viewed_shape(tensor.shape, views, shape, bias), tensor.format, parts)
 
 
-WRITTEN = {"T", "kernels", "heads", "unit", *ROWS}  # those that can be undone
+WRITTEN = {"T", "kernels", "heads", "unit", "flat", "grouped", *ROWS}  # those that can be undone
 
 
-def stored(tensors: Sequence[Tensor], views: Sequence[Sequence[str]], bias: bool) -> Tensor:
-    """Tensors of ours, of one format, as a file has them in one: `viewed`, undone. views: of each."""
-    shape = stored_shape([t.shape for t in tensors], views, bias)
-    if len(tensors) == 1 and shape == tensors[0].shape and "T" not in views[0]:
+def stored(tensors: Sequence[Tensor], views: Sequence[Sequence[str]], bias: bool, mixer: Mixer | None = None) -> Tensor:
+    """Tensors of ours, of one format, as a file has them in one: `viewed`, undone. views: of each; mixer: as there."""
+    shape = stored_shape([t.shape for t in tensors], views, bias, mixer)
+    if len(tensors) == 1 and shape == tensors[0].shape and not {"T", "grouped"} & {*views[0]}:
         return tensors[0]
     order = sorted(range(len(tensors)), key=lambda i: min(set(views[i]) & set(ROWS), default=""))
     parts = {}
     for key in tensors[0].parts:
         whole = _together([tensors[i].parts[key] for i in order], "even" in views[order[0]], bias)
+        whole = whole[np.argsort(by_key_head(mixer))] if "grouped" in views[0] else whole
         whole = whole.swapaxes(-1, -2) if "T" in views[0] else whole.reshape(*shape[:-1], -1)
         parts[key] = np.ascontiguousarray(whole)
     return Tensor(shape, tensors[0].format, parts)
+
+
+def by_key_head(mixer: DeltaConfig) -> np.ndarray:
+    """All heads' queries, then keys, then values -> of each key head its own."""
+    channels = np.split(np.arange(2 * mixer.keys + mixer.values), (mixer.keys, 2 * mixer.keys))
+    return np.concatenate([part.reshape(mixer.key_heads, -1) for part in channels], axis=1).ravel()
 
 
 def _together(parts: Sequence[np.ndarray], alternating: bool, bias: bool) -> np.ndarray:
@@ -68,7 +75,9 @@ def _together(parts: Sequence[np.ndarray], alternating: bool, bias: bool) -> np.
     return np.stack(parts, axis).reshape(*shape[:axis], rows, *([] if bias else shape[-1:]))
 
 
-def stored_shape(shapes: Sequence[Sequence[int]], views: Sequence[Sequence[str]], bias: bool) -> tuple[int, ...]:
+def stored_shape(
+    shapes: Sequence[Sequence[int]], views: Sequence[Sequence[str]], bias: bool, mixer: Mixer | None = None
+) -> tuple[int, ...]:
     shape, axis = list(shapes[0]), -1 if bias else -2
     if len(shapes) > 1:
         shape[axis] = sum(s[axis] for s in shapes)
@@ -78,6 +87,8 @@ def stored_shape(shapes: Sequence[Sequence[int]], views: Sequence[Sequence[str]]
         shape[-2:] = shape[-1], shape[-2]
     if "unit" in views[0]:
         return 1, *shape
+    if "flat" in views[0]:  # gains of each head
+        return shape[0] // mixer.head_dim, mixer.head_dim
     return (shape[0], 1, *shape[1:]) if "kernels" in views[0] else tuple(shape)
 
 
@@ -87,12 +98,6 @@ def viewed_shape(stored: Sequence[int], views: Sequence[str], shape: Sequence[in
         return _view(np.broadcast_to(np.int8(0), stored), views, shape, bias).shape
     except ValueError:
         return tuple(stored)
-
-
-def _by_key_head(mixer: DeltaConfig) -> np.ndarray:
-    """All heads' queries, then keys, then values -> of each key head its own."""
-    channels = np.split(np.arange(2 * mixer.keys + mixer.values), (mixer.keys, 2 * mixer.keys))
-    return np.concatenate([part.reshape(mixer.key_heads, -1) for part in channels], axis=1).ravel()
 
 
 def _view(part: np.ndarray, views: Sequence[str], shape: Sequence[int], bias: bool) -> np.ndarray:

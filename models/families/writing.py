@@ -10,6 +10,7 @@ from ...checkpoint import Spec
 from ...errors import Unsupported
 from ...schemes import row, to_dense
 from ...tensors import Affine, Blocks, Dense, Tensor
+from ..config import Mixer, ModelConfig
 from . import NameMap
 from .views import ROWS, stored, stored_shape
 
@@ -29,10 +30,10 @@ class Piece:
     expert: Callable[[int], Tensor] | None = None
 
 
-def specs(names: NameMap, pieces: Iterable[Piece]) -> Iterator[Spec]:
-    """What is written of `pieces`, all that a folder will hold: in transformers' names where all of it is dense, else
-    in mlx-lm's. Each Spec is `of` the parameters that it holds. Raises Unsupported for a part of a tensor whose other
-    part is not among them."""
+def specs(names: NameMap, config: ModelConfig, pieces: Iterable[Piece]) -> Iterator[Spec]:
+    """What is written of `pieces`, all that a folder of `config` will hold: in transformers' names where all of it is
+    dense, else in mlx-lm's. Each Spec is `of` the parameters that it holds. Raises Unsupported for a part of a tensor
+    whose other part is not among them."""
     pieces = list(pieces)
     mlx = any(not isinstance(piece.form, Dense) for piece in pieces)
     within: dict[str, list[tuple[Piece, tuple[str, ...]]]] = {}
@@ -40,10 +41,30 @@ def specs(names: NameMap, pieces: Iterable[Piece]) -> Iterator[Spec]:
         spelled, views = names.written(piece.name, mlx)
         within.setdefault(spelled, []).append((piece, views))
     for spelled, held in within.items():
+        mixer = _mixer(held[0][0].name, config)
         if "{e}" in spelled:
             yield from _apart(spelled, *held[0])
+        elif "{h}" in spelled:
+            yield from _by_head(spelled, held[0][0], mixer.head_dim)
         else:
-            yield _together(spelled, [piece for piece, _ in held], [views for _, views in held])
+            yield _together(spelled, [piece for piece, _ in held], [views for _, views in held], mixer)
+
+
+def _mixer(name: str, config: ModelConfig) -> Mixer | None:
+    return config.layers[int(name.split(".")[1])].mixer if name.startswith("layers.") else None
+
+
+def _by_head(spelled: str, piece: Piece, size: int) -> Iterator[Spec]:
+    """Gains of heads, one a tensor."""
+    load = lru_cache(maxsize=1)(piece.load)
+    for head, start in enumerate(range(0, piece.shape[0], size)):
+        part = partial(_cut, load, slice(start, start + size))
+        yield Spec(spelled.replace("{h}", str(head)), (size,), piece.form, part, (piece.name,))
+
+
+def _cut(load: Callable[[], Tensor], numbers: slice) -> Tensor:
+    part = load().parts["weight"][numbers]
+    return Tensor(part.shape, load().format, {"weight": part})
 
 
 def _apart(spelled: str, piece: Piece, views: Sequence[str]) -> Iterator[Spec]:
@@ -57,14 +78,16 @@ def _one(load: Callable[[], Tensor], expert: int) -> Tensor:
     return row(load(), expert)
 
 
-def _together(spelled: str, pieces: Sequence[Piece], views: Sequence[Sequence[str]]) -> Spec:
+def _together(spelled: str, pieces: Sequence[Piece], views: Sequence[Sequence[str]], mixer: Mixer | None) -> Spec:
     """One tensor, or several in one."""
     parts = {view for some in views for view in some if view in ROWS}
     if (len(pieces) > 1 or parts) and (parts not in WHOLE or len(pieces) != len(parts)):
         raise Unsupported(f"{spelled} holds more than {pieces[0].name}.", "Use the model as it is.")
     bias = pieces[0].name.endswith(".bias")
-    form, shape = _common(pieces), stored_shape([piece.shape for piece in pieces], views, bias)
-    return Spec(spelled, shape, form, partial(_load, pieces, views, form, bias), tuple(piece.name for piece in pieces))
+    form, shape = _common(pieces), stored_shape([piece.shape for piece in pieces], views, bias, mixer)
+    return Spec(
+        spelled, shape, form, partial(_load, pieces, views, form, bias, mixer), tuple(piece.name for piece in pieces)
+    )
 
 
 def _common(pieces: Sequence[Piece]) -> Format:
@@ -74,8 +97,10 @@ def _common(pieces: Sequence[Piece]) -> Format:
     return forms.pop() if len(forms) == 1 else plain[0] if plain else Dense("bfloat16")
 
 
-def _load(pieces: Sequence[Piece], views: Sequence[Sequence[str]], form: Format, bias: bool) -> Tensor:
+def _load(
+    pieces: Sequence[Piece], views: Sequence[Sequence[str]], form: Format, bias: bool, mixer: Mixer | None
+) -> Tensor:
     tensors = [piece.load() for piece in pieces]
     if isinstance(form, Dense) and len(pieces) > 1:
         tensors = [to_dense(tensor, form.dtype) for tensor in tensors]
-    return stored(tensors, views, bias)
+    return stored(tensors, views, bias, mixer)

@@ -87,7 +87,7 @@ def _own(session: Session, name: str) -> Tensor:
 def write_model(dest: Path, session: Session, pieces: Sequence[Piece]) -> None:
     """The whole model as a Hugging Face folder inside `dest`, which may hold other files of the run; config.json, by
     which it is known as a model, comes last."""
-    specs = list(laid_out(session.family.names, pieces))
+    specs = list(laid_out(session.family.names, session.config, pieces))
     config = {k: v for k, v in session.hf_config.items() if k not in ("torch_dtype", "quantization_config")}
     config = {k: v for k, v in config.items() if k != "quantization"} | {"dtype": _dtype(session, "embed")}
     made = dest / f".model.{secrets.token_hex(4)}.partial"

@@ -39,7 +39,7 @@ def untrained(source: Path, seed: int) -> Iterator[Path]:
     pieces = (Piece(name, shapes[name], Dense("float32"), draw) for name, draw in draws.items())
     with tempfile.TemporaryDirectory(prefix="ondevice-scratch-") as temporary:
         dest = Path(temporary) / "model"
-        specs = list(laid_out(family.names, pieces))
+        specs = list(laid_out(family.names, config, pieces))
         write_folder(dest, {k: v for k, v in hf.items() if not k.startswith("quantization")}, specs, files)
         yield dest
 

@@ -59,10 +59,11 @@ def plan(checkpoint: Checkpoint, dtype: str | None = None, dequantize: bool = Fa
     if dequantize and dtype is None:
         raise BadOption("--dequantize needs a type to go to.", "Add --dtype bfloat16 (or float16, float32).")
     family, hf_config = family_of(checkpoint)
-    parameters = Parameters(family, family.config(hf_config), checkpoint)
+    config = family.config(hf_config)
+    parameters = Parameters(family, config, checkpoint)
     _check_k_quants(checkpoint, parameters, dtype)
     pieces = {name: _piece(parameters, name, dtype, dequantize) for name in parameters}
-    specs = tuple(laid_out(family.names, pieces.values()))
+    specs = tuple(laid_out(family.names, config, pieces.values()))
     sources = tuple(_source(parameters, spec.of[0]) for spec in specs)
     notes = (parameters.left_out,) if parameters.apart else ()
     return Plan(checkpoint, _config(checkpoint, hf_config, pieces["embed"].form, dtype), specs, sources, notes=notes)

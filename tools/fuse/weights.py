@@ -126,7 +126,9 @@ class Weights:
     def specs(self, names: NameMap) -> Iterator[Spec]:
         """What is written, as this family's files name it."""
         forms = self.formats.items()
-        return specs(names, (Piece(n, self.shapes[n], form, partial(self.__getitem__, n)) for n, form in forms))
+        return specs(
+            names, self.config, (Piece(n, self.shapes[n], form, partial(self.__getitem__, n)) for n, form in forms)
+        )
 
 
 def _stands(form: Format | Blocks) -> bool:

@@ -124,7 +124,9 @@ def _specs(subject: Subject, cut: Cut) -> Iterator[Spec]:
     """What is written; a stack of experts is cut once for all of them."""
     shapes = expected(cut.made)
     loads = {name: partial(_load, subject, cut, name) for name in shapes}
-    return specs(subject.family.names, (Piece(n, shapes[n], load().format, load) for n, load in loads.items()))
+    return specs(
+        subject.family.names, cut.made, (Piece(n, shapes[n], load().format, load) for n, load in loads.items())
+    )
 
 
 def _load(subject: Subject, cut: Cut, name: str) -> Tensor:

@@ -88,5 +88,5 @@ def _taught(original: Session, student: Session, dest: Path, options: Options) -
 
 def _write(student: Session, finished: Finished, dest: Path) -> None:
     pieces = with_scales(student, Scales(student), finished.parameters)
-    specs = list(laid_out(student.family.names, pieces))
+    specs = list(laid_out(student.family.names, student.config, pieces))
     write_folder(dest, student.hf_config, specs, side_files(student.checkpoint))

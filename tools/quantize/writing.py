@@ -43,7 +43,7 @@ def write(
     written: Callable[[int, int], None], notes: tuple[str, ...] = (),
 ) -> Result:  # fmt: skip
     """`dest` appears complete or not at all; `written` hears bytes done and in all. Raises OnDeviceError."""
-    specs = list(laid_out(family.names, _pieces(parameters, plan, make)))
+    specs = list(laid_out(family.names, family.config(hf_config), _pieces(parameters, plan, make)))
     total, done = sum(spec.nbytes for spec in specs), 0
 
     def count(spec: Spec) -> None:
