@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ondevice.checkpoint import open_checkpoint
+from ondevice.models.ropes import rope
 from ondevice.testing.family import TINY, check_family, logits_of
 from ondevice.tools.convert import convert, plan_hf
 from ondevice.tools.quantize import Options, quantize
@@ -27,13 +28,18 @@ def test_transformers_reads_what_is_written(name, twin_folder, tmp_path):
     np.testing.assert_allclose(logits_of(read.eval(), ids), logits_of(twin, ids), rtol=0, atol=1e-5)
 
 
+YARN = {  # gpt-oss's own
+    "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+    "truncate": False, "original_max_position_embeddings": 4096,
+}  # fmt: skip
 OTHERWISE = {  # what mlx-lm does as transformers does only so
+    "gpt_oss": {"num_hidden_layers": 4, "rope_parameters": YARN | {"truncate": True}},
     "gpt2": {"activation_function": "gelu_new"},
     "deepseek_v3": {"moe_intermediate_size": 32, "head_dim": 4},
 }
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "granitemoe", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss", "granitemoe", "gpt2", "mixtral"])
 def test_mlx_lm_reads_what_is_quantized(name, tmp_path):
     mx, utils = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm.utils")
     sizes = {"hidden_size": 96, "intermediate_size": 64, "head_dim": 16} | OTHERWISE.get(name, {})
@@ -43,3 +49,16 @@ def test_mlx_lm_reads_what_is_quantized(name, tmp_path):
     quantize(tmp_path / "original", tmp_path / "quantized", Options(bits=8, group_size=32, method="rtn"))
     model, _ = utils.load_model(tmp_path / "quantized")
     check_family(tmp_path / "quantized", lambda ids: np.array(model(mx.array(ids)).astype(mx.float32)))
+
+
+def test_mlx_lm_turns_gpt_oss_otherwise():
+    """Its yarn knows no `truncate`, which gpt-oss's config has: where transformers and we agree, not mlx-lm."""
+    utils = pytest.importorskip("mlx_lm.models.rope_utils")
+    hf = {"head_dim": 64, "max_position_embeddings": 131_072, "rope_parameters": YARN}
+    theirs = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](transformers.GptOssConfig(**hf), "cpu")[0]
+    for truncate, agrees in ((True, True), (False, False)):
+        rule = YARN | {"truncate": truncate}
+        ours = rope(hf | {"rope_parameters": rule}, 64).frequencies()[0]
+        mlx = 1 / np.array(utils.initialize_rope(64, 150_000, False, rule)._freqs)
+        assert np.allclose(ours, mlx, rtol=1e-4) == agrees
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5)

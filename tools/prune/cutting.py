@@ -225,6 +225,9 @@ def _candidates(hf: Mapping[str, Any], made: ModelConfig) -> Iterator[dict[str, 
         more.append({"moe_layers": [i for i in range(len(made.layers)) if i not in dense]})
     if "no_rope_layer_interval" in hf:
         more.append({"no_rope_layers": [int(getattr(layer.mixer, "rope", None) is not None) for layer in made.layers]})
+    if "block_auto_adjust_ff_dim" in hf:  # a width that the file's would be worked out to
+        widths = {key: sizes(made)["channels"] for key in ("intermediate_size", "block_ff_dim") if key in hf}
+        more.append({"block_auto_adjust_ff_dim": False, **widths})
     for count in range(len(more) + 1):
         for chosen in combinations(more, count):
             yield dict(ChainMap(*chosen, dict(hf)))

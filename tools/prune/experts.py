@@ -3,7 +3,7 @@ over the tokens of the calibration set (REAP, Lasby et al. 2025)."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,17 +14,19 @@ from ..calibration import Stage, stream
 from ..progress import Progress
 from .cutting import Cut
 from .events import Score, Scores
+from .options import Amount
 from .subject import Subject
 
 Choice = Generator[Progress, None, tuple[Cut, Scores]]
 
 
 def choose(subject: Subject, cut: Cut) -> Choice:
-    """Raises BadOption for models without experts, and when fewer would stay than a token is sent to."""
+    """Raises BadOption for models without experts, when fewer would stay than a token is sent to, and for a count that
+    the groups in which experts stand cannot give up alike."""
     mixtures = {i: f for i, layer in enumerate(cut.config.layers) if isinstance(f := layer.feed_forward, MoEConfig)}
     if not mixtures:
         raise BadOption("This model has no experts.", "Leave --experts out.")
-    count = subject.options.experts.of(min(f.experts for f in mixtures.values()))
+    count = _count(subject.options.experts, [*mixtures.values()])
     for f in mixtures.values():
         if f.experts - count < f.per_token:
             raise BadOption(
@@ -40,9 +42,23 @@ def choose(subject: Subject, cut: Cut) -> Choice:
             continue
         yield Progress("Choosing experts", i, len(cut.config.layers), "layers")
         scores = Listener(stage, subject.numbers(f"{stage.prefix}.moe.down")).scores(mixtures[i].experts)
-        kept[i] = np.sort(np.argsort(scores, kind="stable")[count:])
+        groups = mixtures[i].rule.groups
+        order = np.argsort(scores.reshape(groups, -1), axis=1, kind="stable")[:, count // groups :]
+        kept[i] = np.sort((order + np.arange(groups)[:, None] * (len(scores) // groups)).ravel())
         rows += [Score(f"layer {i}, expert {e}", float(score), int(e in kept[i])) for e, score in enumerate(scores)]
     return replace(cut, experts=kept), Scores("experts", "gate times length", tuple(rows))
+
+
+def _count(wanted: Amount, mixtures: Sequence[MoEConfig]) -> int:
+    """Of each layer's experts, as many of each group. A share is rounded to that, a count must be it."""
+    groups = max(f.rule.groups for f in mixtures)
+    count = wanted.of(min(f.experts for f in mixtures))
+    if count % groups and wanted.share is None:
+        raise BadOption(
+            f"--experts {count} cannot be taken alike from the {groups} groups in which this model's experts stand.",
+            f"Give a multiple of {groups}, or a share.",
+        )
+    return max(groups, count // groups * groups)
 
 
 class Listener:

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from ...errors import BadFile, BadOption
+from ...models.attention import WHOLE
 from ...models.parameters import Parameters
 from ...schemes import FP8, label, to_float
 from ...tensors import Affine, Dense, Tensor
 from .options import GROUPS
 
-KEPT = (".router", ".shared_gate", ".taps", ".bias", "positions")  # small, and worth more than their bytes
+KEPT = (".router", ".shared_gate", ".taps", ".bias", "positions", *WHOLE)  # small, and worth more than their bytes
 CHUNK = 1 << 21  # numbers looked at in one go
 
 
