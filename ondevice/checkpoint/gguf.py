@@ -38,6 +38,7 @@ SCALARS = {
     12: "<f8",
 }
 MAX_DIMS = 4
+GUESSED_BYTES = 32  # of a string in a list, with its length, on average
 MAX_TENSORS = MAX_KEYS = 1 << 20  # far beyond any model; bounds what a hostile header can make us hold
 
 DENSE_TYPES = {
@@ -243,29 +244,55 @@ def _array(reader: _Reader, key: str) -> Callable[[], list]:
     if kind != STRING:
         raise damaged(reader.path, f"the metadata key {key!r} has an array of the unknown type {kind}")
     n = reader.count(8, f"strings of {key!r}")
-    start, ends = reader.pos, _skip_strings(reader, n, key)
-    return lambda: _strings(reader, [start, *ends], key)
+    edges = _edges(reader, n, key)
+    return lambda: _strings(reader, edges, key)
 
 
-def _skip_strings(reader: _Reader, count: int, key: str) -> list[int]:
-    """Walk over `count` strings; returns where each ends. Each step needs the one before, so this loop is what opening
-    a file costs."""
-    data, pos, length_at, ends = reader.map, reader.pos, _U64.unpack_from, []
+def _edges(reader: _Reader, count: int, key: str) -> np.ndarray:
+    """Move over `count` strings; returns where each begins (with its length in eight bytes) and the last one ends."""
+    edges = _guessed_edges(reader, count)
+    if edges is None:
+        edges = [reader.pos]
+        for _ in range(count):  # each step needs the one before: for a vocabulary that takes a while
+            reader.skip(reader.u64(f"the strings of {key!r}"), f"the strings of {key!r}")
+            edges.append(reader.pos)
+    reader.pos = int(edges[-1])
+    return np.asarray(edges)
+
+
+def _guessed_edges(reader: _Reader, count: int) -> np.ndarray | None:
+    """The same for strings as vocabularies have them, shorter than 64 KiB and without zero bytes: the zeros in the file
+    are then the lengths' high bytes, six or seven in a row. None where that does not add up."""
+    octets = reader.file.octets[reader.pos : reader.pos + GUESSED_BYTES * count]
+    zero = octets == 0
+    six = zero
+    for shift in (1, 2, 2):  # two in a row, four, six
+        six = six[:-shift] & six[shift:]
+    firsts = np.flatnonzero(six[1:] & ~zero[: len(six) - 1])[:count] + 1
+    seven = zero[np.minimum(firsts + 6, len(zero) - 1)]
+    heads = firsts - np.where(seven, 1, 2)
+    if not 0 < count == len(heads) or heads[0] != 0:
+        return None
+    ends = heads + 8 + octets[heads] + np.where(seven, 0, octets[heads + 1].astype(int) << 8)
+    if not np.array_equal(heads[1:], ends[:-1]) or reader.pos + ends[-1] > reader.file.size:
+        return None
+    return reader.pos + np.append(0, ends)
+
+
+def _strings(reader: _Reader, edges: np.ndarray, key: str) -> list[str]:
+    """What stands between those edges."""
+    first = int(edges[0])
+    octets = reader.file.octets[first : int(edges[-1])].copy()
+    heads = (edges[:-1] - first).astype(np.int64)
+    kept = np.ones(len(octets), bool)
+    for i in range(1, 8):
+        kept[heads + i] = False
+    octets[heads] = 0  # what is left of a length parts the strings
     try:
-        for _ in range(count):
-            pos += 8 + length_at(data, pos)[0]
-            ends.append(pos)
-    except (struct.error, OverflowError):  # the position ran out of the file, maybe beyond what an offset can hold
-        pos = reader.file.size + 1
-    reader.skip(pos - reader.pos, f"the strings of {key!r}")
-    return ends
-
-
-def _strings(reader: _Reader, edges: list[int], key: str) -> list[str]:
-    """Of strings that stand one behind the other from the first edge on, each led by its length in eight bytes."""
-    first, data = edges[0], reader.map[edges[0] : edges[-1]]
-    try:
-        return [data[start - first + 8 : end - first].decode() for start, end in itertools.pairwise(edges)]
+        strings = octets[kept].tobytes().decode().split("\0")[1:]
+        if len(strings) == len(heads):
+            return strings
+        return [str(reader.map[a + 8 : b], "utf-8") for a, b in itertools.pairwise(edges.tolist())]  # zeros in them
     except UnicodeDecodeError:
         raise damaged(reader.path, f"a string of {key!r} is not UTF-8 text") from None
 
