@@ -6,16 +6,13 @@ face (`Plugin`) is cheap to import; the heavy module is loaded by `Plugin.create
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from . import installed
 from .errors import BadOption, Unavailable
-
-if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
 
 
 @dataclass(frozen=True)
@@ -46,29 +43,24 @@ class Plugin:
     create: Callable[..., Any] = field(repr=False)
 
 
-@cache
-def _entries(group: str) -> dict[str, EntryPoint]:
-    from importlib.metadata import entry_points  # 30 ms that `--help` need not wait for
-
-    return {entry.name: entry for entry in entry_points(group=group)}
-
-
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`Did you mean …?` for a near miss, else the list of what is known."""
+    import difflib
+
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known) or 'none'}."
 
 
 def _load(group: str, kind: str, name: str):
-    entries = _entries(group)
+    entries = installed.entry_points(group)
     if name not in entries:
         raise BadOption(f"There is no {kind} named {name!r}.", did_you_mean(name, entries))
     return entries[name].load()
 
 
 def backend_names() -> list[str]:
-    return sorted(_entries("ondevice.backends"))
+    return sorted(installed.entry_points("ondevice.backends"))
 
 
 def probe_backends() -> dict[str, Probe]:
@@ -100,7 +92,7 @@ def create_backend(name: str | None = None, **options):
 @cache
 def _families() -> tuple[dict[str, Any], dict[str, str]]:
     loaded, broken = {}, {}
-    for name in sorted(_entries("ondevice.families")):
+    for name in sorted(installed.entry_points("ondevice.families")):
         try:
             loaded[name] = _load("ondevice.families", "family", name)
         except Exception as error:  # as above: one broken plug-in must not take the others down

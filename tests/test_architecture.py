@@ -22,10 +22,11 @@ HEAVY = (
 )
 BOTTOM = ("errors", "tensors", "schemes", "noise")
 ALLOWED = {  # a part -> what else of ours it may import at module level or below
-    "errors": (), "tensors": (), "noise": (), "schemes": BOTTOM, "catalog": (), "registry": BOTTOM,
+    "errors": (), "tensors": (), "noise": (), "installed": (), "schemes": BOTTOM, "catalog": (),
+    "registry": (*BOTTOM, "installed"),
     "checkpoint": (*BOTTOM, "checkpoint"), "hub": (*BOTTOM, "catalog", "registry", "checkpoint", "hub"),
     "pictures": (*BOTTOM, "checkpoint"),
-    "backends": (*BOTTOM, "registry", "backends"),
+    "backends": (*BOTTOM, "installed", "registry", "backends"),
     "models": (*BOTTOM, "registry", "checkpoint", "backends.base", "models"),
     "adapters": (*BOTTOM, "checkpoint", "backends.base", "models", "adapters"),
     "runtime": (*BOTTOM, "registry", "checkpoint", "hub", "backends.base", "models", "adapters", "runtime"),

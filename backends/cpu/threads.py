@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -38,6 +37,8 @@ def _siblings(cpu: int) -> str:
 
 def _performance_cores() -> int:
     """Of an Apple processor: the efficiency cores would be waited for."""
+    import subprocess
+
     try:
         answer = subprocess.run(
             ["sysctl", "-n", "hw.perflevel0.physicalcpu"], capture_output=True, timeout=2, check=True

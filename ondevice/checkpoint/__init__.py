@@ -10,17 +10,28 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BadFile, Unavailable
 from ..schemes import label, outline
 from ..tensors import Tensor
-from . import folder, gguf
+from . import gguf
 from .files import release
-from .quantized import AnyEntry
-from .write import Spec, write_folder
+
+if TYPE_CHECKING:
+    from .quantized import AnyEntry
+    from .write import Spec, write_folder
 
 __all__ = ["Checkpoint", "Spec", "Summary", "open_checkpoint", "release", "verify", "write_folder"]
+
+
+def __getattr__(name: str) -> Any:
+    """Who only reads need not wait for what writes."""
+    if name not in ("Spec", "write_folder"):
+        raise AttributeError(name)
+    from . import write
+
+    return getattr(write, name)
 
 
 class Checkpoint:
@@ -104,6 +115,8 @@ def _open_folder(path: Path) -> Checkpoint:
         if len(ggufs) > 1:
             raise BadFile(f"{path} holds {len(ggufs)} .gguf files.", f"Give one of them, such as {ggufs[0]}.")
         return _open_gguf(ggufs[0])
+    from . import folder
+
     config, entries = folder.read(path)
     return Checkpoint(path, "huggingface", entries, config=config, files=folder.side_files(path))
 

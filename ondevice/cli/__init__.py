@@ -5,8 +5,10 @@ Exit status: 0 done, 1 a stated error, 2 wrong usage, 130 interrupted.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import gc
+import os
 import sys
 from importlib import import_module
 
@@ -67,15 +69,27 @@ def group(debug: bool) -> None:
 def main(args: list[str] | None = None) -> None:
     """The entry point: runs a command and turns whatever goes wrong into two clear lines and an exit status."""
     gc.set_threshold(100_000)  # a vocabulary is hundreds of thousands of objects, and no garbage
-    args = sys.argv[1:] if args is None else args
+    status: list[int] = []
+    if args is None:
+        args = sys.argv[1:]
+        atexit.register(_leave, status)
     end = args.index("--") if "--" in args else len(args)  # what stands behind it is text
     debug = "--debug" in args[:end]
     args = [a for a in args[:end] if a != "--debug"] + args[end:]
     try:
-        sys.exit(_run(args, debug))
+        status.append(_run(args, debug))
     except BrokenPipeError:  # whoever read our output has left; nothing more can be said, and that is fine
         console.abandon_stdout()
-        sys.exit(1)
+        status.append(1)
+    sys.exit(status[0])
+
+
+def _leave(status: list[int]) -> None:
+    """What is registered first is called last: all that others had to tidy up is done. Taking modules and models apart
+    piece by piece would take a tenth of a short command's time, and the system does it at once."""
+    if status and sys.gettrace() is None:  # who traces this process wants its end
+        console.flush()
+        os._exit(status[0])
 
 
 def _run(args: list[str], debug: bool) -> int:

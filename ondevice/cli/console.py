@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json as _json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -114,6 +113,8 @@ def taught(what: str, facts: Mapping[str, Any]) -> None:
 
 def side_by_side(texts: list[tuple[str, str]]) -> None:
     """Titles and texts on stdout: in columns on a terminal that is wide enough, one after the other elsewhere."""
+    import shutil
+
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     if columns < NARROW:
         for title, text in texts:

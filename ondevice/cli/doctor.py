@@ -52,15 +52,8 @@ def command(as_json):
 
 
 def _installation() -> dict:
-    from importlib.metadata import PackageNotFoundError, version
-
     from .. import __version__
-
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
+    from ..installed import version
 
     package = Path(__file__).parent.parent
     return {
@@ -69,7 +62,7 @@ def _installation() -> dict:
         "links": (package / "backends").is_symlink(),  # a checkout's links; an installed wheel has folders
         "python": platform.python_version(),
         "executable": sys.executable,
-        "packages": {name: installed(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in PACKAGES},
     }
 
 

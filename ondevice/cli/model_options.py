@@ -142,7 +142,7 @@ def generate_options(
 ) -> GenerateOptions:
     """What the model's authors chose, changed by the options that were given (those of `sampling_options`). Raises
     BadOption for values that make no sense."""
-    import secrets
+    import os
     from dataclasses import replace
 
     from ..runtime.engine import GenerateOptions
@@ -152,7 +152,7 @@ def generate_options(
     return GenerateOptions(
         max_tokens=max_tokens,
         sampling=replace(session.default_sampling(), top_logprobs=top_logprobs, **chosen),
-        seed=secrets.randbits(32) if given.get("seed") is None else given["seed"],
+        seed=int.from_bytes(os.urandom(4), "big") if given.get("seed") is None else given["seed"],
         stop_ids=frozenset() if given.get("ignore_eos") else None,
         logit_bias=tuple(_bias(session, text) for text in given.get("logit_bias", ())),
     )

@@ -7,18 +7,28 @@ all. Nothing is printed: `say` hears what is going on, `progress` how far it is.
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ..catalog import CATALOG
 from ..errors import BadOption
 from ..registry import did_you_mean
-from .entries import catalog_model
-from .files import Fetching, Progress, Say
-from .local import LocalModel, home, local_models
-from .repos import repo_config, repo_model
+
+if TYPE_CHECKING:
+    from ..catalog import CATALOG
+    from .files import Fetching, Progress, Say
+    from .local import LocalModel, home, local_models
 
 __all__ = ["CATALOG", "Fetching", "LocalModel", "Progress", "Say", "home", "local_models", "resolve"]
+WHERE = {"CATALOG": "..catalog", "Fetching": ".files", "Progress": ".files", "Say": ".files"}  # others: in .local
 REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<file>[^@]+\.gguf))?(?:@(?P<revision>[\w./-]+))?")
+
+
+def __getattr__(name: str) -> Any:
+    """What only fetching needs (sockets, hashes, archives) is loaded by those who fetch."""
+    if name not in __all__:
+        raise AttributeError(name)
+    return getattr(import_module(WHERE.get(name, ".local"), __name__), name)
 
 
 def resolve(
@@ -38,6 +48,10 @@ def resolve(
     path = Path(name).expanduser()
     if path.exists():
         return path
+    from ..catalog import CATALOG
+    from .entries import catalog_model
+    from .repos import repo_config, repo_model
+
     if name in CATALOG:
         return catalog_model(CATALOG[name], say, progress)
     found = REPO.fullmatch(name)

@@ -7,7 +7,6 @@ import itertools
 import json
 import random
 from functools import partial
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ondevice import registry
+from ondevice import installed, registry
 from ondevice.backends.base import Step
 from ondevice.backends.reference import create as create_reference
 from ondevice.checkpoint import open_checkpoint
@@ -89,9 +88,9 @@ def test_a_model_type_that_is_none(folder, model_type):
 
 
 def test_a_broken_plug_in_takes_nothing_down_and_is_named(folder, monkeypatch, request):
-    broken = EntryPoint("broken", "no_such_module:family", "ondevice.families")
-    entries = registry._entries("ondevice.families")
-    monkeypatch.setattr(registry, "_entries", lambda group: entries | {"broken": broken})
+    broken = installed.Entry("broken", "no_such_module:family")
+    entries = installed.entry_points("ondevice.families")
+    monkeypatch.setattr(installed, "entry_points", lambda group: entries | {"broken": broken})
     registry._families.cache_clear()
     request.addfinalizer(registry._families.cache_clear)
     open_decoder(folder, create_reference())

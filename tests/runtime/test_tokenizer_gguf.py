@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 
 from ondevice.errors import BadFile, OnDeviceError, Unsupported
 from ondevice.runtime.tokenizer import load_tokenizer
+from ondevice.runtime.tokenizer.first import FIRST
 from ondevice.runtime.tokenizer.pretokenizers import KINDS, RULES
 
 NAMES = [names.split()[0] for names in RULES.values()]
@@ -88,7 +90,6 @@ def test_tokens_that_end_an_answer_by_their_text(smollm2_metadata, special, ends
         (["model"], {}, BadFile, "no tokenizer"),
         (["tokens"], {}, BadFile, "0 tokens"),
         (["merges"], {}, BadFile, "no merges"),
-        ([], {"merges": ["a b", "nothing-here x"]}, BadFile, "merges do not fit"),
         ([], {"merges": ["a b", "ab"]}, BadFile, "no merges"),
         ([], {"merges": [1, 2]}, BadFile, "merges"),
         ([], {"tokens": ["a", "a"], "token_type": [1, 1]}, BadFile, "twice"),
@@ -104,6 +105,46 @@ def test_bad_metadata_is_told(smollm2_metadata, missing, changed, error, says):
     with pytest.raises(error, match=says) as told:
         load_tokenizer(without(smollm2_metadata, *missing, **changed))
     assert isinstance(told.value, OnDeviceError) and told.value.hint and "\n" not in told.value.message
+
+
+def test_merges_that_do_not_fit_the_tokens_are_told_where_they_matter(smollm2_metadata):
+    """In a first text those that apply; in others, and where the tokenizer is written, all of them."""
+    tokenizer = load_tokenizer(without(smollm2_metadata, merges=["a b", "Ġ q", "Ġq z"]))
+    assert tokenizer.encode("ab") == [tokenizer.vocabulary.ids["ab"]]
+    for fails in (lambda: tokenizer.encode("a qz"), lambda: tokenizer.encode("ab " * FIRST), tokenizer.files):
+        with pytest.raises(BadFile, match=r"merges do not fit its tokens: .*Ġqz"):
+            fails()
+
+
+@pytest.mark.parametrize("pre", NAMES)
+def test_first_texts_have_the_ids_that_the_library_gives_them(pre, smollm2_metadata, oracle):
+    """Special tokens, one that is always found (a longer one begins with it) and words of any length among them."""
+    types = list(smollm2_metadata["tokenizer.ggml.token_type"])
+    tokens = smollm2_metadata["tokenizer.ggml.tokens"] + ["<|im", "<|im_end|>ish"]
+    changed = without(smollm2_metadata, pre=pre, tokens=tokens, token_type=[*types, 4, 4])
+    engine, library = load_tokenizer(changed).engine, load_tokenizer(changed).engine.library
+    engine._left = 1 << 30
+    rng = random.Random(1)
+    texts = ["", "a" * 300, "aaaa" * 20 + " <|im_end|>", "<|im_end|>ish<|im_end|>i<|im<|im_start|>"]
+    texts += ["".join(rng.choices([*oracle["some_texts"], *tokens[:17], *tokens[-2:], " "], k=5)) for _ in range(40)]
+    own = [engine._encoded(text, special) for text in texts for special in (True, False)]
+    theirs = [library.encode(text, special) for text in texts for special in (True, False)]
+    assert own.count(None) < 10 and [ids for ids in own if ids is not None] == [
+        ids for ids, mine in zip(theirs, own, strict=True) if mine is not None
+    ]
+    assert [engine.encode(text, special) for text in texts for special in (True, False)] == theirs
+    assert [engine.partition(text) for text in texts] == [library.partition(text) for text in texts]
+
+
+@pytest.mark.parametrize("text", ["word " * (FIRST // 10 + 1), "a" * 256])
+def test_the_library_is_not_made_for_a_first_prompt(smollm2_metadata, text):
+    """But for the texts behind it, and for one with a word as no language has it."""
+    tokenizer = load_tokenizer(smollm2_metadata)
+    tokenizer.encode("<|im_start|>user\nThe capital of France, and grüße 🙂<|im_end|>\n" * 20)
+    assert "library" not in vars(tokenizer.engine)
+    tokenizer.encode(text)
+    ids = tokenizer.encode(text)
+    assert "library" in vars(tokenizer.engine) and ids == tokenizer.engine.library.encode(text, True)
 
 
 def test_names_of_pre_tokenizers_are_unique():

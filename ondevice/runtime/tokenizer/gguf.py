@@ -5,6 +5,7 @@ Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#tokenizer
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -13,9 +14,8 @@ from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from ...errors import BadFile, Unsupported
-from . import export, proto
 from .bpe import BpeEngine, told
-from .pieces import Match, PieceEngine
+from .first import FirstTexts
 from .pretokenizers import PreTokenizer, pretokenizer
 from .tokenizer import Tokenizer
 from .vocabulary import BYTE_ALPHABET, ENDS, Kind, Vocabulary
@@ -68,7 +68,8 @@ def _vocabulary(keys: Keys, byte_level: bool) -> Vocabulary:
     kinds = keys.list("token_type", int) or [int(Kind.NORMAL)] * len(texts)
     if not texts or len(kinds) != len(texts):
         raise BadFile(f"The GGUF's tokenizer has {len(texts)} tokens and {len(kinds)} types of tokens.", HINT)
-    texts = [text or f"[EMPTY_{id}]" for id, text in enumerate(texts)]  # as llama.cpp calls them
+    if "" in texts:
+        texts = [text or f"[EMPTY_{id}]" for id, text in enumerate(texts)]  # as llama.cpp calls them
     vocabulary = Vocabulary(texts, list(kinds), byte_level)
     if len(vocabulary.ids) != len(texts):
         raise BadFile("The GGUF's tokenizer has the same token twice.", HINT)
@@ -112,23 +113,33 @@ def _byte_level(keys: Keys) -> Tokenizer:
             "It is from an old converter, and guessing spoils answers: take a newer GGUF of the model.",
         )
     rule, vocabulary = pretokenizer(name), _vocabulary(keys, byte_level=True)
-    backend = _backend(keys, rule, vocabulary)
-    tokenizer = Tokenizer(BpeEngine(backend), vocabulary, **_facts(keys, vocabulary, rule.add_bos, {}))
-    tokenizer.files = partial(export.files, tokenizer, backend)
+    merges = keys.list("merges", str)
+    if not merges or set(map(operator.methodcaller("count", " "), merges)) != {1}:
+        raise BadFile("The GGUF's tokenizer has no merges, or something else among them.", HINT)
+    library = partial(_library, merges, rule, vocabulary)
+    engine = FirstTexts(word_steps(rule, vocabulary), vocabulary, merges, rule.ignore_merges, library)
+    tokenizer = Tokenizer(engine, vocabulary, **_facts(keys, vocabulary, rule.add_bos, {}))
+    tokenizer.files = partial(_files, tokenizer)
     return tokenizer
 
 
-def _backend(keys: Keys, rule: PreTokenizer, vocabulary: Vocabulary) -> Backend:
-    merges = [tuple(merge.split(" ", 1)) for merge in keys.list("merges", str)]
-    if not merges or {2} != set(map(len, merges)):
-        raise BadFile("The GGUF's tokenizer has no merges, or something else among them.", HINT)
+def _files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    from .export import files
+
+    return files(tokenizer, tokenizer.engine.library.backend)
+
+
+def _library(merges: list[str], rule: PreTokenizer, vocabulary: Vocabulary) -> BpeEngine:
+    from .export import added_tokens
+
+    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
     with told(lambda what: BadFile(f"The GGUF's merges do not fit its tokens: {what}.", HINT)):
-        model = models.BPE(vocabulary.ids, merges, ignore_merges=rule.ignore_merges)
+        model = models.BPE(vocabulary.ids, pairs, ignore_merges=rule.ignore_merges)
     backend = Backend(model)
     backend.pre_tokenizer = word_steps(rule, vocabulary)
     backend.decoder = decoders.ByteLevel()
-    backend.add_tokens(export.added_tokens(vocabulary))
-    return backend
+    backend.add_tokens(added_tokens(vocabulary))
+    return BpeEngine(backend)
 
 
 def word_steps(rule: PreTokenizer, vocabulary: Vocabulary | None) -> pre_tokenizers.Sequence:
@@ -150,6 +161,9 @@ def _without_missing(vocabulary: Vocabulary) -> list[pre_tokenizers.PreTokenizer
 
 
 def _sentencepiece(keys: Keys) -> Tokenizer:
+    from . import export, proto
+    from .pieces import Match, PieceEngine
+
     vocabulary, scores = _vocabulary(keys, byte_level=False), keys.list("scores", float, int)
     if len(scores) != len(vocabulary):
         raise BadFile(f"The GGUF's tokenizer has {len(vocabulary)} tokens and {len(scores)} scores.", HINT)
