@@ -192,3 +192,54 @@ def test_progress_says_how_long(monkeypatch, capsys):
         progress.started -= 10
         progress.update(5e6, 1e7)
     assert "Fetching: 5 of 10 MB, 10 s left" in capsys.readouterr().err
+
+
+LEAVING = """
+import atexit, sys, threading, time
+from ondevice import cli
+
+class Held:
+    def __del__(self):
+        print("taken apart")
+
+def work(args, debug):
+    global held
+    held = Held()
+    held.itself = held
+    atexit.register(lambda: print("tidied up"))
+    threading.Thread(target=lambda: (time.sleep(0.2), print("worked to its end"))).start()
+    sys.stdout.write("unflushed ")
+    return 3
+
+cli._run = work
+cli.main()
+"""
+
+
+def test_leaving_at_once_loses_nothing():
+    """Threads end, what was registered is called, output arrives; only objects are not taken apart one by one."""
+    done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True)
+    assert done.stdout.split() == "unflushed worked to its end tidied up".split()
+    assert (done.returncode, done.stderr) == (3, "")
+
+
+NOT_FOR_A_FIRST_TOKEN = """
+import sys
+sys.argv[1:] = ["generate", sys.argv[1], "--prompt", "The capital of France", "--max-tokens", "1", "--backend", "cpu"]
+import atexit
+from ondevice.cli import main
+atexit.register(lambda: print("LOADED", *sys.modules))
+main(sys.argv[1:])
+"""
+
+
+def test_a_first_token_waits_for_few_modules(smollm2_gguf):
+    done = subprocess.run([sys.executable, "-c", NOT_FOR_A_FIRST_TOKEN, smollm2_gguf], capture_output=True, text=True)
+    loaded = done.stdout.partition("LOADED ")[2].split()
+    needless = "importlib.metadata email hashlib socket ssl subprocess tempfile zipfile shutil secrets difflib logging"
+    needless += " ondevice.hub.entries ondevice.hub.files ondevice.checkpoint.write ondevice.checkpoint.quantized"
+    needless += " ondevice.adapters ondevice.runtime.template ondevice.runtime.tokenizer.export sentencepiece rich jinja2"
+    needless += " huggingface_hub gguf torch mlx transformers"
+    assert len(loaded) > 100, done.stderr
+    assert not set(needless.split()) & set(loaded)
+    assert len([name for name in loaded if name.split(".")[0] not in ("numpy", "encodings")]) < 260
