@@ -12,6 +12,8 @@ import pytest
 from ondevice.cli import main
 from ondevice.errors import BadOption, OnDeviceError
 from ondevice.runtime.session import open_session
+from ondevice.tools.quantize import running as rounding
+from ondevice.tools.quantize.matrices import numbers
 from ondevice.tools.shrink import Options, Outcome, Result, plans, running, shrink, trial
 from ondevice.tools.shrink.plans import Plan, cuts, together
 from ondevice.tools.shrink.report import frontier
@@ -80,26 +82,29 @@ def test_killed_it_goes_on_where_it_was(tmp_path, model, text, monkeypatch):
 def test_without_time_there_is_a_model_of_nearest_values(tmp_path, model, text, calibrated):
     options = Options(90_000, 1e-4, calibration=text if calibrated else None, tokens=512, length=32)
     *_, result = shrink(model, tmp_path / "out", options)
-    assert [o.plan for o in result.outcomes] == [result.chosen] == [trial.PLAIN] and result.left
+    assert [o.plan for o in result.outcomes] == [result.chosen] == [trial.HURRIED] and result.left
     with open_session(tmp_path / "out", backend="reference") as session:
         assert 60_000 < session.checkpoint.nbytes == result.outcomes[0].nbytes <= 90_000
     assert "not measured" in (tmp_path / "out" / "REPORT.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out", "text.txt"}
 
 
-@pytest.mark.parametrize(("stage", "plan"), [("Rounding", trial.PLAIN), ("What each layer does", "bits alone")])
+@pytest.mark.parametrize(("stage", "plan"), [("Rounding", trial.HURRIED), ("What each layer does", "bits alone")])
 def test_when_time_is_up_what_is_under_way_is_dropped(tmp_path, model, text, monkeypatch, stage, plan):
     """In the middle of the first plan, and of what comes after it."""
-    clocks = []
+    clocks, hurried = [], []
     monkeypatch.setattr(running, "Clock", lambda *given: clocks.append(Clock(*given)) or clocks[0])
+    monkeypatch.setattr(rounding, "numbers", lambda _, name: hurried.append(name) or numbers(_, name))
 
     def told(event):
-        if event.stage.startswith(stage):
+        if event.stage.startswith(stage) and event.done > 1:
             clocks[0].before = 1e9
 
     options = Options(90_000, calibration=text, tokens=512, length=32)
     *_, result = shrink(model, tmp_path / "out", options, told)
     assert result.chosen == plan and len(result.outcomes) == 1 and result.seconds > 1e9
+    if stage == "Rounding":  # what was finished is not done again
+        assert hurried and not any(name.startswith("layers.0.") for name in hurried)
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out", "text.txt"}
 
 
@@ -152,7 +157,7 @@ def test_the_command(tmp_path, model, text, capsys):
         main(["shrink", str(model), str(tmp_path / "out"), "--target-size", "90kB", "--calibration", str(text),
               "--tokens", "512", "--budget", "0.001", "--json"])  # fmt: skip
     assert stop.value.code == 0
-    assert json.loads(capsys.readouterr().out)["chosen"] == trial.PLAIN
+    assert json.loads(capsys.readouterr().out)["chosen"] == trial.HURRIED
     with pytest.raises(SystemExit) as stop:
         main(["shrink", str(model), str(tmp_path / "no"), "--target-size", "big"])
     assert stop.value.code == 2

@@ -60,7 +60,7 @@ def quantize(
         return distill(source, dest, options, progress, backend)
     with open_checkpoint(source) as checkpoint:
         job = _Job(source, dest, options, progress, checkpoint)
-        result = job.nearest(given) if options.method == "rtn" else job.calibrated(backend, given)
+        result = job.nearest() if options.method == "rtn" else job.calibrated(backend, given)
     return replace(result, seconds=time.perf_counter() - started)
 
 
@@ -73,9 +73,8 @@ class _Job:
         if not options.requantize:
             require_unquantized(self.parameters)
 
-    def nearest(self, given: Given | None) -> Result:
+    def nearest(self) -> Result:
         plan, notes = uniform(self.parameters, self.family.names, self.options)
-        plan = dict(given.plan) if given else plan
         if self.options.mode == "mxfp4":
             plan = dict.fromkeys(plan, Blocks("MXFP4"))
         return self._write(plan, lambda name: nearest(numbers(self.parameters, name), plan[name]), notes)
@@ -87,6 +86,10 @@ class _Job:
                 require_reachable(self.parameters, plan, *self._sizes(plan))
             require_finite_all(self.parameters)
         work = Work(self.dest, fingerprint(self.source, self.options))
+        if given is not None and given.hurried:
+            result = self._write(given.plan, self._kept(work, given.plan, hurried=True), notes)
+            work.remove()
+            return result
         ops = backend if isinstance(backend, Backend) else create_backend(backend, exact=True)
         ids = self._samples(ops, work) if given is None or given.ids is None else given.ids
         hessians: Mapping[str, np.ndarray] = {}
@@ -103,14 +106,17 @@ class _Job:
         work.remove()
         return result
 
-    def _kept(self, work: Work, plan: Mapping[str, Affine]) -> Callable[[str], Tensor]:
-        """What finds a finished tensor in the work; one stage is held at a time."""
-        stage = lru_cache(maxsize=1)(lambda prefix: work.tensors(prefix, self.parameters, plan))
+    def _kept(self, work: Work, plan: Mapping[str, Affine], hurried: bool = False) -> Callable[[str], Tensor]:
+        """What finds a finished tensor in the work; one stage is held at a time. hurried: others are the nearest."""
+        stage = lru_cache(maxsize=1)(lambda prefix: work.tensors(prefix, self.parameters, plan) or {})
 
         def made(name: str) -> Tensor:
             prefix = ".".join(name.split(".")[:2]) if name.startswith("layers.") else name
-            found = stage(prefix)
-            return found[name] if name in found else stage("head")[name]  # a tied embedding may be rounded last
+            if name in (found := stage(prefix)):
+                return found[name]
+            if hurried and name not in stage("head"):
+                return nearest(numbers(self.parameters, name), plan[name])
+            return stage("head")[name]  # a tied embedding may be rounded last
 
         return made
 

@@ -33,11 +33,13 @@ class Weighed:
 @dataclass(frozen=True)
 class Given:
     """What a quantization need not find out any more: each matrix's format, the Hessians of embedding and head, and
-    ids [N, T] to calibrate on (None: they are read as ever)."""
+    ids [N, T] to calibrate on (None: they are read as ever). hurried: what is not finished yet is rounded to the
+    nearest values."""
 
     plan: Mapping[str, Affine]
     hessians: Mapping[str, np.ndarray]
     ids: np.ndarray | None = None
+    hurried: bool = False
 
 
 def weigh(

@@ -1,6 +1,6 @@
 """The whole of it: bits alone first; then what single cuts lose; then the plans that promise most by that, while there
 is time; what was cut is healed if that may make it the best; the best becomes the new folder. When time is up, what is
-under way is dropped; where nothing is made by then, the nearest values are written, which takes seconds.
+under way is dropped; where nothing is made by then, what is not rounded yet becomes the nearest values, in seconds.
 
 A plan should lose what its cuts lose, each alone, and what its bits do: the second-order estimate by which they are
 shared out, times how much more than foretold bits alone have lost.
@@ -30,7 +30,7 @@ NOISE = 0.02  # nats a token: differences that a short text does not show
 HEALING = 0.3  # of the time, kept for healing where that promises something
 HEALED = 0.5  # of what cuts lose, about, comes back by healing
 SURE = 0.7  # of the time that is left is learnt in: what is around it takes time as well
-FIRST = 0.9  # of the time, at most, until there is a model: then the nearest values are written instead
+FIRST = 0.9  # of the time, at most, until there is a model: then the rest is hurried
 LAST = 0.98  # of the time: what is under way then is dropped, the report takes the rest
 
 
@@ -62,7 +62,7 @@ def shrink(source: Path, dest: Path, options: Options, told: Told = lambda event
             work.remove()
             raise
         except TimeUp:
-            if not trial.made and (outcome := trial.plain()):
+            if not trial.made and (outcome := trial.hurried()):
                 yield outcome
         if not trial.made:
             least = min(trial.shared(plan).nbytes for plan in together(list(trial.losses)))

@@ -39,7 +39,7 @@ from .judging import Judge, Told
 from .options import Options
 from .plans import BITS_ALONE, Plan
 
-PLAIN = "bits alone, nearest values"  # as it is called for people
+HURRIED = "bits alone, hurried"  # as it is called for people
 FLOOR = 64  # tokens that judging takes at least
 LENGTH = 256  # tokens a window, at most, of text that is cut anew
 
@@ -56,6 +56,7 @@ class Trial:
         self.outcomes: list[Outcome] = [Outcome(**o) for o in work.record("outcomes") or []]
         self.looked: dict[Plan, Outcome] = {Plan(**p): Outcome(**o) for p, o in work.record("looked") or []}
         self.weighed: Weighed | None = None
+        self.method = "gptq"
         total = sum(self.subject.parameters[name].size for name in self.subject.parameters)
         self.original = Outcome("original", self.subject.checkpoint.nbytes, total, None, None, 0.0)
 
@@ -228,7 +229,7 @@ class Trial:
 
     def run(self, plan: Plan, expected: float | None = None, method: str = "gptq", minutes: float = 0.0) -> Outcome:
         """The plan as a model, which is kept if it is the best so far. minutes: of healing, about."""
-        started, made = time.perf_counter(), self.work.path / "made"
+        started, made, self.method = time.perf_counter(), self.work.path / "made", method
         try:
             cut = self.cut(plan)
             shared = share_out(self.weighed, self.subject.parameters, cut, self.options.target_bytes)
@@ -236,10 +237,7 @@ class Trial:
                 raise unreachable(self.options.target_bytes, shared.nbytes)
             source = self._written(cut) if plan.parts else self.source
             source = self._healed(cut, source, minutes) if plan.healed else source
-            options = QuantizeOptions(
-                method, calibration=self.calibration, tokens=self.ids.size, length=min(LENGTH, self.ids.shape[1]),
-                requantize=True,
-            )  # fmt: skip
+            options = self._rounding(method)
             given = Given(shared.plan, self.weighed.hessians, self.ids if cut.tokens is None else None)
             quantize(source, made, options, self.told, self.exact, given)
             outcome = replace(self._measured(plan.name, made, cut), expected=expected)
@@ -249,17 +247,25 @@ class Trial:
         self._keep(made, outcome)
         return outcome
 
-    def plain(self) -> Outcome | None:
-        """All of the model in the nearest values: what there is still time for when it is up. None: nothing fits."""
+    def _rounding(self, method: str) -> QuantizeOptions:
+        if self.weighed is None:
+            return QuantizeOptions(method, requantize=True)
+        length = min(LENGTH, self.ids.shape[1])
+        return QuantizeOptions(
+            method, calibration=self.calibration, tokens=self.ids.size, length=length, requantize=True
+        )
+
+    def hurried(self) -> Outcome | None:
+        """What there is still time for when it is up: bits alone, the nearest values where nothing better is finished.
+        None: nothing fits."""
         started, made, shared = time.perf_counter(), self.work.path / "made", self.shared(BITS_ALONE)
         if shared.nbytes > self.options.target_bytes:
             return None
         self.work.keep_record("begun", True)
         shutil.rmtree(made, ignore_errors=True)
-        options = QuantizeOptions("rtn", requantize=True)
-        quantize(self.source, made, options, given=Given(shared.plan, {}))
+        quantize(self.source, made, self._rounding(self.method), given=Given(shared.plan, {}, hurried=True))
         seconds = time.perf_counter() - started
-        outcome = Outcome(PLAIN, shared.nbytes, self.original.parameters, None, None, seconds)
+        outcome = Outcome(HURRIED, shared.nbytes, self.original.parameters, None, None, seconds)
         made.rename(self.best)
         self.outcomes.append(outcome)
         return outcome
