@@ -3,7 +3,7 @@ that Llama is "no flags". Nothing here knows a family's name or a backend."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -200,7 +200,7 @@ class ModelConfig:
         mixers: Callable[[int], Mixer | None] = lambda layer: None,
         mlp: Mapping[str, Any] | None = None,
         layer: Mapping[str, Any] | None = None,
-        feed_forward: Sequence[MLPConfig | MoEConfig] | None = None,
+        feed_forward: Callable[[int], MLPConfig | MoEConfig] | None = None,
         **fields,
     ) -> ModelConfig:
         """The config of a model that is Llama but for a few fields.
@@ -211,7 +211,7 @@ class ModelConfig:
         there is a window). local: the fields of AttentionSpec by which layers with a window differ from those without,
         where it is not sliding_window. by_layer: the fields of AttentionConfig by which one layer differs. mixers: what
         a layer has in the place of attention. attention, mlp, layer: fields of AttentionConfig, MLPConfig and
-        LayerConfig, the rest ModelConfig's. feed_forward: one a layer, where it is not the plain MLP. Raises BadFile
+        LayerConfig, the rest ModelConfig's. feed_forward: each layer's, where it is not the plain MLP. Raises BadFile
         and Unsupported for values that cannot be.
         """
         heads, kv_heads = groups(hf)
@@ -228,13 +228,13 @@ class ModelConfig:
             return replace(full, **{"rope": rope, "spec": windowed if slide else spec, **by_layer(i, slide)})
 
         if feed_forward is None:
-            feed_forward = [plain_mlp(hf, **(mlp or {}))] * len(slides)
+            plain = plain_mlp(hf, **(mlp or {}))
         return cls(
             vocab=whole(hf, "vocab_size"),
             width=whole(hf, "hidden_size"),
             layers=tuple(
-                LayerConfig(mixers(i) or attends(i, slide), f, **(layer or {}))
-                for i, (slide, f) in enumerate(zip(slides, feed_forward, strict=True))
+                LayerConfig(mixers(i) or attends(i, slide), feed_forward(i) if feed_forward else plain, **(layer or {}))
+                for i, slide in enumerate(slides)
             ),
             ropes=ropes,
             context=whole(hf, "max_position_embeddings"),
@@ -261,3 +261,39 @@ def routed(hf: Mapping, hidden: str, **fields) -> MoEConfig:
     if per_token > experts:
         raise contradiction(f"The config has {experts} experts and num_experts_per_tok = {per_token}.")
     return MoEConfig(experts, per_token, whole(hf, hidden), **{"act": activation(hf), **fields})
+
+
+def elected(
+    hf: Mapping, *, shared: int = 0, groups: int = 1, top_groups: int = 1, scale: float = 1.0, **fields
+) -> MoEConfig:
+    """Experts elected by a sigmoid of their scores and a bias that counts in the election alone, from the best groups
+    (DeepSeek-AI 2024); beside them an MLP for every token, as wide as `n_shared_experts` of them. Keyword arguments are
+    what the family's config class has for keys that the file leaves out, and MoEConfig's fields. Raises BadFile for
+    groups that experts cannot stand in."""
+    rule = RouteRule(
+        "sigmoid",
+        groups=whole(hf, "n_group", groups),
+        top_groups=whole(hf, "topk_group", top_groups),
+        renormalise=flag(hf, "norm_topk_prob", True),
+        scale=number(hf, "routed_scaling_factor", scale),
+    )
+    found = routed(
+        hf, "moe_intermediate_size", **{"rule": rule, "election": True, "shared": shared_mlp(hf, shared), **fields}
+    )
+    each, rest = divmod(found.experts, rule.groups)
+    if rest or rule.top_groups > rule.groups or (each < 2 and rule.groups > 1):
+        raise contradiction(
+            f"The config has {found.experts} experts in {rule.groups} groups, {rule.top_groups} at a time."
+        )
+    return found
+
+
+def shared_mlp(hf: Mapping, count: int) -> MLPConfig | None:
+    """The MLP for every token, as wide as `n_shared_experts` (`count`, where the file says nothing) experts are."""
+    width = whole(hf, "n_shared_experts", count, least=0) * whole(hf, "moe_intermediate_size")
+    return plain_mlp(hf, hidden=width) if width else None
+
+
+def layer_norms(hf: Mapping, key: str = "layer_norm_eps") -> dict[str, Any]:
+    """ModelConfig's fields for layer norms with biases; key: what the file calls their epsilon."""
+    return {"norm": "layer", "norm_bias": True, "norm_eps": number(hf, key, 1e-5)}

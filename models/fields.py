@@ -119,12 +119,18 @@ def layer_count(hf: Mapping) -> int:
     return whole(hf, "num_hidden_layers", most=MOST_LAYERS)
 
 
+def each_layer(hf: Mapping, key: str, kind: type[T], usual: Callable[[int], T]) -> list[T]:
+    """A value for each layer: the list under `key`, else what `usual` says of a layer's index. Raises BadFile for a
+    list of another length."""
+    count, given = layer_count(hf), several(hf, key, kind)
+    if given and len(given) != count:
+        raise contradiction(f"The config has num_hidden_layers = {count} and {len(given)} {key}.")
+    return [*given] or [usual(i) for i in range(count)]
+
+
 def sliding_layers(hf: Mapping, usual: Callable[[int], bool]) -> list[bool]:
     """Which layers have the sliding window: as layer_types says, else as `usual` says of a layer's index."""
-    count, kinds = layer_count(hf), several(hf, "layer_types", str)
-    if not kinds:
-        return [usual(i) for i in range(count)]
-    if len(kinds) != count:
-        raise contradiction(f"The config has num_hidden_layers = {count} and {len(kinds)} layer_types.")
     known = {"full_attention": False, "sliding_attention": True}
+    words = {slides: word for word, slides in known.items()}
+    kinds = each_layer(hf, "layer_types", str, lambda layer: words[usual(layer)])
     return [one_of({"layer_types": kind}, "layer_types", known, "") for kind in kinds]

@@ -97,9 +97,14 @@ class NameMap(dict):
 
 
 def _inside(name: str) -> tuple[str, ...]:
-    """What a tensor is called where the model that writes text is a part of one that also sees or hears."""
-    inner = f"model.language_model.{name.removeprefix('model.')}"
-    return (inner, f"language_model.{name}") if name.startswith("model.") else (f"language_model.{name}",)
+    """What a tensor is called where the model that writes text is a part of one that also sees or hears, and where it
+    was saved without its head."""
+    outer, _, bare = name.partition(".")
+    if outer == "transformer":
+        return (bare,)
+    return (
+        (f"model.language_model.{bare}", f"language_model.{name}") if outer == "model" else (f"language_model.{name}",)
+    )
 
 
 @dataclass(frozen=True)
@@ -168,6 +173,17 @@ def experts(
         )
         for ours, (theirs, held) in parts.items()
     }
+
+
+def joined(
+    part: str, *files: tuple[str, str], mlx: str = "", rows: tuple[str, str] = ("first", "last"), end: str = ""
+) -> dict[str, tuple]:
+    """Names of the three maps of `part` ("mlp", "moe", "moe.shared") where files have gate and up in one tensor. files:
+    what holds gate and up, as which `rows`, and what holds down; mlx: the module in which mlx-lm has all three apart;
+    end: ".bias", where it is theirs."""
+    held = [{"gate": f"{both}|{rows[0]}", "up": f"{both}|{rows[1]}", "down": down} for both, down in files]
+    apart = {ours: (f"{mlx}.{ours}_proj{end or '.weight'}|mlx",) if mlx else () for ours in ("gate", "up", "down")}
+    return {f"layers.{{i}}.{part}.{ours}{end}": (*own, *(its[ours] for its in held)) for ours, own in apart.items()}
 
 
 def shared_expert(module: str, name: str = "shared_expert") -> dict[str, str]:

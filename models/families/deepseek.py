@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from ...backends.base import AttentionSpec, RouteRule
 from ...errors import Unsupported
-from ..config import LatentConfig, ModelConfig, MoEConfig, plain_mlp, routed
-from ..fields import contradiction, flag, layer_count, number, one_of, optional, whole
+from ..config import LatentConfig, ModelConfig, MoEConfig, elected, plain_mlp, routed, shared_mlp
+from ..fields import flag, number, one_of, optional, whole
 from ..ropes import RopeConfig, mscale, rope
 from . import LLAMA, Family, Gguf, experts, gguf
 
@@ -38,7 +38,7 @@ def config(hf: Mapping) -> ModelConfig:
         hf,
         ropes={"main": turns},
         mixers=lambda layer: mixer,
-        feed_forward=[plain_mlp(hf) if i < dense else moe for i in range(layer_count(hf))],
+        feed_forward=lambda layer: plain_mlp(hf) if layer < dense else moe,
     )
 
 
@@ -59,24 +59,11 @@ def _latent(hf: Mapping, turns: RopeConfig) -> LatentConfig:
 
 
 def _experts(hf: Mapping) -> MoEConfig:
-    third = hf.get("model_type") == "deepseek_v3"
-    if not third:
-        one_of(hf, "topk_method", {"greedy": None}, "greedy")
-    rule = RouteRule(
-        scoring="sigmoid" if third else "softmax",
-        groups=whole(hf, "n_group", 8) if third else 1,
-        top_groups=whole(hf, "topk_group", 4) if third else 1,
-        renormalise=flag(hf, "norm_topk_prob", True) if third else False,
-        scale=number(hf, "routed_scaling_factor", 2.5 if third else 1.0),
-    )
-    width = whole(hf, "n_shared_experts", 1 if third else 2, least=0) * whole(hf, "moe_intermediate_size")
-    shared = plain_mlp(hf, hidden=width) if width else None
-    moe = routed(hf, "moe_intermediate_size", rule=rule, election=third, shared=shared)
-    if moe.experts % rule.groups or moe.experts // rule.groups < 2 or rule.top_groups > rule.groups:
-        raise contradiction(
-            f"The config has {moe.experts} experts in {rule.groups} groups, {rule.top_groups} at a time."
-        )
-    return moe
+    if hf.get("model_type") == "deepseek_v3":
+        return elected(hf, shared=1, groups=8, top_groups=4, scale=2.5)
+    one_of(hf, "topk_method", {"greedy": None}, "greedy")
+    rule = RouteRule(renormalise=False, scale=number(hf, "routed_scaling_factor", 1.0))
+    return routed(hf, "moe_intermediate_size", rule=rule, shared=shared_mlp(hf, 2))
 
 
 GGUF_PARTS = {

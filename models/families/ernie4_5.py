@@ -31,7 +31,7 @@ def config(hf: Mapping) -> ModelConfig:
         tied=True,
         ropes={"main": rope(hf, d, base=500_000.0, interleaved=True)},
         attention={"bias": bias, "output_bias": bias},
-        feed_forward=[moe if first <= i <= last and (i + 1) % every == 0 else plain for i in range(layer_count(hf))],
+        feed_forward=lambda layer: moe if first <= layer <= last and (layer + 1) % every == 0 else plain,
         head_bias=bias and mixed,
     )
 

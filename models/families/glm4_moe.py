@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...backends.base import RouteRule
-from ..config import ModelConfig, plain_mlp, routed
-from ..fields import flag, head_dim, layer_count, number, whole
+from ..config import ModelConfig, elected, plain_mlp
+from ..fields import flag, head_dim, whole
 from ..ropes import rope
 from . import LLAMA, Family, experts, shared_expert
 
@@ -19,23 +18,14 @@ NAMES = LLAMA | experts(MLP) | shared_expert(MLP, "shared_experts") | {
 
 
 def config(hf: Mapping) -> ModelConfig:
-    rule = RouteRule(
-        "sigmoid",
-        groups=whole(hf, "n_group", 1),
-        top_groups=whole(hf, "topk_group", 1),
-        renormalise=flag(hf, "norm_topk_prob", True),
-        scale=number(hf, "routed_scaling_factor", 1.0),
-    )
-    width = whole(hf, "n_shared_experts", 1, least=0) * whole(hf, "moe_intermediate_size", 1408)
-    shared = plain_mlp(hf, hidden=width) if width else None
-    moe = routed(hf, "moe_intermediate_size", rule=rule, election=True, shared=shared)
+    moe = elected({"moe_intermediate_size": 1408, **hf}, shared=1)
     dense = whole(hf, "first_k_dense_replace", 1, least=0)
     return ModelConfig.llama_like(
         hf,
         eps=1e-5,
         ropes={"main": rope(hf, head_dim(hf), share=0.5)},
         attention={"output_bias": False, "qk_norm": "head" if flag(hf, "use_qk_norm") else None},
-        feed_forward=[plain_mlp(hf) if i < dense else moe for i in range(layer_count(hf))],
+        feed_forward=lambda layer: plain_mlp(hf) if layer < dense else moe,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..config import ModelConfig
+from ..config import ModelConfig, layer_norms
 from ..fields import activation, flag, head_dim, number
 from ..ropes import rope
 from . import Family, Gguf, NameMap, gguf
@@ -32,9 +32,7 @@ def config(hf: Mapping) -> ModelConfig:
         attention={"bias": bias, "output_bias": bias, "qkv": "grouped"},
         mlp={"gate": None, "bias": True, "act": activation(hf, default="gelu")},
         layer={"parallel": flag(hf, "use_parallel_residual", True)},
-        norm="layer",
-        norm_bias=True,
-        norm_eps=number(hf, "layer_norm_eps", 1e-5),
+        **layer_norms(hf),
     )
 
 

@@ -6,23 +6,16 @@ from collections.abc import Mapping
 
 from ...errors import Unsupported
 from ..config import ModelConfig, routed
-from ..fields import head_dim, layer_count, number
+from ..fields import head_dim, number
 from ..ropes import rope
-from . import LLAMA, Family, Gguf, gguf
+from . import LLAMA, Family, Gguf, gguf, joined
 
 EXPERTS = "model.layers.{i}.mlp.experts"
-HALVES = {"gate": "even", "up": "odd"}  # their rows in turn
-NAMES = LLAMA | {
+APART = {"mlx": EXPERTS, "rows": ("even", "odd")}  # in files gate's and up's in turn
+STORED = [(f"{EXPERTS}.gate_up_proj{how}", f"{EXPERTS}.down_proj{how}") for how in ("|T|module", "_blocks", "_bias")]
+NAMES = LLAMA | joined("moe", *STORED[:2], **APART) | joined("moe", STORED[2], **APART, end=".bias") | {
     "layers.{i}.attn.sinks": "model.layers.{i}.self_attn.sinks",
     "layers.{i}.moe.router": "model.layers.{i}.mlp.router.weight",
-    "layers.{i}.moe.down": (
-        f"{EXPERTS}.down_proj.weight|mlx", f"{EXPERTS}.down_proj|T|module", f"{EXPERTS}.down_proj_blocks",
-    ),
-    "layers.{i}.moe.down.bias": (f"{EXPERTS}.down_proj.bias|mlx", f"{EXPERTS}.down_proj_bias"),
-    **{f"layers.{{i}}.moe.{ours}": (f"{EXPERTS}.{ours}_proj.weight|mlx", f"{EXPERTS}.gate_up_proj|T|{rows}|module",
-       f"{EXPERTS}.gate_up_proj_blocks|{rows}") for ours, rows in HALVES.items()},
-    **{f"layers.{{i}}.moe.{ours}.bias": (f"{EXPERTS}.{ours}_proj.bias|mlx", f"{EXPERTS}.gate_up_proj_bias|{rows}")
-       for ours, rows in HALVES.items()},
 }  # fmt: skip
 GGUF_NAMES = gguf.NAMES | {
     "layers.{i}.attn.sinks": "blk.{i}.attn_sinks.weight",
@@ -42,7 +35,7 @@ def config(hf: Mapping) -> ModelConfig:
         ropes={"main": rope(hf, hf["head_dim"], base=150_000.0)},
         sliding=lambda layer: layer % 2 == 0,
         attention={"bias": True, "output_bias": True, "sinks": True},
-        feed_forward=[moe] * layer_count(hf),
+        feed_forward=lambda layer: moe,
     )
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from functools import partial
 
 from ..config import ModelConfig, plain_mlp, routed
-from ..fields import layer_count, number, whole
-from . import LLAMA, Family, Gguf, gguf
+from ..fields import number, whole
+from . import LLAMA, Family, Gguf, gguf, joined
 
 KEYS = {
     "attention_multiplier": "attention.scale",
@@ -18,25 +18,12 @@ KEYS = {
 }
 MOE = "model.layers.{i}.block_sparse_moe"
 SHARED = "model.layers.{i}.shared_mlp"
-STORED = {  # ours -> in which of a file's tensors, as which of its rows, and what transformers calls that in memory
-    "gate": ("input", "|first", "gate_up_proj"),
-    "up": ("input", "|last", "gate_up_proj"),
-    "down": ("output", "", "down_proj"),
-}
-MOE_NAMES = LLAMA | {
+STORED = [(f"{MOE}.input_linear.weight", f"{MOE}.output_linear.weight"),
+          (f"{MOE}.experts.gate_up_proj|module", f"{MOE}.experts.down_proj|module")]  # fmt: skip
+MOE_NAMES = LLAMA | joined("moe", *STORED, mlx=f"{MOE}.switch_mlp") | {
     "layers.{i}.moe.router": (f"{MOE}.router.layer.weight", f"{MOE}.router.weight|module"),
-    **{
-        f"layers.{{i}}.moe.{ours}": (
-            f"{MOE}.{its[0]}_linear.weight{its[1]}",
-            f"{MOE}.switch_mlp.{ours}_proj.weight|mlx",
-            f"{MOE}.experts.{its[2]}{its[1]}|module",
-        )
-        for ours, its in STORED.items()
-    },
-    "layers.{i}.moe.shared.gate": f"{SHARED}.input_linear.weight|first",
-    "layers.{i}.moe.shared.up": f"{SHARED}.input_linear.weight|last",
-    "layers.{i}.moe.shared.down": f"{SHARED}.output_linear.weight",
-}
+    **joined("moe.shared", (f"{SHARED}.input_linear.weight", f"{SHARED}.output_linear.weight")),
+}  # fmt: skip
 
 
 def config(hf: Mapping) -> ModelConfig:
@@ -48,7 +35,7 @@ def config(hf: Mapping) -> ModelConfig:
         hf,
         scale=number(hf, "attention_multiplier", 1.0),
         layer={"residual_scale": number(hf, "residual_multiplier", 1.0)},
-        feed_forward=moe and [moe] * layer_count(hf),
+        feed_forward=moe and (lambda layer: moe),
         embed_scale=number(hf, "embedding_multiplier", 1.0),
         logit_scale=1 / number(hf, "logits_scaling", 1.0),
     )

@@ -7,14 +7,10 @@ from collections.abc import Mapping
 from ...errors import Unsupported
 from ..config import ModelConfig, plain_mlp
 from ..fields import number, several, whole
-from . import LLAMA, Family
+from . import LLAMA, Family, joined
 
 MLP = "model.layers.{i}.shared_mlp"
-NAMES = LLAMA | {
-    "layers.{i}.mlp.gate": ("model.layers.{i}.mlp.gate_proj.weight|mlx", f"{MLP}.input_linear.weight|first"),
-    "layers.{i}.mlp.up": ("model.layers.{i}.mlp.up_proj.weight|mlx", f"{MLP}.input_linear.weight|last"),
-    "layers.{i}.mlp.down": ("model.layers.{i}.mlp.down_proj.weight|mlx", f"{MLP}.output_linear.weight"),
-}
+NAMES = LLAMA | joined("mlp", (f"{MLP}.input_linear.weight", f"{MLP}.output_linear.weight"), mlx="model.layers.{i}.mlp")
 
 
 def config(hf: Mapping) -> ModelConfig:

@@ -3,11 +3,10 @@ LFM2-MoE has experts in all layers but the first ones, elected with a bias."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from ...backends.base import RouteRule
-from ..config import ConvolutionConfig, ModelConfig, plain_mlp, routed
-from ..fields import flag, head_dim, layer_count, number, several, whole
+from ..config import ConvolutionConfig, MLPConfig, ModelConfig, MoEConfig, elected, plain_mlp
+from ..fields import each_layer, flag, head_dim, number, several, whole
 from ..ropes import rope
 from . import LLAMA, Family, Gguf, experts, gguf
 
@@ -17,38 +16,40 @@ OWN = {
     "conv.in": "conv.in_proj.weight", "conv.taps": "conv.conv.weight|kernels", "conv.out": "conv.out_proj.weight",
     "mlp.gate": "feed_forward.w1.weight", "mlp.up": "feed_forward.w3.weight", "mlp.down": "feed_forward.w2.weight",
 }  # fmt: skip
-MLP = "model.layers.{i}.feed_forward"
-MOE = {"layers.{i}.moe.router": f"{MLP}.gate.weight", "layers.{i}.moe.election": f"{MLP}.expert_bias"}
-NAMES = LLAMA | experts(MLP, "w1", "w3", "w2") | MOE | {"norm": "model.embedding_norm.weight"} | {
+NAMES = LLAMA | {"norm": "model.embedding_norm.weight"} | {
     f"layers.{{i}}.{ours}": f"model.layers.{{i}}.{its}" for ours, its in OWN.items()
+}  # fmt: skip
+MLP = "model.layers.{i}.feed_forward"
+MOE = NAMES | experts(MLP, "w1", "w3", "w2") | {
+    "layers.{i}.moe.router": f"{MLP}.gate.weight",
+    "layers.{i}.moe.election": f"{MLP}.expert_bias",
+    **{f"layers.{{i}}.mlp.{ours}": (f"{MLP}.{its}.weight", f"{MLP}.{ours}_proj.weight|mlx")
+       for ours, its in (("gate", "w1"), ("up", "w3"), ("down", "w2"))},
 }  # fmt: skip
 
 
 def config(hf: Mapping) -> ModelConfig:
-    width, attends = whole(hf, "hidden_size"), several(hf, "full_attn_idxs", int)
-    kinds = several(hf, "layer_types", str) or [
-        "full_attention" if i in attends else "conv" for i in range(layer_count(hf))
-    ]
-    convolution = ConvolutionConfig(width, whole(hf, "conv_L_cache", 3, least=2), flag(hf, "conv_bias"))
+    attends = several(hf, "full_attn_idxs", int)
+    kinds = each_layer(hf, "layer_types", str, lambda i: "full_attention" if i in attends else "conv")
+    convolution = ConvolutionConfig(
+        whole(hf, "hidden_size"), whole(hf, "conv_L_cache", 3, least=2), flag(hf, "conv_bias")
+    )
     return ModelConfig.llama_like(
         {**hf, "layer_types": None},
         tied=flag(hf, "tie_embedding", True),
         ropes={"main": rope(hf, head_dim(hf), 1_000_000.0)},
         attention={"qk_norm": "head"},
         mixers=lambda i: convolution if kinds[i] == "conv" else None,
-        feed_forward=_feed_forward(hf, len(kinds)),
+        feed_forward=_feed_forward(hf),
         norm_eps=number(hf, "norm_eps", 1e-5),
     )
 
 
-def _feed_forward(hf: Mapping, count: int) -> list:
+def _feed_forward(hf: Mapping) -> Callable[[int], MLPConfig | MoEConfig]:
     if hf.get("model_type") != "lfm2_moe":
-        return [plain_mlp(hf, hidden=_hidden(hf), bias=False)] * count
-    scale = number(hf, "routed_scaling_factor", 1.0)
-    rule = RouteRule("sigmoid", renormalise=flag(hf, "norm_topk_prob", True), scale=scale)
-    moe = routed(hf, "moe_intermediate_size", rule=rule, election=flag(hf, "use_expert_bias", True))
-    dense = min(whole(hf, "num_dense_layers", 2, least=0), count)
-    return [plain_mlp(hf, bias=False)] * dense + [moe] * (count - dense)
+        return lambda layer: plain_mlp(hf, hidden=_hidden(hf), bias=False)
+    dense, moe = whole(hf, "num_dense_layers", 2, least=0), elected(hf, election=flag(hf, "use_expert_bias", True))
+    return lambda layer: plain_mlp(hf, bias=False) if layer < dense else moe
 
 
 def _hidden(hf: Mapping) -> int:
@@ -82,6 +83,7 @@ def _from_gguf(metadata: Mapping, checkpoint) -> dict:
 
 
 lfm2 = Family(
-    "lfm2", model_types=("lfm2", "lfm2_moe"), config=config, names=NAMES,
-    gguf=Gguf("lfm2", GGUF_NAMES, _from_gguf, keys=KEYS), models="LFM2, LFM2-MoE",
+    "lfm2", model_types=("lfm2",), config=config, names=NAMES,
+    gguf=Gguf("lfm2", GGUF_NAMES, _from_gguf, keys=KEYS), models="LFM2",
 )  # fmt: skip
+lfm2_moe = Family("lfm2_moe", model_types=("lfm2_moe",), config=config, names=MOE, models="LFM2-MoE")

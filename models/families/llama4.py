@@ -7,46 +7,38 @@ from collections.abc import Mapping
 
 from ...backends.base import RouteRule
 from ..config import ModelConfig, Sharpness, plain_mlp, routed
-from ..fields import contradiction, flag, head_dim, layer_count, number, optional, several, whole
+from ..fields import each_layer, flag, head_dim, number, optional, several, whole
 from ..ropes import rope
-from . import LLAMA, Family, Gguf, gguf, shared_expert
+from . import LLAMA, Family, Gguf, gguf, joined, shared_expert
 
 MLP, EXPERTS = "model.layers.{i}.feed_forward", "model.layers.{i}.feed_forward.experts"
 NAMES = LLAMA | shared_expert(MLP) | {
     **{f"layers.{{i}}.mlp.{part}": f"{MLP}.{part}_proj.weight" for part in ("gate", "up", "down")},
     "layers.{i}.moe.router": f"{MLP}.router.weight",
-    "layers.{i}.moe.gate": (f"{EXPERTS}.gate_proj.weight|mlx", f"{EXPERTS}.gate_up_proj|T|first"),
-    "layers.{i}.moe.up": (f"{EXPERTS}.up_proj.weight|mlx", f"{EXPERTS}.gate_up_proj|T|last"),
-    "layers.{i}.moe.down": (f"{EXPERTS}.down_proj.weight|mlx", f"{EXPERTS}.down_proj|T"),
+    **joined("moe", (f"{EXPERTS}.gate_up_proj|T", f"{EXPERTS}.down_proj|T"), mlx=EXPERTS),
 }  # fmt: skip
 
 
 def config(hf: Mapping) -> ModelConfig:
-    count, every = layer_count(hf), whole(hf, "no_rope_layer_interval", 4)
-    turning = several(hf, "no_rope_layers", int) or [(i + 1) % every for i in range(count)]
-    kinds = several(hf, "layer_types", str) or ["chunked_attention" if turns else "full" for turns in turning]
-    if len(turning) != count or len(kinds) != count:
-        raise contradiction(f"The config has {count} layers, {len(turning)} no_rope_layers, {len(kinds)} layer_types.")
-    chunk, step = (
-        optional(whole, {"attention_chunk_size": 8192, **hf}, "attention_chunk_size"),
-        whole(hf, "interleave_moe_layer_step", 1),
-    )
+    every, step = whole(hf, "no_rope_layer_interval", 4), whole(hf, "interleave_moe_layer_step", 1)
+    chunk = optional(whole, {"attention_chunk_size": 8192, **hf}, "attention_chunk_size")
+    turning = each_layer(hf, "no_rope_layers", int, lambda i: (i + 1) % every)
+    kinds = each_layer(hf, "layer_types", str, lambda i: "chunked_attention" if turning[i] else "full")
     sharp = Sharpness(whole(hf, "floor_scale", 8192), number(hf, "attn_scale", 0.1), ahead=1)
-    still = {"qk_norm": None, "sharpness": sharp if flag(hf, "attn_temperature_tuning", True) else None}
+    tuned = {"sharpness": sharp} if flag(hf, "attn_temperature_tuning", True) else {}
     rule = RouteRule("sigmoid", renormalise=False, gate_on_input=True)
     moe = routed({"num_experts_per_tok": 1, **hf}, "intermediate_size", rule=rule, shared=plain_mlp(hf, bias=False))
     dense = plain_mlp({**hf, "intermediate_size": hf.get("intermediate_size_mlp", 16384)}, bias=False)
-    with_experts = several(hf, "moe_layers", int) if hf.get("moe_layers") is not None else range(step - 1, count, step)
+    mixed = range(step - 1, len(kinds), step) if hf.get("moe_layers") is None else several(hf, "moe_layers", int)
     return ModelConfig.llama_like(
         {"num_key_value_heads": 8, **hf, "layer_types": None, "head_dim": head_dim(hf, 128)},
         eps=1e-5,
         ropes={"main": rope(hf, head_dim(hf, 128), base=500_000.0, interleaved=True)},
         sliding=lambda layer: chunk is not None and kinds[layer] == "chunked_attention",
         local={"chunk": chunk},
-        turns=lambda layer, slides: bool(turning[layer]),
         attention={"qk_norm": "bare" if flag(hf, "use_qk_norm", True) else None, "norm_turned": True},
-        by_layer=lambda layer, slides: {} if turning[layer] else still,
-        feed_forward=[moe if i in with_experts else dense for i in range(count)],
+        by_layer=lambda layer, slides: {} if turning[layer] else {"rope": None, "qk_norm": None, **tuned},
+        feed_forward=lambda layer: moe if layer in mixed else dense,
     )
 
 

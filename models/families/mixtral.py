@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..config import ModelConfig, routed
-from ..fields import head_dim, layer_count
+from ..fields import head_dim
 from ..ropes import rope
 from . import LLAMA, Family, Gguf, experts, gguf
 
@@ -20,7 +20,7 @@ def config(hf: Mapping) -> ModelConfig:
         eps=1e-5,
         ropes={"main": rope(hf, head_dim(hf), base=1_000_000.0)},
         sliding=lambda layer: hf.get("sliding_window") is not None,
-        feed_forward=[routed(hf, "intermediate_size")] * layer_count(hf),
+        feed_forward=lambda layer: routed(hf, "intermediate_size"),
     )
 
 

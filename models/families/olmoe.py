@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ...backends.base import RouteRule
 from ...errors import Unsupported
 from ..config import ModelConfig, routed
-from ..fields import flag, layer_count
+from ..fields import flag
 from . import LLAMA, Family, Gguf, experts, gguf
 
 MODULE = "model.layers.{i}.mlp"
@@ -19,7 +19,7 @@ def config(hf: Mapping) -> ModelConfig:
         raise Unsupported("This OLMoE clips q, k and v (clip_qkv), which is not computed here.", "Take OLMoE-1B-7B.")
     rule = RouteRule(renormalise=flag(hf, "norm_topk_prob"))
     moe = routed(hf, "intermediate_size", rule=rule)
-    return ModelConfig.llama_like(hf, eps=1e-5, attention={"qk_norm": "width"}, feed_forward=[moe] * layer_count(hf))
+    return ModelConfig.llama_like(hf, eps=1e-5, attention={"qk_norm": "width"}, feed_forward=lambda layer: moe)
 
 
 def _from_gguf(metadata: Mapping, checkpoint) -> dict:

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ...errors import Unsupported
-from ..config import ModelConfig
-from ..fields import activation, flag, head_dim, number
+from ..config import ModelConfig, layer_norms
+from ..fields import activation, flag, head_dim
 from ..ropes import rope
 from . import LLAMA, Family
 
@@ -28,10 +28,8 @@ def config(hf: Mapping) -> ModelConfig:
         attention={"bias": True, "output_bias": True},
         mlp={"gate": None, "bias": True, "act": activation(hf, default="gelu_new")},
         layer={"parallel": True, "shared_norm": True},
-        norm="layer",
-        norm_bias=True,
-        norm_eps=number(hf, "layer_norm_eps", 1e-5),
         head_bias=True,
+        **layer_norms(hf),
     )
 
 

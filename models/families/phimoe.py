@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ...backends.base import RouteRule
-from ..config import ModelConfig, routed
-from ..fields import flag, head_dim, layer_count, number
+from ..config import ModelConfig, layer_norms, routed
+from ..fields import flag, head_dim, number
 from ..ropes import rope
 from . import Family
 from .mixtral import MLP, MODULE
@@ -17,15 +17,14 @@ NAMES = MIXTRAL | {"layers.{i}.moe.router": (f"{MODULE}.gate.weight", f"{MLP}.ro
 
 def config(hf: Mapping) -> ModelConfig:
     rule = RouteRule("sparsemixer", renormalise=False, jitter=number(hf, "router_jitter_noise", 0.01))
+    moe = routed({"num_experts_per_tok": 2, **hf}, "intermediate_size", rule=rule)
     return ModelConfig.llama_like(
-        {"num_experts_per_tok": 2, **hf},
+        hf,
         ropes={"main": rope(hf, head_dim(hf), base=1_000_000.0)},
         sliding=lambda layer: hf.get("sliding_window") is not None,
-        feed_forward=[routed({"num_experts_per_tok": 2, **hf}, "intermediate_size", rule=rule)] * layer_count(hf),
-        norm="layer",
-        norm_bias=True,
-        norm_eps=number(hf, "rms_norm_eps", 1e-5),
+        feed_forward=lambda layer: moe,
         head_bias=flag(hf, "lm_head_bias"),
+        **layer_norms(hf, "rms_norm_eps"),
     )
 
 

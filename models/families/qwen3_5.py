@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from ...backends.base import RouteRule
 from ..config import DeltaConfig, ModelConfig, MoEConfig, plain_mlp, routed
-from ..fields import head_dim, layer_count, several, whole
+from ..fields import each_layer, head_dim, whole
 from ..ropes import rope
 from . import LLAMA, Family, experts, shared_expert
 
@@ -17,17 +17,16 @@ DELTA = {
     "out": "out_proj.weight", "qkv_gate": "in_proj_qkvz.weight", "b_a": "in_proj_ba.weight",
 }  # fmt: skip
 MLP = "model.layers.{i}.mlp"
-MOE = experts(MLP) | shared_expert(MLP) | {"layers.{i}.moe.router": f"{MLP}.gate.weight"}
-NAMES = LLAMA | MOE | {
+NAMES = LLAMA | {
     f"layers.{{i}}.delta.{ours}": f"model.layers.{{i}}.linear_attn.{its}" for ours, its in DELTA.items()
 }  # fmt: skip
+MOE = NAMES | experts(MLP) | shared_expert(MLP) | {"layers.{i}.moe.router": f"{MLP}.gate.weight"}
 
 
 def config(hf: Mapping) -> ModelConfig:
     every, d = whole(hf, "full_attention_interval", 4), head_dim(hf, 256)
-    kinds = several(hf, "layer_types", str) or [
-        "linear_attention" if (i + 1) % every else "full_attention" for i in range(layer_count(hf))
-    ]
+    usual = {True: "full_attention", False: "linear_attention"}
+    kinds = each_layer(hf, "layer_types", str, lambda i: usual[(i + 1) % every == 0])
     delta = DeltaConfig(
         key_heads=whole(hf, "linear_num_key_heads", 16),
         heads=whole(hf, "linear_num_value_heads", 32),
@@ -41,7 +40,7 @@ def config(hf: Mapping) -> ModelConfig:
         ropes={"main": rope(hf, d, share=0.25)},
         attention={"qk_norm": "head", "gated": True},
         mixers=lambda i: delta if kinds[i] == "linear_attention" else None,
-        feed_forward=[every_layer] * len(kinds),
+        feed_forward=lambda layer: every_layer,
         norm_offset=1.0,
     )
 
@@ -51,10 +50,5 @@ def _experts(hf: Mapping) -> MoEConfig:
     return routed(hf, "moe_intermediate_size", rule=RouteRule(), shared=shared, shared_gate=True)
 
 
-qwen3_5 = Family(
-    "qwen3_5",
-    model_types=("qwen3_5_text", "qwen3_5_moe_text"),
-    config=config,
-    names=NAMES,
-    models="Qwen3.5 and Qwen3.5-MoE (text)",
-)
+qwen3_5 = Family("qwen3_5", ("qwen3_5_text",), config, NAMES, models="Qwen3.5 (text)")
+qwen3_5_moe = Family("qwen3_5_moe", ("qwen3_5_moe_text",), config, MOE, models="Qwen3.5-MoE (text)")

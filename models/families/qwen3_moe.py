@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from ...backends.base import RouteRule
 from ..config import ModelConfig, plain_mlp, routed
-from ..fields import flag, layer_count, several, whole
+from ..fields import flag, several, whole
 from . import LLAMA, Family, Gguf, experts, gguf, shared_expert
 
 MLP = "model.layers.{i}.mlp"
@@ -26,7 +26,7 @@ def config(hf: Mapping) -> ModelConfig:
         hf,
         attention=biases if second else {"qk_norm": "head"},
         sliding=lambda layer: windowed,
-        feed_forward=[plain if i in dense or (i + 1) % every else moe for i in range(layer_count(hf))],
+        feed_forward=lambda layer: plain if layer in dense or (layer + 1) % every else moe,
     )
 
 

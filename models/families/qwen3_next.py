@@ -10,10 +10,10 @@ from ...backends.base import RouteRule
 from ..config import LayerConfig, ModelConfig, MoEConfig, plain_mlp
 from ..fields import flag, several, whole
 from . import Family
-from .qwen3_5 import NAMES
+from .qwen3_5 import MOE
 from .qwen3_5 import config as qwen3_5
 
-OURS = NAMES | {"layers.{i}.delta.taps": "model.layers.{i}.linear_attn.conv1d.weight|kernels|grouped"}
+NAMES = MOE | {"layers.{i}.delta.taps": "model.layers.{i}.linear_attn.conv1d.weight|kernels|grouped"}
 
 
 def config(hf: Mapping) -> ModelConfig:
@@ -29,4 +29,4 @@ def config(hf: Mapping) -> ModelConfig:
     return replace(found, layers=tuple(layer(i, like) for i, like in enumerate(found.layers)))
 
 
-qwen3_next = Family("qwen3_next", ("qwen3_next",), config, OURS, models="Qwen3-Next")
+qwen3_next = Family("qwen3_next", ("qwen3_next",), config, NAMES, models="Qwen3-Next")

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..config import ModelConfig
-from ..fields import contradiction, flag, head_dim, layer_count, several, whole
+from ..fields import each_layer, flag, head_dim, whole
 from ..ropes import rope
 from . import LLAMA, Family, Gguf, gguf
 
 
 def config(hf: Mapping) -> ModelConfig:
-    every, count = whole(hf, "no_rope_layer_interval", 4), layer_count(hf)
-    turning = several(hf, "no_rope_layers", int) or [(i + 1) % every for i in range(count)]
-    if len(turning) != count:
-        raise contradiction(f"The config has num_hidden_layers = {count} and {len(turning)} no_rope_layers.")
+    every = whole(hf, "no_rope_layer_interval", 4)
+    turning = each_layer(hf, "no_rope_layers", int, lambda i: (i + 1) % every)
     if not flag(hf, "use_sliding_window"):
         hf = {**hf, "layer_types": None}
     return ModelConfig.llama_like(

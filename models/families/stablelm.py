@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..config import ModelConfig
-from ..fields import flag, head_dim, number
+from ..config import ModelConfig, layer_norms
+from ..fields import flag, head_dim
 from ..ropes import rope
 from . import LLAMA, Family, Gguf, gguf
 
@@ -27,9 +27,7 @@ def config(hf: Mapping) -> ModelConfig:
             "qk_norm": "heads" if flag(hf, "qk_layernorm") else None,
         },
         layer={"parallel": parallel, "shared_norm": parallel},
-        norm="layer",
-        norm_bias=True,
-        norm_eps=number(hf, "layer_norm_eps", 1e-5),
+        **layer_norms(hf),
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..config import ModelConfig
-from ..fields import activation, flag, number
+from ..config import ModelConfig, layer_norms
+from ..fields import activation, flag
 from . import LLAMA, Family, Gguf, gguf
 
 NAMES = LLAMA | {
@@ -22,9 +22,7 @@ def config(hf: Mapping) -> ModelConfig:
         attention={"bias": bias, "output_bias": bias},
         mlp={"gate": None, "bias": bias, "act": activation(hf, default="gelu_pytorch_tanh")},
         sliding=lambda layer: hf.get("sliding_window") is not None,
-        norm="layer",
-        norm_bias=True,
-        norm_eps=number(hf, "norm_epsilon", 1e-5),
+        **layer_norms(hf, "norm_epsilon"),
     )
 
 

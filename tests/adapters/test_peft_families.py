@@ -30,7 +30,7 @@ KINDS = {  # a twin's name, what is done with it -> settings of LoraConfig
     "deepseek_v2-yarn": {"target_modules": LATENT, "use_dora": True},
     "deepseek_v2": {"target_modules": ["kv_b_proj"], "rank_pattern": {"layers.1.self_attn.kv_b_proj": 2}},
     "lfm2-biases": {"target_modules": ["in_proj", "out_proj", "w1"]},
-    "lfm2-moe": {"target_modules": ["in_proj"], "target_parameters": EXPERTS},
+    "lfm2_moe": {"target_modules": ["in_proj"], "target_parameters": EXPERTS},
     "qwen3_next": {"target_modules": "all-linear", "target_parameters": EXPERTS},
     "qwen3_5": {"target_modules": ["in_proj_qkv", "in_proj_a", "q_proj"], "use_dora": True},
     "granite4": {"target_modules": ["input_linear", "output_linear"], "use_dora": True},

@@ -195,7 +195,7 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix
             "full_attention_interval": 2,
         },
     ),
-    "lfm2-moe": (
+    "lfm2_moe": (
         "Lfm2Moe",
         LFM2 | MOE | {"num_dense_layers": 1, "num_experts": 5, "num_experts_per_tok": 2, "routed_scaling_factor": 1.5},
     ),
@@ -207,7 +207,7 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix
         | NEXT
         | {"linear_num_key_heads": 3, "mlp_only_layers": [1], "norm_topk_prob": False, "tie_word_embeddings": True},
     ),
-    "qwen3_5-moe": (
+    "qwen3_5_moe": (
         "Qwen3_5Moe",
         DELTA | MOE | {"num_experts": 5, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 20},
     ),

@@ -110,7 +110,7 @@ def test_other_families_are_cut_as_transformers_has_them(tmp_path, family, what)
     ("name", "layer", "words"),
     [
         ("lfm2", 0, {"layer_types": ["full_attention", "conv"]}),
-        ("lfm2-moe", 0, {"num_dense_layers": 0, "layer_types": ["full_attention", "conv"]}),
+        ("lfm2_moe", 0, {"num_dense_layers": 0, "layer_types": ["full_attention", "conv"]}),
         ("qwen3_moe-some", 0, {"decoder_sparse_step": 1, "mlp_only_layers": [1, 2, 3]}),
         ("qwen2_moe-some", 1, {"mlp_only_layers": []}),
         ("deepseek_v3", 0, {"first_k_dense_replace": 0}),

@@ -25,7 +25,7 @@ from tests.tools.wide_models import write_model
 
 IDS = np.random.default_rng(0).integers(3, 80, (2, 16)).astype(np.int32)
 FAMILIES = (
-    "deepseek_v2", "deepseek_v3", "gpt_oss", "granitemoe", "granitemoe-shared", "qwen3_next", "lfm2", "lfm2-moe",
+    "deepseek_v2", "deepseek_v3", "gpt_oss", "granitemoe", "granitemoe-shared", "qwen3_next", "lfm2", "lfm2_moe",
 )  # fmt: skip
 ONE = Amount(count=1)
 CUTS = {  # what can go together, besides tokens and a layer
@@ -36,12 +36,12 @@ CUTS = {  # what can go together, besides tokens and a layer
     "granitemoe-shared": {"heads": ONE, "experts": ONE},
     "qwen3_next": {"heads": ONE, "experts": ONE},
     "lfm2": {"channels": Amount(count=4)},
-    "lfm2-moe": {"channels": Amount(count=4), "heads": ONE, "experts": ONE},
+    "lfm2_moe": {"channels": Amount(count=4), "heads": ONE, "experts": ONE},
 }
 MORE_ROWS = {"hidden_size": 96, "intermediate_size": 64}  # which groups of quantization divide
 METHOD = {  # one for each family where time is short
     "deepseek_v2": "gptq", "deepseek_v3": "auto", "gpt_oss": "search", "granitemoe": "auto",
-    "granitemoe-shared": "rtn", "qwen3_next": "awq", "lfm2": "auto", "lfm2-moe": "distill",
+    "granitemoe-shared": "rtn", "qwen3_next": "awq", "lfm2": "auto", "lfm2_moe": "distill",
 }  # fmt: skip
 PAIRS = [
     pytest.param(name, method, marks=[] if METHOD[name] == method else [pytest.mark.slow])

@@ -15,7 +15,7 @@ from .oracle import peft_losses
 
 KINDS = (
     "llama-biases", "gemma2", "gemma3-full", "granite", "mistral", "phi3", "cohere-biases", "gpt2", "lfm2", "qwen3_5",
-    "qwen3_moe", "qwen2_moe", "lfm2-moe", "llama4-experts", "hunyuan", "cohere-norms",
+    "qwen3_moe", "qwen2_moe", "lfm2_moe", "llama4-experts", "hunyuan", "cohere-norms",
 )  # fmt: skip
 
 
