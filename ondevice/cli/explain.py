@@ -87,6 +87,7 @@ def _facts(found: Explanation) -> dict[str, Any]:
 
 def _show(found: Explanation, language: str) -> None:
     from ..tools.explain.glossary import DOCS, TERMS, WORDS
+    from ..tools.explain.numbers import percent
 
     words = WORDS[language]
     console.heading(words["tokens"])
@@ -95,36 +96,44 @@ def _show(found: Explanation, language: str) -> None:
     console.heading(words["next"])
     for guess in found.next:
         bar = "█" * round(BAR * guess.probability)
-        console.answer(f"{guess.probability:7.2%}  {_quoted(guess.text):16} {guess.id:>7}  {bar}")
-    _show_lens(found, words)
-    _show_attention(found, words)
-    _show_likeness(found, words)
+        console.answer(f"{percent(guess.probability, language, 2):>7}  {_quoted(guess.text):16} {guess.id:>7}  {bar}")
+    _show_lens(found, language)
+    _show_attention(found, language)
+    _show_likeness(found, language)
     console.heading(words["near"])
     console.answer(words["near_note"])
     names = {t.id: t.text for t in found.tokens}
     looked_at = [found.tokens[at].id for at in found.focus]
     order = list(dict.fromkeys([*looked_at, *reversed(found.neighbours)]))[:MOST_NEAR]
-    console.table([(_quoted(names[id]), _near(found.neighbours[id])) for id in order])
+    console.table([(_quoted(names[id]), _near(found.neighbours[id], language)) for id in order])
     console.heading(words["glossary"])
     for term in TERMS.values():
         console.answer(f"{term[language].word}: {term[language].meaning}")
     console.answer(words["more"].format(docs=DOCS[language]))
 
 
-def _show_lens(found: Explanation, words: dict[str, str]) -> None:
+def _show_lens(found: Explanation, language: str) -> None:
     """Of the last token: stage by stage."""
+    from ..tools.explain.glossary import WORDS
+    from ..tools.explain.numbers import percent
+
+    words = WORDS[language]
     lens, answer = found.lens, found.next[0]
     console.heading(words["lens"])
     console.answer(words["lens_note"].format(token=_quoted(found.tokens[-1].text), answer=_quoted(answer.text)))
     rows = []
     for stage, places in enumerate(lens.guesses):
-        said = "  ".join(f"{_quoted(g.text)} {g.probability:.0%}" for g in places[-1])
+        said = "  ".join(f"{_quoted(g.text)} {percent(g.probability, language, 0)}" for g in places[-1])
         name = words["stage0"] if stage == 0 else f"{words['layer']} {stage - 1}"
-        rows.append((name, f"{lens.chance[stage, -1]:.1%}", str(lens.rank[stage, -1] + 1), said))
+        rows.append((name, percent(lens.chance[stage, -1], language), str(lens.rank[stage, -1] + 1), said))
     console.table(rows, ("", words["answer"], words["rank"], ""))
 
 
-def _show_attention(found: Explanation, words: dict[str, str]) -> None:
+def _show_attention(found: Explanation, language: str) -> None:
+    from ..tools.explain.glossary import WORDS
+    from ..tools.explain.numbers import percent
+
+    words = WORDS[language]
     console.heading(words["attention"])
     if not found.attention:
         console.answer(words["no_attention"])
@@ -136,26 +145,32 @@ def _show_attention(found: Explanation, words: dict[str, str]) -> None:
         shades = [min(float(share / most), 1.0) for share in looks]
         console.shaded([(t.text, shade) for t, shade in zip(found.tokens, shades, strict=True)])
         best = sorted(range(at + 1), key=lambda i: -looks[i])[:6]
-        console.answer("  " + ", ".join(f"{_named(found, i)} {looks[i]:.1%}" for i in best))
+        console.answer("  " + "; ".join(f"{_named(found, i)} {percent(looks[i], language)}" for i in best))
         console.answer(f"  {words['heads_note']}")
         for layer, head, token, share in found.heads(at):
             where = words["head_row"].format(layer=layer, head=head)
-            console.answer(f"    {where}: {_named(found, token)} {share:.0%}")
+            console.answer(f"    {where}: {_named(found, token)} {percent(share, language, 0)}")
 
 
-def _show_likeness(found: Explanation, words: dict[str, str]) -> None:
+def _show_likeness(found: Explanation, language: str) -> None:
     """How two places of one word grow apart."""
+    from ..tools.explain.glossary import WORDS
+    from ..tools.explain.numbers import decimal
+
+    words = WORDS[language]
     if len(found.focus) < 2:
         return
     console.heading(words["likeness"])
     for column, at in enumerate(found.focus[1:], 1):
         first, other = _named(found, found.focus[0]), _named(found, at)
         console.answer(words["likeness_note"].format(first=first, other=other))
-        console.answer("  " + " ".join(f"{cosine:.2f}" for cosine in found.likeness[:, column]))
+        console.answer("  " + " ".join(decimal(cosine, language) for cosine in found.likeness[:, column]))
 
 
-def _near(neighbours: Sequence[Neighbour]) -> str:
-    return " ".join(f"{_quoted(n.text)} {n.cosine:.2f}" for n in neighbours)
+def _near(neighbours: Sequence[Neighbour], language: str) -> str:
+    from ..tools.explain.numbers import decimal
+
+    return " ".join(f"{_quoted(n.text)} {decimal(n.cosine, language)}" for n in neighbours)
 
 
 def _named(found: Explanation, at: int) -> str:

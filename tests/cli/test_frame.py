@@ -238,7 +238,9 @@ def test_a_first_token_waits_for_few_modules(smollm2_gguf):
     loaded = done.stdout.partition("LOADED ")[2].split()
     needless = "importlib.metadata email hashlib socket ssl subprocess tempfile zipfile shutil secrets difflib logging"
     needless += " ondevice.hub.entries ondevice.hub.files ondevice.checkpoint.write ondevice.checkpoint.quantized"
-    needless += " ondevice.adapters ondevice.runtime.template ondevice.runtime.tokenizer.export sentencepiece rich jinja2"
+    needless += (
+        " ondevice.adapters ondevice.runtime.template ondevice.runtime.tokenizer.export sentencepiece rich jinja2"
+    )
     needless += " huggingface_hub gguf torch mlx transformers"
     assert len(loaded) > 100, done.stderr
     assert not set(needless.split()) & set(loaded)

@@ -21,6 +21,7 @@ from ondevice.runtime.session import open_session
 from ondevice.testing.family import open_decoder
 from ondevice.tools.explain import explain, page, positions_of
 from ondevice.tools.explain.glossary import DOCS, LANGUAGES, TERMS, WORDS, anchor
+from ondevice.tools.explain.numbers import decimal, percent
 from ondevice.tools.explain.seeing import attention_weights, see
 from tests.models import twins
 from tests.tiny_model import write_tiny_model
@@ -213,7 +214,7 @@ class Page(HTMLParser):
 
     def __init__(self, text: str):
         super().__init__()
-        self.elements, self.open, self.data, self.inside = [], [], {}, None
+        self.elements, self.open, self.data, self.shown = [], [], {}, []
         self.feed(text)
         self.close()
 
@@ -231,6 +232,8 @@ class Page(HTMLParser):
     def handle_data(self, text):
         if self.open and self.open[-1] in ("script", "title"):
             self.data.setdefault(self.open[-1], []).append(text)
+        elif "style" not in self.open:
+            self.shown.append(text)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -253,6 +256,16 @@ def test_the_page_stands_alone(found, language):
     script = parsed.data["script"][1]
     for wanted in re.findall(r'\$\("(\w+)"\)', script):
         assert wanted in ids, wanted
+
+
+def test_numbers_are_written_as_the_language_writes_them(found):
+    """A share, a cosine, an axis; the script is told the mark."""
+    english, portuguese = (Page(page.html(found, "tiny", language)) for language in LANGUAGES)
+    assert [json.loads(p.data["script"][0])["mark"] for p in (english, portuguese)] == [".", ","]
+    for parsed, own, other in ((english, r"\d\.\d", r"\d,\d"), (portuguese, r"\d,\d", r"\d\.\d")):
+        shown = "\n".join([*parsed.shown, *(pairs.get("title") or "" for _, pairs in parsed.elements)])
+        assert len(re.findall(own, shown)) > 20 and not re.findall(other, shown), re.findall(other, shown)
+    assert (decimal(-0.125, "pt", 3), percent(0.6718, "pt"), percent(0.6718, "en", 0)) == ("-0,125", "67,2%", "67%")
 
 
 def test_the_page_holds_the_attention(found):

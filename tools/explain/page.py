@@ -13,6 +13,7 @@ import numpy as np
 
 from .explaining import Explanation, Token
 from .glossary import DOCS, TERMS, WORDS, anchor
+from .numbers import MARKS, decimal, percent
 
 MOST_SHARES = 3_000_000  # bytes of attention in a page; beyond that a layer's heads are averaged
 MARKED = {  # a section's heading -> the terms that it links to
@@ -24,15 +25,15 @@ MARKED = {  # a section's heading -> the terms that it links to
 def html(found: Explanation, model: str, language: str) -> str:
     """The whole page. language: en or pt."""
     words = WORDS[language]
-    sections = [_tokens(found, language), _next(found, words), _lens(found, words), _near(words)]
+    sections = [_tokens(found, language), _next(found, language), _lens(found, language), _near(words)]
     if len(found.focus) > 1:
-        sections.append(_likeness(found, words))
+        sections.append(_likeness(found, language))
     page = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     return page.substitute(
         lang=language,
         title=escape(f"{Path(model).name}: {words['explained']}"),
         sections="\n".join(_section(*section, language) for section in sections) + "\n" + _glossary(language),
-        data=json.dumps(_data(found, words), ensure_ascii=True).replace("<", "\\u003c"),
+        data=json.dumps(_data(found, language), ensure_ascii=True).replace("<", "\\u003c"),
     )
 
 
@@ -84,19 +85,19 @@ def _controls(words: dict[str, str], hidden: str = "") -> str:
     return f'<div {hidden}><div class="controls">{choices}</div>{drawn}</div>'
 
 
-def _next(found: Explanation, words: dict[str, str]) -> Section:
+def _next(found: Explanation, language: str) -> Section:
     most = found.next[0].probability
     bars = "".join(
-        f"<code>{_shown(g.text)}</code><span>{g.probability:.1%}</span>"
+        f"<code>{_shown(g.text)}</code><span>{percent(g.probability, language)}</span>"
         f'<div class="bar" style="width:{100 * g.probability / most:.1f}%"></div>'
         for g in found.next
     )
-    return "next", words["next_note"], f'<div class="bars">{bars}</div>'
+    return "next", WORDS[language]["next_note"], f'<div class="bars">{bars}</div>'
 
 
-def _lens(found: Explanation, words: dict[str, str]) -> Section:
+def _lens(found: Explanation, language: str) -> Section:
     """The likeliest token of every stage at every place."""
-    lens = found.lens
+    lens, words = found.lens, WORDS[language]
     places = range(lens.first, len(found.tokens))
     head = "".join(f'<th data-at="{at}">{_shown(found.tokens[at].text)}</th>' for at in places)
     rows = []
@@ -104,7 +105,7 @@ def _lens(found: Explanation, words: dict[str, str]) -> Section:
         name = words["stage0"] if stage == 0 else f"{words['layer']} {stage - 1}"
         cells = []
         for at, place, final in zip(places, lens.guesses[stage], lens.guesses[-1], strict=True):
-            said = escape("\n".join(f"{g.text} {g.probability:.1%}" for g in place))
+            said = escape("\n".join(f"{g.text} {percent(g.probability, language)}" for g in place))
             same = ' class="same"' if place[0].id == final[0].id else ""
             style = f"--share:{0.75 * place[0].probability:.2f}"
             cells.append(f'<td data-at="{at}"{same} style="{style}" title="{said}">{_shown(place[0].text)}</td>')
@@ -120,16 +121,16 @@ def _near(words: dict[str, str]) -> Section:
     return "near", words["near_note"], '<div class="bars" id="nearest"></div>'
 
 
-def _likeness(found: Explanation, words: dict[str, str]) -> Section:
+def _likeness(found: Explanation, language: str) -> Section:
     """Cosines by stage, a curve for each further place of the word."""
-    stages = len(found.likeness)
+    words, stages = WORDS[language], len(found.likeness)
     step, curves = 560 / max(stages - 1, 1), []
     for cosines in found.likeness.T[1:]:
         points = " ".join(f"{30 + i * step:.1f},{10 + 110 * (1 - max(c, 0)):.1f}" for i, c in enumerate(cosines))
         curves.append(f'<polyline class="curve" points="{points}"/>')
     axes = "".join(
         f'<line class="grid" x1="30" x2="590" y1="{y}" y2="{y}"/><text x="0" y="{y + 4}">{label}</text>'
-        for y, label in ((10, "1.0"), (65, "0.5"), (120, "0"))
+        for y, label in ((10, "1"), (65, decimal(0.5, language, 1)), (120, "0"))
     )
     last = f"{words['layer']} {stages - 2}"
     ends = f'<text x="30" y="136">{words["stage0"]}</text><text x="590" y="136" text-anchor="end">{last}</text>'
@@ -143,7 +144,7 @@ def _shown(text: str) -> str:
     return escape(text.replace(" ", "·"))
 
 
-def _data(found: Explanation, words: dict[str, str]) -> dict:
+def _data(found: Explanation, language: str) -> dict:
     """What the script needs; probabilities to four places."""
     return {
         "tokens": [{"id": t.id, "text": t.text} for t in found.tokens],
@@ -156,7 +157,8 @@ def _data(found: Explanation, words: dict[str, str]) -> dict:
         ],
         "attention": _packed(found.attention),
         "near": {id: [[n.text, round(n.cosine, 4)] for n in near] for id, near in found.neighbours.items()},
-        "words": words,
+        "words": WORDS[language],
+        "mark": MARKS[language],
     }
 
 
