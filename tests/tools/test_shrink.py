@@ -86,6 +86,7 @@ def test_without_time_there_is_a_model_of_nearest_values(tmp_path, model, text, 
     with open_session(tmp_path / "out", backend="reference") as session:
         assert 60_000 < session.checkpoint.nbytes == result.outcomes[0].nbytes <= 90_000
     assert "not measured" in (tmp_path / "out" / "REPORT.md").read_text()
+    assert not (tmp_path / "out" / "report.png").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out", "text.txt"}
 
 

@@ -60,7 +60,7 @@ def frontier(outcomes: list[Outcome]) -> list[Outcome]:
 
 
 def draw(path: Path, result: Result, options: Options) -> bool:
-    """Whether there is a picture now: not without matplotlib."""
+    """Whether there is a picture now: not without matplotlib, nor where nothing but the original was measured."""
     made = [outcome for outcome in (*result.outcomes, *result.cuts, result.original) if outcome.loss is not None]
     best = frontier(made)
     foretold = [estimate for estimate in result.left if estimate.loss is not None]
@@ -71,7 +71,7 @@ def draw(path: Path, result: Result, options: Options) -> bool:
         "expected": [(options.target_bytes / 1e6, estimate.loss, estimate.plan) for estimate in foretold],
     }
     series = {name: points for name, points in series.items() if points}
-    if not made:
+    if len(made) < 2:
         return False
     try:
         pictures.points(path, "Size against loss", series, "MB", "nats a token more than the original", ("frontier",))
