@@ -167,7 +167,7 @@ class ModelConfig:
     layers: tuple[LayerConfig, ...]
     ropes: Mapping[str, RopeConfig]
     context: int
-    norm: str = "rms"  # or "layer"
+    norm: str = "rms"  # or "layer", or "bare": a layer norm without gains
     norm_bias: bool = False
     norm_eps: float = 1e-5
     norm_offset: float = 0.0  # added to every norm's gain

@@ -59,7 +59,7 @@ class Decoder:
             cfg.norm_eps,
             cfg.norm_offset,
             self.ropes,
-            layer_norms=cfg.norm == "layer",
+            norms=cfg.norm,
         )
 
     def embed(self, p: Scope, ids: A, step: Step | None = None) -> A:

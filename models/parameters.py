@@ -46,6 +46,8 @@ def expected(cfg: ModelConfig) -> Shapes:
 
 
 def _norm(cfg: ModelConfig, name: str) -> Shapes:
+    if cfg.norm == "bare":
+        return {}
     return {name: (cfg.width,)} | ({f"{name}.bias": (cfg.width,)} if cfg.norm_bias else {})
 
 
@@ -133,7 +135,7 @@ def fit(
 ) -> tuple[dict[str, list[str]], dict[str, tuple[str, ...]], list[str], list[str]]:
     """Our name -> the checkpoint's (several: experts, one a tensor; []: it is missing); our name -> how it lies there;
     the checkpoint's tensors that nobody asks for; and those of what the model has besides."""
-    found = {name: names.find(name, checkpoint, _several(config, name)) for name in expected(config)}
+    found = {n: names.find(n, checkpoint, _several(config, n), shape) for n, shape in expected(config).items()}
     used = {n for stored, _ in found.values() for n in stored}
     behind = _guessing(config, checkpoint)
     apart = [n for n in checkpoint.names if n not in used and names.apart(n, behind)]

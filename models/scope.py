@@ -64,13 +64,13 @@ class Scope:
     ropes: Mapping[str, tuple[np.ndarray, float, bool]] = field(default_factory=dict)
     prefix: str = ""
     layer: int = -1
-    layer_norms: bool = False  # norms take the mean away, and may have a bias
+    norms: str = "rms"  # as ModelConfig.norm
 
     def at(self, name: str, layer: int | None = None) -> Scope:
         """The scope one step down: `p.at("attn")`."""
         return Scope(
             self.ops, self.weights, self.trainable, self.loras, self.listener, self.eps, self.norm_offset, self.ropes,
-            f"{self.prefix}{name}.", self.layer if layer is None else layer, self.layer_norms,
+            f"{self.prefix}{name}.", self.layer if layer is None else layer, self.norms,
         )  # fmt: skip
 
     def weight(self, name: str) -> W:
@@ -136,9 +136,13 @@ class Scope:
         return y
 
     def norm(self, name: str, x: A) -> A:
-        if self.layer_norms:
-            return self.ops.layer_norm(x, self.weight(name), self.bias(name), self.eps)
-        return self.ops.rms_norm(x, self.weight(name), self.eps, self.norm_offset)
+        if self.norms == "rms":
+            return self.ops.rms_norm(x, self.weight(name), self.eps, self.norm_offset)
+        bare = self.ops.layer_norm(x, None, None, self.eps) if self.norm_offset or self.norms == "bare" else None
+        if self.norms == "bare":
+            return bare
+        y = self.ops.layer_norm(x, self.weight(name), self.bias(name), self.eps)
+        return y if bare is None else y + bare * self.norm_offset
 
 
 def _scaled(h: A, a: Lora) -> A:

@@ -44,12 +44,15 @@ def test_the_tour_shows_the_main_commands():
     )
 
 
-@pytest.mark.parametrize("command", commands())
-def test_a_command_of_the_tour(newcomer, command):
+def test_the_commands_of_the_tour(newcomer):
+    """One test, for later ones take up what earlier ones made, and tests may be shared out among processes."""
     work, environment = newcomer
-    done = subprocess.run(command, shell=True, cwd=work, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    for command in commands():
+        done = subprocess.run(
+            command, shell=True, cwd=work, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        assert done.stdout.strip(), command
 
 
 @pytest.mark.parametrize("program", blocks("python"))

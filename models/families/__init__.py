@@ -13,7 +13,7 @@ from ...errors import Unsupported
 from ...registry import broken_families, did_you_mean, families
 from ...tensors import Tensor
 from ..config import ModelConfig
-from .views import ROWS, WRITTEN
+from .views import ROWS, WRITTEN, viewed_shape
 
 if TYPE_CHECKING:
     from ...checkpoint import Checkpoint
@@ -73,17 +73,23 @@ class NameMap(dict):
         """The first of them, or our own name where this map has none."""
         return next(iter(self.spellings(name)), name)
 
-    def find(self, name: str, checkpoint: Checkpoint, several: int) -> tuple[list[str], tuple[str, ...]]:
+    def find(
+        self, name: str, checkpoint: Checkpoint, several: int, shape: Sequence[int]
+    ) -> tuple[list[str], tuple[str, ...]]:
         """The names under which a checkpoint holds one of our tensors (one; `several`, one an expert or head; [] if it
-        is missing) and how it lies there."""
+        is missing) and how it lies there: the first way that gives ours its shape, if any does."""
+        found: tuple[list[str], tuple[str, ...]] = ([], ())
         for place, views in self.places(name):
             for spelling in (place, *_inside(place)):
                 count = several if re.search(r"\{[eh]\}", spelling) else 1
                 spelled = (re.sub(r"\{[eh]\}", str(n), spelling) for n in range(count))
                 names = [*takewhile(checkpoint.__contains__, spelled)]
                 if 0 < len(names) == count:
-                    return names, views
-        return [], ()
+                    held = checkpoint.outline(names[0]).shape
+                    if not views or viewed_shape(held, views, shape, name.endswith(".bias")) == tuple(shape):
+                        return names, views
+                    found = found if found[0] else (names, views)
+        return found
 
     def ignored(self, name: str) -> bool:
         """A tensor that says nothing which the config or another tensor does not."""
@@ -216,7 +222,9 @@ def text_part(config: Mapping) -> Mapping:
     text = config.get("text_config")
     if not isinstance(text, Mapping):
         return config
-    return {key: config[key] for key in ("tie_word_embeddings", *STOPS) if config.get(key) is not None} | dict(text)
+    stops = {key: config[key] for key in STOPS if config.get(key) is not None}
+    tied = config.get("tie_word_embeddings")  # of the whole, to which the head belongs
+    return {**stops, **text} | ({} if tied is None else {"tie_word_embeddings": tied})
 
 
 def family_for(config: Mapping, path: Path, checkpoint: Checkpoint | None = None) -> Family:

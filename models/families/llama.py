@@ -19,5 +19,5 @@ llama = Family(
         arrange=gguf.unpermute,
         when=lambda metadata: not gguf.has_experts(metadata),
     ),
-    models="Llama 1 to 3, SmolLM2, TinyLlama, Yi",
+    models="Llama 1 to 3, SmolLM, SmolLM2, Falcon 3, TinyLlama, Yi",
 )

@@ -8,16 +8,22 @@ from collections.abc import Mapping
 from ...backends.base import RouteRule
 from ..config import ModelConfig, plain_mlp, routed
 from ..fields import flag, several, whole
-from . import LLAMA, Family, Gguf, experts, gguf, shared_expert
+from . import LLAMA, Family, Gguf, experts, gguf, joined, shared_expert
 
 MLP = "model.layers.{i}.mlp"
 NAMES = LLAMA | experts(MLP) | {"layers.{i}.moe.router": f"{MLP}.gate.weight"} | shared_expert(MLP)
 
+# turned where the files are older than transformers 5
+STACKED = (f"{MLP}.experts.gate_up_proj|T", f"{MLP}.experts.down_proj|T")
+SEEING = NAMES | joined(
+    "moe", STACKED, tuple(place.replace("|T", "|module") for place in STACKED), mlx=f"{MLP}.switch_mlp"
+)
+
 
 def config(hf: Mapping) -> ModelConfig:
-    second = hf.get("model_type") == "qwen2_moe"
+    second, sees = hf.get("model_type") == "qwen2_moe", hf.get("model_type") == "qwen3_vl_moe_text"
     shared = plain_mlp(hf, hidden=whole(hf, "shared_expert_intermediate_size", 5632), bias=False) if second else None
-    rule = RouteRule(renormalise=flag(hf, "norm_topk_prob"))
+    rule = RouteRule(renormalise=flag(hf, "norm_topk_prob", sees))
     moe = routed(hf, "moe_intermediate_size", rule=rule, shared=shared, shared_gate=second)
     every, dense = whole(hf, "decoder_sparse_step", 1), several(hf, "mlp_only_layers", int)
     plain, windowed = plain_mlp(hf, bias=False), flag(hf, "use_sliding_window")
@@ -51,3 +57,4 @@ qwen3_moe = Family(
     _gguf("qwen3moe", "qwen3_moe", "Qwen3MoeForCausalLM", norm_topk_prob=True),
     models="Qwen3-MoE",
 )  # fmt: skip
+qwen3_vl_moe = Family("qwen3_vl_moe", ("qwen3_vl_moe_text",), config, SEEING, models="Qwen3-VL-MoE (text)")

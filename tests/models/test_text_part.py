@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from ondevice.checkpoint import open_checkpoint
 from ondevice.errors import BadFile
@@ -26,6 +28,10 @@ VISION = {
         "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 36, "patch_size": 4,
         "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
     },
+    "Qwen3VLMoe": {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 36, "patch_size": 4,
+        "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+    },
     "Llama4": {
         "hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
         "patch_size": 14, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16,
@@ -44,6 +50,12 @@ TEXT = {
     "Gemma3": {"sliding_window": 5, "sliding_window_pattern": 2},
     "Qwen2_5_VL": {"hidden_size": 48, "rope_parameters": MROPE},
     "Qwen3VL": {"rope_parameters": MROPE},
+    "Qwen3VLMoe": {
+        "rope_parameters": MROPE,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+    },
     "Llama4": LLAMA4 | {"num_local_experts": 5},
     "Mistral3": {"model_type": "ministral3", "rope_parameters": SHARP, "tie_word_embeddings": True},
     "Qwen3_5": DELTA,
@@ -91,4 +103,15 @@ def test_a_config_from_before_there_were_parts(tmp_path):
     config |= text | {"model_type": "qwen2_5_vl", "rope_theta": rule["rope_theta"]}
     config["rope_scaling"] = {"type": "mrope", "mrope_section": rule["mrope_section"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    check_family(tmp_path, twin)
+
+
+def test_experts_as_they_were_published(tmp_path):
+    """Qwen3-VL-MoE's stacks are [E, in, out] in files older than transformers 5."""
+    twin = seeing("Qwen3VLMoe")
+    twin.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    turned = {n: np.ascontiguousarray(v.swapaxes(1, 2)) if ".experts." in n else v for n, v in tensors.items()}
+    assert any(turned[name].shape != tensors[name].shape for name in tensors)
+    save_file(turned, tmp_path / "model.safetensors", metadata={"format": "pt"})
     check_family(tmp_path, twin)

@@ -32,6 +32,7 @@ YARN = {
     "original_max_position_embeddings": 16,
 }
 WHOLE_YARN = YARN | {"truncate": False, "rope_theta": 40.0, "original_max_position_embeddings": 64}
+BIASED = {"attention_bias": True, "mlp_bias": True}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 LONGROPE = {
     "rope_type": "longrope",
@@ -259,6 +260,15 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix
     ),
     "arcee": ("Arcee", {}),
     "arcee-biases": ("Arcee", {"mlp_bias": True, "attention_bias": True, "rope_parameters": YARN}),
+    "internlm3": ("InternLM3", {"tie_word_embeddings": True}),
+    "internlm3-biases": ("InternLM3", BIASED | {"rope_parameters": DYNAMIC, "num_key_value_heads": 3}),
+    "nemotron": ("Nemotron", {"rope_parameters": HALF}),
+    "nemotron-biases": (
+        "Nemotron",
+        BIASED | {"tie_word_embeddings": True, "rope_parameters": HALF | {"rope_theta": 5e2}},
+    ),
+    "olmo": ("Olmo", PLAIN),
+    "olmo-tied": ("Olmo", PLAIN | {"tie_word_embeddings": True, "attention_bias": True}),
     "seed_oss": ("SeedOss", {}),
     "seed_oss-bare": ("SeedOss", {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True}),
     "hunyuan": ("HunYuanDenseV1", {"rope_parameters": ALPHA, "tie_word_embeddings": True}),
@@ -354,6 +364,7 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers' prefix
     ),
 }
 HEADS = {"GPT2": "LMHeadModel"}
+CLASSES = {"InternLM3": "Llama"}  # whose model is another's
 BACKENDS = ("reference", "cpu", "cuda", "mlx")
 PAIRS = [  # one of a family on those that are slow on a CPU; the others when there is time
     pytest.param(b, name, marks=[pytest.mark.slow] if "-" in name and b in ("cuda", "mlx") else [])
@@ -373,7 +384,8 @@ def make(name: str, **fields: Any) -> Any:
         {k: f"{k}TextConfig" for k in ("Gemma3", "Llama4", "Qwen3_5", "Qwen3_5Moe")}.get(kind, f"{kind}Config"),
     )
     sizes = deepcopy(TINY | {"pad_token_id": 0} | (MOE if kind == "Qwen3Moe" else {}) | own | fields)
-    return randomise(getattr(transformers, f"{kind}{HEADS.get(kind, 'ForCausalLM')}")(config_class(**sizes)))
+    model = f"{CLASSES.get(kind, kind)}{HEADS.get(kind, 'ForCausalLM')}"
+    return randomise(getattr(transformers, model)(config_class(**sizes)))
 
 
 def saved(twin: Any) -> dict[str, np.ndarray]:
