@@ -73,7 +73,7 @@ static void linear_int8(const LinearInt8& p, Pool& pool) {
     for (int i = 0; i < p.count; i++) ends[i] = tiles += p.products[i].weight.tiles->tiles();
     // Tokens by the chunk, such that their codes stay in the second level of cache while all tiles pass.
     const int64_t chunk = round_up(1 + (256 << 10) / p.x.columns, kTokens), chunks = (p.x.tokens + chunk - 1) / chunk;
-    const int64_t least = 1 + 32768 / (p.x.columns * (p.x.tokens < chunk ? p.x.tokens : chunk));
+    const int64_t least = 1 + 32768 / (kRows * p.x.columns * (p.x.tokens < chunk ? p.x.tokens : chunk));
     const int64_t cuts = p.x.tokens >= chunk ? (tiles + least - 1) / least : pieces(pool, tiles, least);
     const int64_t step = (tiles + cuts - 1) / cuts;
     Narrow narrow(p.products, p.count, p.x.tokens, pool);

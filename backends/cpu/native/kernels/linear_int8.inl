@@ -87,6 +87,9 @@ static ONDEVICE_INLINE void add_half(const uint8_t* block, const int8_t* x, cons
     }
 }
 
+// A single token takes a tile's bytes about as fast as memory gives them; those this far ahead are asked for.
+constexpr int64_t kAhead = 2048;
+
 // A tile times T tokens (one block of Quantized) -> out [T, 16]. `halved`: weights have scales for 16 columns each.
 template <int bits, bool biased, bool halved, int T>
 static void multiply_tile(const Tiles& w, const uint8_t* tile, const int8_t* x, const float* scales, const float* sums,
@@ -104,6 +107,8 @@ static void multiply_tile(const Tiles& w, const uint8_t* tile, const int8_t* x, 
             for (auto& token : half)
                 for (F& v : token) v = set(0);
         for (int64_t b = 0; b < blocks; b++, x += T * kBlock, scales += 2 * T, sums += 2 * T, tile += kLine * bits) {
+            if constexpr (T == 1)
+                for (int line = 0; line <= bits; line++) ONDEVICE_PREFETCH(tile + kAhead + kLine * line);
             add_half<bits, biased, 0, T>(tile, x, scales, sums, shift, part[0], part_sums[0]);
             add_half<bits, biased, 1, T>(tile, x, scales, sums, shift, part[halved], part_sums[halved]);
         }
