@@ -11,6 +11,8 @@ from . import console
 from .model_options import size
 from .pull import fetch
 
+HURRIED = "Time was up in the first plan: what was not rounded yet became the nearest values. Give more --budget."
+
 
 @click.command("shrink")
 @click.argument("model")
@@ -42,7 +44,7 @@ def command(model, dest, target_size, as_json, **given):
     except KeyboardInterrupt:
         console.status("What is found out is kept: the same command goes on from there.")
         raise
-    facts = asdict(event) | {"source": str(source)}
+    facts = asdict(event) | {"source": str(source), "hurried": event.hurried}
     console.json(facts) if as_json else _tell(facts)
 
 
@@ -66,4 +68,6 @@ def _tell(facts: dict) -> None:
     for estimate in facts["left"]:
         foretold = "" if estimate["loss"] is None else f" (loss expected: {estimate['loss']:.4f})"
         console.answer(f"No time was left for: {estimate['plan']}{foretold}")
+    if facts["hurried"]:
+        console.answer(HURRIED)
     console.answer(f"{facts['source']} -> {facts['path']} ({facts['chosen']}); see {facts['path']}/REPORT.md")

@@ -49,7 +49,7 @@ def test_the_best_plan_becomes_the_folder(tmp_path, model, text, monkeypatch, de
     target = 90_000
     *_, result = shrink(model, tmp_path / "out", Options(target, calibration=text, tokens=512, length=32))
     made = [o for o in result.outcomes if not o.failed]
-    assert isinstance(result, Result) and not result.left
+    assert isinstance(result, Result) and not result.left and not result.hurried
     assert all(o.nbytes <= target for o in made)
     best = min(made, key=lambda o: o.loss)
     assert result.chosen == best.plan
@@ -85,6 +85,7 @@ def test_without_time_there_is_a_model_of_nearest_values(tmp_path, model, text, 
     assert [o.plan for o in result.outcomes] == [result.chosen] == [trial.HURRIED] and result.left
     with open_session(tmp_path / "out", backend="reference") as session:
         assert 60_000 < session.checkpoint.nbytes == result.outcomes[0].nbytes <= 90_000
+    assert "Time was up" in (tmp_path / "out" / "REPORT.md").read_text()
     assert "not measured" in (tmp_path / "out" / "REPORT.md").read_text()
     assert not (tmp_path / "out" / "report.png").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out", "text.txt"}
@@ -158,7 +159,8 @@ def test_the_command(tmp_path, model, text, capsys):
         main(["shrink", str(model), str(tmp_path / "out"), "--target-size", "90kB", "--calibration", str(text),
               "--tokens", "512", "--budget", "0.001", "--json"])  # fmt: skip
     assert stop.value.code == 0
-    assert json.loads(capsys.readouterr().out)["chosen"] == trial.HURRIED
+    told = json.loads(capsys.readouterr().out)
+    assert told["chosen"] == trial.HURRIED and told["hurried"]
     with pytest.raises(SystemExit) as stop:
         main(["shrink", str(model), str(tmp_path / "no"), "--target-size", "big"])
     assert stop.value.code == 2

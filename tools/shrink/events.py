@@ -43,3 +43,8 @@ class Result:
     cuts: tuple[Outcome, ...]
     left: tuple[Estimate, ...]
     seconds: float
+
+    @property
+    def hurried(self) -> bool:
+        """There was no time to carry out a single plan as it should be."""
+        return all(o.failed or o.loss is None for o in self.outcomes)

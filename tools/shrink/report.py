@@ -21,6 +21,7 @@ def write_report(folder: Path, result: Result, options: Options) -> None:
         f"The original takes {sizes}",
         f"Kept: **{result.chosen}**. Loss: nats a token more than the original takes for text that no plan was shown.",
         "",
+        *(("Time was up in the first plan: what was not rounded yet became the nearest values.", "") * result.hurried),
         "| plan | MB | million parameters | loss | expected | bits a byte | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         *(_row(outcome) for outcome in (result.original, *result.outcomes)),
