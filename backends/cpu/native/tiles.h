@@ -26,7 +26,7 @@ enum class Number : int { f32, f16, bf16, i8 };
 
 static inline int64_t size_of(Number type) { return type == Number::f32 ? 4 : type == Number::i8 ? 1 : 2; }
 
-static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+static constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // A quantized matrix, or a stack of them: w = scale * (code - zero) + bias.
 struct Tiles {

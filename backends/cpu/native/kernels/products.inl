@@ -1,24 +1,26 @@
 // Sums of float products with many tokens: forward, x . W^T, and the gradient's way, dy . W, over the same weights.
 //
-// The blocking is that of Goto and van de Geijn 2008: a strip of the weight is unpacked into panels of 16 columns that
-// stay in the second level of cache, and the tokens, gathered once for all strips, pass in blocks that stay there too; a
-// panel and six tokens fill the first level. A quantized weight is never written out: only the strip that is being used. `narrow` products are of
+// The blocking is that of Goto and van de Geijn 2008, with as little traffic beyond the second level of cache as it allows:
+// a strip of the weight is unpacked into panels of 16 columns that stay there, deep enough that a result is not written
+// and read again too often; the tokens, woven once for all strips, pass in blocks. Of both, slices that fit the first
+// level meet. A quantized weight is never written out: only the strip that is being used. `narrow` products are of
 // numbers rounded to bfloat16, two of them in a word, with float sums.
 
-constexpr int64_t kStrip = 256;            // columns of the result whose weights are unpacked together, at most: 256 KB
-constexpr int64_t kTall = 96;              // tokens in a block: 104 KB
-constexpr int64_t kRow = kDepth + kRows;   // floats from one token's numbers to the next's: lines that do not collide
+constexpr int64_t kReach = 640;            // places of a sum whose weights are unpacked together, at most
+constexpr int64_t kHeld = 80 << 10;        // floats of an unpacked strip, about: 320 KB
+constexpr int64_t kTall = 48;              // tokens in a block, a multiple of every kTileTokens: with kReach, 120 KB
+constexpr int64_t kSlice = 6656 / (kTileTokens + kTilePanels * kRows);  // words of a tile and its panels in 26 KB
 constexpr int64_t kPass = 576;             // tokens that an unpacked strip serves at most: then unpacking is a few percent
-constexpr int64_t kMost = 2048;            // tokens that are gathered at a time, at most
-constexpr int64_t kGathered = 4 << 20;     // floats of them in rows: 16 MB
+constexpr int64_t kMost = 2048;            // tokens that are woven at a time, at most
+constexpr int64_t kWoven = 4 << 20;        // floats of them: 16 MB
 
-// Places [k, k + depth) of one term's sum, which lie from place `at` on in a cut's rows and panels.
+// Places [k, k + depth) of one term's sum, which lie from place `at` on in a cut's tiles and panels.
 struct Stretch {
     int term;
     int64_t k, depth, at;
 };
 
-// What is summed in one go: up to kDepth places, of one term or of several; `before` it come so many,
+// What is summed in one go: up to kReach places, of one term or of several; `before` it come so many,
 // in whole pairs.
 struct Cut {
     Stretch parts[kTerms];
@@ -86,46 +88,45 @@ static void unpack_strip(const Term& t, int64_t k, int64_t depth, int64_t from, 
     if (w.type == Number::bf16) copy_strip(reinterpret_cast<const bfloat*>(data), w.columns, depth, count, panels, apart);
 }
 
-// Numbers [k, k + depth) of tokens [at, at + count), scaled, to rows of kRow.
-static void gather_tokens(const Term& t, int64_t at, int64_t count, int64_t k, int64_t depth, float* rows) {
-    const float* x = t.x + at * t.depth() + k;
-    for (int64_t i = 0; i < count; i++, x += t.depth(), rows += kRow) {
-        int64_t j = 0;
-        for (; j + N <= depth; j += N) store(rows + j, load(x + j) * set(t.scale));
-        for (; j < depth; j++) rows[j] = x[j] * t.scale;
+// Tokens lie woven in tiles: [depth][kTileTokens], all numbers of one place side by side. Rows x, `stride` apart, of
+// `count` tokens, scaled -> a tile; behind the last token, zeros. Up to N - 1 floats behind the tile are overwritten.
+static void weave(const float* x, int64_t stride, int64_t count, int64_t depth, float scale, float* tile) {
+    constexpr int T = kTileTokens, last = (T - 1) / N * N;
+    for (int64_t k = 0; k < depth; k += N) {
+        const int n = depth - k < N ? static_cast<int>(depth - k) : N;
+        for (int g = last; g >= 0; g -= N) {  // what a group stores too much is the next ones' to overwrite
+            F v[N];
+            for (int a = 0; a < N; a++)
+                v[a] = g + a < T && g + a < count ? load_some(x + (g + a) * stride + k, n) * set(scale) : set(0);
+            transpose(v);
+            for (int a = 0; a < n; a++) store(tile + (k + a) * T + g, v[a]);
+        }
     }
 }
 
-// The same where x is [depth, tokens]; up to N - 1 zeros come behind each row's numbers.
-static void turn_tokens(const Term& t, int64_t tokens, int64_t at, int64_t count, int64_t k, int64_t depth, float* rows) {
-    const float* x = t.x + k * tokens + at;
-    for (int64_t i = 0; i < count; i += N)
-        for (int64_t j = 0; j < depth; j += N) {
-            const int n = count - i < N ? static_cast<int>(count - i) : N;
-            F v[N];
-            for (int a = 0; a < N; a++) v[a] = j + a < depth ? load_some(x + (j + a) * tokens + i, n) : set(0);
-            transpose(v);
-            for (int a = 0; a < n; a++) store(rows + (i + a) * kRow + j, v[a] * set(t.scale));
+// The same where x is [depth, tokens], of its tokens [at, at + count).
+static void weave_turned(const float* x, int64_t tokens, int64_t at, int64_t count, int64_t depth, float scale, float* tile) {
+    for (int64_t k = 0; k < depth; k++, x += tokens)
+        for (int64_t g = 0; g < kTileTokens; g += N) {
+            const int n = at + g + N <= tokens ? N : g < count ? static_cast<int>(tokens - at - g) : 0;
+            store(tile + k * kTileTokens + g, load_some(x + at + g, n) * set(scale));
         }
 }
 
-// Words from one token's numbers to the next's.
-static constexpr int64_t row_words(bool narrow) { return narrow ? kRow / 2 : kRow; }
-
-// out [T, 16 P] (+)= rows [T, words] . P panels, `apart` words from one to the next
+// out [T, 16 P] (+)= tile [words, T] . P panels, `apart` floats from one to the next
 template <bool narrow, int T, int P>
-static ONDEVICE_INLINE void multiply_tile(const float* rows, const float* panel, int64_t apart, int64_t words, float* out,
+static ONDEVICE_INLINE void multiply_tile(const float* tile, const float* panel, int64_t apart, int64_t words, float* out,
                                           int64_t stride, bool add) {
     for (int t = 0; t < T; t++) ONDEVICE_PREFETCH(out + t * stride);
     F y[T][P * L];
     for (int t = 0; t < T; t++)
         for (int i = 0; i < P * L; i++) y[t][i] = set(0);
-    for (int64_t k = 0; k < words; k++, panel += kRows) {
+    for (int64_t k = 0; k < words; k++, panel += kRows, tile += T) {
         F w[P * L];
         for (int j = 0; j < P; j++) load16(panel + j * apart, w + j * L);
         ONDEVICE_UNROLL
         for (int t = 0; t < T; t++) {
-            const F a = set(rows[t * row_words(narrow) + k]);
+            const F a = set(tile[t]);
             ONDEVICE_UNROLL
             for (int i = 0; i < P * L; i++) {
                 if constexpr (narrow) y[t][i] = dot_pairs(a, w[i], y[t][i]);
@@ -140,36 +141,54 @@ static ONDEVICE_INLINE void multiply_tile(const float* rows, const float* panel,
         }
 }
 
-// The same for any number of tokens, in tiles of T and, for the rest, of half as many.
-template <bool narrow, int T, int P>
-static void multiply_rows(int64_t tokens, const float* rows, const float* panel, int64_t apart, int64_t words, float* out,
-                          int64_t stride, bool add) {
-    constexpr int64_t row = row_words(narrow);
-    int64_t t = 0;
-    for (; t + T <= tokens; t += T)
-        multiply_tile<narrow, T, P>(rows + t * row, panel, apart, words, out + t * stride, stride, add);
-    if constexpr (T > 1)
-        if (t < tokens)
-            multiply_rows<narrow, T / 2, P>(tokens - t, rows + t * row, panel, apart, words, out + t * stride, stride, add);
-}
+// Woven tokens, the tiles `apart` floats from one to the next.
+struct Woven {
+    const float* tiles;
+    int64_t apart, tokens;
+};
 
-// The last columns of a result whose width is no multiple of 16.
-template <bool narrow>
-static void multiply_edge(int64_t tokens, const float* rows, const float* panel, int64_t words, int64_t width, float* out,
-                          int64_t stride, bool add) {
-    float sums[kTall * kRows];
-    multiply_rows<narrow, kTileTokens, 1>(tokens, rows, panel, 0, words, sums, kRows, false);
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t i = 0; i < width; i++)
-            out[t * stride + i] = sums[t * kRows + i] + (add ? out[t * stride + i] : 0.0f);
-}
-
-// Rows of numbers -> rows of pairs; what lies behind the last number counts as 0.
-static void narrow_rows(int64_t tokens, int64_t depth, float* rows, float* words) {
-    for (int64_t t = 0; t < tokens; t++, rows += kRow, words += kRow / 2) {
-        if (depth % 2) rows[depth] = 0;
-        for (int64_t k = 0; k < depth; k += 2 * N) store_pairs(words + k / 2, load(rows + k), load(rows + k + N));
+// The same for all tokens, and only `width` of the columns.
+template <bool narrow, int P>
+static void multiply_tiles(const Woven& x, const float* panel, int64_t apart, int64_t words, int64_t width, float* out,
+                           int64_t stride, bool add) {
+    constexpr int64_t T = kTileTokens, wide = P * kRows;
+    const float* tile = x.tiles;
+    for (int64_t t = 0; t < x.tokens; t += T, tile += x.apart, out += T * stride) {
+        if (t + T <= x.tokens && width == wide) {
+            multiply_tile<narrow, T, P>(tile, panel, apart, words, out, stride, add);
+            continue;
+        }
+        float sums[T * wide];
+        multiply_tile<narrow, T, P>(tile, panel, apart, words, sums, wide, false);
+        for (int64_t i = 0; i < T && t + i < x.tokens; i++)
+            for (int64_t j = 0; j < width; j++) out[i * stride + j] = sums[i * wide + j] + (add ? out[i * stride + j] : 0.0f);
     }
+}
+
+// A block of tokens times `count` columns in panels, a slice of the sum at a time.
+template <bool narrow>
+static void multiply_block(const Woven& x, const float* panels, int64_t words, int64_t count, float* out, int64_t stride,
+                           bool add) {
+    constexpr int64_t wide = kTilePanels * kRows;
+    const int64_t slices = (words + kSlice - 1) / kSlice, step = (words + slices - 1) / slices;
+    for (int64_t k = 0; k < words; k += step) {
+        const int64_t some = words - k < step ? words - k : step;
+        const Woven part{x.tiles + k * kTileTokens, x.apart, x.tokens};
+        const float* panel = panels + k * kRows;
+        int64_t j = 0;
+        for (; j + wide <= count; j += wide)
+            multiply_tiles<narrow, kTilePanels>(part, panel + j * words, words * kRows, some, wide, out + j, stride, add || k > 0);
+        for (; j < count; j += kRows)
+            multiply_tiles<narrow, 1>(part, panel + j * words, 0, some, count - j < kRows ? count - j : kRows, out + j, stride,
+                                      add || k > 0);
+    }
+}
+
+// A tile of numbers -> one of pairs, which are neighbours of a token.
+static void narrow_tile(int64_t depth, const float* tile, float* words) {
+    constexpr int64_t T = kTileTokens;
+    for (int64_t k = 0; k < depth; k += 2, tile += 2 * T, words += T)
+        for (int64_t g = 0; g < T; g += N) store(words + g, pairs_of(load(tile + g), k + 1 < depth ? load(tile + T + g) : set(0)));
 }
 
 // A panel of numbers -> one of pairs, which are neighbours of a column.
@@ -189,11 +208,11 @@ static void add_bias(const Products& p, int64_t token, int64_t tokens, int64_t f
 static int64_t step_of(const Products& p, const Term& t) {
     int64_t small = 0;
     for (int i = 0; i < p.count; i++)
-        if (&p.terms[i] != &t && p.terms[i].depth() < kDepth / 4) small += p.terms[i].depth();
-    const int64_t cuts = (t.depth() + small + kDepth - 1) / kDepth;
+        if (&p.terms[i] != &t && p.terms[i].depth() < kReach / 8) small += p.terms[i].depth();
+    const int64_t cuts = (t.depth() + small + kReach - 1) / kReach;
     const int64_t unit = t.weight.tiles && !t.back ? t.weight.tiles->unit() : kRows;
     const int64_t step = round_up((t.depth() + cuts - 1) / cuts, unit);
-    return step < kDepth ? step : kDepth;
+    return step < kReach ? step : kReach;
 }
 
 static std::vector<Cut> cuts_of(const Products& p) {
@@ -202,7 +221,7 @@ static std::vector<Cut> cuts_of(const Products& p) {
         const int64_t depth = p.terms[i].depth(), step = step_of(p, p.terms[i]);
         for (int64_t k = 0; k < depth; k += step) {
             const int64_t some = depth - k < step ? depth - k : step;
-            if (cuts.empty() || cuts.back().count == kTerms || k > 0 || cuts.back().depth + some > kDepth)
+            if (cuts.empty() || cuts.back().count == kTerms || k > 0 || cuts.back().depth + some > kReach)
                 cuts.push_back(Cut{{}, 0, 0, cuts.empty() ? 0 : cuts.back().before + round_up(cuts.back().depth, 2)});
             Cut& cut = cuts.back();
             cut.parts[cut.count++] = Stretch{i, k, some, cut.depth};
@@ -222,36 +241,45 @@ static int64_t unit_of(const Products& p) {
     return unit;
 }
 
-// What is gathered together: tokens [token, token + tokens) of `count` cuts, in rows.
+// What is woven together: tokens [token, token + tokens) of `count` cuts.
 struct Region {
     const Cut* cuts;
     int64_t count, token, tokens;
-    float* rows;
+    float* woven;
     bool narrow, last;  // last: the sums are whole with it
 
-    int64_t words(int64_t places) const { return narrow ? (places + 1) / 2 : places; }
-    float* rows_of(int64_t cut, int64_t at) const { return rows + (cut * tokens + at) * row_words(narrow); }
+    int64_t words(int64_t cut) const { return narrow ? (cuts[cut].depth + 1) / 2 : cuts[cut].depth; }
+    int64_t tiles() const { return (tokens + kTileTokens - 1) / kTileTokens; }
+    int64_t tile_floats() const { return tile_room(narrow ? kReach / 2 : kReach); }
+    float* tile(int64_t cut, int64_t at) const { return woven + (cut * tiles() + at / kTileTokens) * tile_floats(); }
+    static constexpr int64_t tile_room(int64_t words) { return round_up(words * kTileTokens + N, kRows); }
 };
 
-static void gather(const Products& p, const Region& r, int64_t c, int64_t at, float* room) {
-    const int64_t some = r.tokens - at < kTall ? r.tokens - at : kTall;
-    float* rows = r.narrow ? room : r.rows_of(c, at);
-    for (int i = 0; i < r.cuts[c].count; i++) {
-        const Stretch& s = r.cuts[c].parts[i];
-        const Term& t = p.terms[s.term];
-        if (t.turned) turn_tokens(t, p.tokens, r.token + at, some, s.k, s.depth, rows + s.at);
-        else gather_tokens(t, r.token + at, some, s.k, s.depth, rows + s.at);
+static void weave_block(const Products& p, const Region& r, int64_t c, int64_t at, float* room) {
+    const int64_t end = r.tokens - at < kTall ? r.tokens : at + kTall;
+    for (; at < end; at += kTileTokens) {
+        float* tile = r.narrow ? room : r.tile(c, at);
+        const int64_t count = r.tokens - at < kTileTokens ? r.tokens - at : kTileTokens, token = r.token + at;
+        for (int i = 0; i < r.cuts[c].count; i++) {
+            const Stretch& s = r.cuts[c].parts[i];
+            const Term& t = p.terms[s.term];
+            float* to = tile + s.at * kTileTokens;
+            if (t.turned) weave_turned(t.x + s.k * p.tokens, p.tokens, token, count, s.depth, t.scale, to);
+            else weave(t.x + token * t.depth() + s.k, t.depth(), count, s.depth, t.scale, to);
+        }
+        if (r.narrow) narrow_tile(r.cuts[c].depth, tile, r.tile(c, at));
     }
-    if (r.narrow) narrow_rows(some, r.cuts[c].depth, rows, r.rows_of(c, at));
 }
 
-// The floats that a strip takes, or gathering a block.
-static int64_t products_room(int64_t strip) { return (2 * kDepth + kRows) * strip + kTall * kRow; }
+// The floats that a strip of `depth` places takes, or weaving a tile.
+static int64_t products_room(int64_t strip, int64_t depth) {
+    return (2 * depth + kRows + 2) * strip + Region::tile_room(kReach);
+}
 
 // Columns [from, from + count) of what a cut multiplies -> panels.
 static const float* unpack(const Products& p, const Cut& cut, int64_t from, int64_t count, bool narrow, float* room) {
     const int64_t wide = round_up(count, kRows), apart = cut.depth * kRows, words = (cut.depth + 1) / 2 * kRows;
-    float *panels = room, *pairs = panels + kDepth * wide, *tiles = pairs + kDepth * wide;
+    float *panels = room, *pairs = panels + cut.depth * wide, *tiles = pairs + (cut.depth + 1) * wide;
     for (int i = 0; i < cut.count; i++) {
         const Stretch& s = cut.parts[i];
         unpack_strip(p.terms[s.term], s.k, s.depth, from, count, tiles, panels + s.at * kRows, apart);
@@ -261,19 +289,6 @@ static const float* unpack(const Products& p, const Cut& cut, int64_t from, int6
     return pairs;
 }
 
-// Tokens [at, at + tokens) of a cut times its panels.
-template <bool narrow>
-static void multiply(const float* rows, int64_t tokens, const float* panels, int64_t words, int64_t count, float* out,
-                     int64_t stride, bool add) {
-    constexpr int64_t wide = kTilePanels * kRows;
-    int64_t j = 0;
-    for (; j + wide <= count; j += wide)
-        multiply_rows<narrow, kTileTokens, kTilePanels>(tokens, rows, panels + j * words, words * kRows, words, out + j, stride, add);
-    for (; j + kRows <= count; j += kRows)
-        multiply_rows<narrow, kTileTokens, 1>(tokens, rows, panels + j * words, 0, words, out + j, stride, add);
-    if (j < count) multiply_edge<narrow>(tokens, rows, panels + j * words, words, count - j, out + j, stride, add);
-}
-
 // Tokens [token, end) of a region times columns [from, from + count): a strip stays in the second level of cache.
 static void product_strip(const Products& p, const Region& r, int64_t token, int64_t end, int64_t from, int64_t count,
                           float* room) {
@@ -281,29 +296,36 @@ static void product_strip(const Products& p, const Region& r, int64_t token, int
         const Cut& cut = r.cuts[c];
         const float* panels = unpack(p, cut, from, count, r.narrow, room);
         for (int64_t at = token; at < end; at += kTall) {
-            const int64_t some = end - at < kTall ? end - at : kTall;
+            const Woven some{r.tile(c, at), r.tile_floats(), end - at < kTall ? end - at : kTall};
             float* out = p.out + (r.token + at) * p.width + from;
-            const float* rows = r.rows_of(c, at);
             const bool add = p.add || cut.before > 0;
-            if (r.narrow) multiply<true>(rows, some, panels, r.words(cut.depth), count, out, p.width, add);
-            else multiply<false>(rows, some, panels, cut.depth, count, out, p.width, add);
+            if (r.narrow) multiply_block<true>(some, panels, r.words(c), count, out, p.width, add);
+            else multiply_block<false>(some, panels, r.words(c), count, out, p.width, add);
         }
     }
     if (p.bias && r.last) add_bias(p, r.token + token, end - token, from, count);
 }
 
-// Columns that are unpacked together: about kStrip, in whole units of tiles that are read across, all strips alike;
-// fewer where tokens are too few to be shared out.
-static int64_t strip_of(const Products& p, int64_t threads) {
-    const int64_t unit = unit_of(p), fewest = (p.width + kStrip - 1) / kStrip;
-    const int64_t strips = p.tokens > kTall || fewest > 4 * threads ? fewest : 4 * threads;
-    return round_up((p.width + strips - 1) / strips, unit);
+// The places of the longest cut.
+static int64_t deepest(const Region& r) {
+    int64_t depth = 0;
+    for (int64_t c = 0; c < r.count; c++) depth = r.cuts[c].depth > depth ? r.cuts[c].depth : depth;
+    return depth;
+}
+
+// Columns that are unpacked together: as many as kHeld floats, in whole units of tiles that are read across, all strips
+// alike; fewer where tokens are too few to be shared out.
+static int64_t strip_of(const Products& p, int64_t depth, int64_t threads) {
+    const int64_t most = kHeld / depth / kRows * kRows, fewest = (p.width + most - 1) / most;
+    const int64_t strips = p.tokens > 2 * kTall || fewest > 4 * threads ? fewest : 4 * threads;
+    return round_up((p.width + strips - 1) / strips, unit_of(p));
 }
 
 static void products_of(const Products& p, const Region& r, Pool& pool) {
-    const int64_t blocks = (r.tokens + kTall - 1) / kTall, strip = strip_of(p, pool.threads());
+    const int64_t blocks = (r.tokens + kTall - 1) / kTall, depth = deepest(r), strip = strip_of(p, depth, pool.threads());
+    const auto room = [&](int thread) { return pool.scratch(thread, products_room(strip, depth)); };
     pool.run(blocks * r.count, [&](int64_t task, int thread) {
-        gather(p, r, task % r.count, task / r.count * kTall, pool.scratch(thread, products_room(strip)));
+        weave_block(p, r, task % r.count, task / r.count * kTall, room(thread));
     });
     const int64_t strips = (p.width + strip - 1) / strip, enough = 4 * pool.threads();
     int64_t passes = (r.tokens + kPass - 1) / kPass;
@@ -313,7 +335,7 @@ static void products_of(const Products& p, const Region& r, Pool& pool) {
     pool.run(strips * passes, [&](int64_t task, int thread) {
         const int64_t from = task % strips * strip, token = task / strips * pass;
         product_strip(p, r, token, token + pass < r.tokens ? token + pass : r.tokens, from,
-                      p.width - from < strip ? p.width - from : strip, pool.scratch(thread, products_room(strip)));
+                      p.width - from < strip ? p.width - from : strip, room(thread));
     });
 }
 
@@ -370,11 +392,11 @@ static void products(const Products& p, Pool& pool) {
     if (p.count == 1 && t.turned && t.back && p.tokens <= kRows && !t.weight.tiles && t.weight.type == Number::f32 && !p.add && !p.bias)
         return long_products(p, pool);
     const std::vector<Cut> cuts = cuts_of(p);
-    const int64_t all = static_cast<int64_t>(cuts.size()), most = equal(p.tokens, kMost, 1);
-    const int64_t fit = kGathered / (most * kRow), together = equal(all, fit < 1 ? 1 : fit, 1);
-    float* rows = pool.shared(2, together * most * kRow);
+    const int64_t all = static_cast<int64_t>(cuts.size()), most = equal(p.tokens, kMost, kTileTokens);
+    const int64_t fit = kWoven / (most / kTileTokens * Region::tile_room(kReach)), together = equal(all, fit < 1 ? 1 : fit, 1);
+    float* woven = pool.shared(2, together * (most / kTileTokens) * Region::tile_room(kReach));
     for (int64_t token = 0; token < p.tokens; token += most)
         for (int64_t c = 0; c < all; c += together)
             products_of(p, {cuts.data() + c, all - c < together ? all - c : together, token,
-                            p.tokens - token < most ? p.tokens - token : most, rows, p.narrow, c + together >= all}, pool);
+                            p.tokens - token < most ? p.tokens - token : most, woven, p.narrow, c + together >= all}, pool);
 }
