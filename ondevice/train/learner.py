@@ -17,7 +17,8 @@ from ..models.decoder import Decoder
 from .batches import Batch
 from .methods import Method, Params
 
-LOGITS_BYTES = 32 << 20  # of the logits held at once; their gradient and the softmax are as large again
+LOGITS_BYTES = 96 << 20  # of the logits held at once, so that the head is unpacked for many; their gradient is as large
+LEAN_LOGITS_BYTES = 32 << 20  # with rematerialisation
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Learner:
     @property
     def chunk(self) -> int:
         """Rows of logits held at once."""
-        return max(16, LOGITS_BYTES // (4 * self.decoder.config.vocab) // 16 * 16)
+        return max(16, logits_bytes(self.remat) // (4 * self.decoder.config.vocab) // 16 * 16)
 
     def hidden(self, params: Params, batch: Batch, moment: int | None) -> A:
         """What the last layer says, [B * T, D]."""
@@ -135,6 +136,11 @@ class Learner:
     def _chunks(self, count: int) -> Iterator[tuple[int, int]]:
         for at in range(0, count, self.chunk):
             yield at, min(at + self.chunk, count)
+
+
+def logits_bytes(remat: bool) -> int:
+    """Of the logits held at once, at most."""
+    return LEAN_LOGITS_BYTES if remat else LOGITS_BYTES
 
 
 def _of_layer(params: Params, i: int) -> dict[str, A]:

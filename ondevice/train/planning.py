@@ -12,7 +12,7 @@ from ..models.parameters import expected
 from ..runtime.memory import memory_bytes, used_bytes
 from ..runtime.session import Session
 from .data import Data
-from .learner import LOGITS_BYTES
+from .learner import logits_bytes
 from .settings import Settings
 
 SHARE = 0.8  # of the memory there is, to be used: other programs live here too
@@ -60,7 +60,9 @@ def _ways(session: Session, data: Data, settings: Settings, fixed: int, update: 
     sequences = 2 if settings.objective in ("dpo", "orpo") else 1
     for rows in [settings.micro_batch] if settings.micro_batch else _halves(settings.batch_size):
         for remat in (False, True) if settings.remat is None else (settings.remat,):
-            passes = LOGITS * LOGITS_BYTES + rows * sequences * tokens * activation_bytes(session, remat)
+            places = rows * sequences * tokens
+            logits = min(logits_bytes(remat), 4 * places * session.config.vocab)
+            passes = LOGITS * logits + places * activation_bytes(session, remat)
             yield Plan(rows, remat, fixed + max(passes, update))
 
 

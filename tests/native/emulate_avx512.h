@@ -39,6 +39,9 @@ static inline simde__m512i srai_epi32(simde__m512i a, unsigned n) {
 static inline simde__m512i cvtepu16_epi32(__m256i a) {
     return both<simde__m512i>([&](int i) { return _mm256_cvtepu16_epi32(half_of<__m128i>(a, i)); });
 }
+static inline simde__m512i cvtepi8_epi32(__m128i a) {
+    return both<simde__m512i>([&](int i) { return _mm256_cvtepi8_epi32(i ? _mm_srli_si128(a, 8) : a); });
+}
 static inline simde__m512 cvtepi32_ps(simde__m512i a) {
     return both<simde__m512>([&](int i) { return _mm256_cvtepi32_ps(half_of<__m256i>(a, i)); });
 }
@@ -104,6 +107,7 @@ static __attribute__((noinline)) simde__m512 dpbf16_ps(simde__m512 sum, simde__m
 #define _mm512_cvtps_epi32 emulated::cvtps_epi32
 #define _mm512_srai_epi32 emulated::srai_epi32
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
+#define _mm512_cvtepi8_epi32 emulated::cvtepi8_epi32
 #define _mm512_cvtepi32_ps emulated::cvtepi32_ps
 #define _mm512_cvtph_ps emulated::cvtph_ps
 #undef _mm512_dpbf16_ps
