@@ -88,7 +88,8 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class LayerCache:
-    """What one layer keeps per token: keys [K, key_dim] and values [K, value_dim]; `window` bounds how far back."""
+    """What one layer keeps per token: keys [K, key_dim] and values [K, value_dim]. window: tokens, itself among them,
+    beyond which none sees back (a chunk's, where attention is within chunks); a cache need not keep more."""
 
     kv_heads: int
     key_dim: int
@@ -262,6 +263,11 @@ class Cache(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes set aside."""
+
+    def nbytes_of(self, capacity: int) -> int:
+        """Bytes that a cache like this one, of layers that keep tokens, sets aside for another capacity: known without
+        making it. Here: as many for each token."""
+        return self.nbytes * capacity // self.capacity
 
 
 # ------------------------------------------------------------------------------------------------ the operations

@@ -144,16 +144,16 @@ def idle_share(config: ModelConfig, name: str, tensor: Tensor) -> float:
 
 
 def cache_bytes(config: ModelConfig, ops: Backend, context: int, batch: int = 1, kv_dtype: str | None = None) -> int:
-    """As the backend sets it aside: asked for a little, and stretched to the whole. A backend whose cache grows with
-    the text says nothing yet; then it is what keys and values take."""
+    """As the backend sets it aside: asked of a small one. A backend whose cache grows with the text says nothing yet;
+    then it is what keys and values take."""
     if "cache" not in ops.features:
         return 0
     states = [spec for spec in config.caches if isinstance(spec, StateCache)]
     growing = [spec for spec in config.caches if isinstance(spec, LayerCache)]
     fixed = ops.new_cache(states, batch, ROUND, kv_dtype).nbytes if states else 0
-    sample = ops.new_cache(growing, 1, 16, kv_dtype).nbytes if growing else 0
-    if sample:
-        return fixed + sample * -(-context // 16) * batch
+    grown = ops.new_cache(growing, 1, 16, kv_dtype).nbytes_of(-(-context // 16) * 16) if growing else 0
+    if grown:
+        return fixed + grown * batch
     width = STORAGE[kv_dtype or ("float32" if ops.exact else ops.info().dtype)].itemsize
     scales = sum(8 * spec.kv_heads for spec in growing) if kv_dtype == "int8" else 0
     return fixed + (sum(kv_numbers(spec) for spec in growing) * width + scales) * context * batch

@@ -315,6 +315,16 @@ def each_layer_keeps_its_own(pair: Pair, names: tuple[str, ...]) -> None:
     assert cache.nbytes > 0, "nbytes says nothing"
 
 
+@case("cache", names=[("plain", "window"), ("narrow_values",)])
+def bytes_of_another_capacity(pair: Pair, names: tuple[str, ...]) -> None:
+    """What plans of memory ask; a cache that grows with the text says nothing of itself either."""
+    specs = [BY_NAME[name].cache for name in names]
+    small = pair.backend.new_cache(specs, 2, 16)
+    for capacity in (16, 48, 4096):
+        made = pair.backend.new_cache(specs, 2, capacity)
+        equal(f"bytes of {capacity} tokens", small.nbytes_of(capacity), made.nbytes)
+
+
 @case("cache", dtype=["float16", "bfloat16", "float32"])
 def cache_in_another_type(pair: Pair, dtype: str) -> None:
     t = Tokens(pair, PLAIN, 1, 13)

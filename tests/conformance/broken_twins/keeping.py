@@ -146,6 +146,12 @@ class SnapshotOfTheFirstSlot(HostCache):
 
 
 @twin("attention")
+class BytesThatDoNotGrow(HostCache):
+    def nbytes_of(self, capacity):
+        return self.nbytes
+
+
+@twin("attention")
 class SecretlyHalf(HostCache):
     """float16, whatever was asked for."""
 
