@@ -45,7 +45,8 @@ class AttentionConfig:
 
     @property
     def cache(self) -> LayerCache:
-        return LayerCache(self.kv_heads, self.head_dim, self.head_dim, self.spec.window)
+        far = min(filter(None, (self.spec.window, self.spec.chunk)), default=None)
+        return LayerCache(self.kv_heads, self.head_dim, self.head_dim, far)
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,10 @@ struct Attention {
     float scale, softcap;   // softcap 0: none
     float *key_scales = nullptr, *value_scales = nullptr;
     bool latent = false;
+    int32_t* bases = nullptr;  // [slots]: the position of the first place, of a cache that keeps no more than a window needs
+    int64_t kept = 0;          // positions before a new token that it keeps
 
+    int64_t base(int64_t b) const { return bases ? bases[slots[b]] : 0; }
     int64_t stored() const { return latent ? 1 : K; }  // key heads that are kept
 };
 

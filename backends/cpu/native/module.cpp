@@ -382,6 +382,8 @@ struct LayerRoom {
     Number type;
     int64_t capacity;
     std::optional<Out> key_scales, value_scales;
+    std::optional<Array<int32_t>> bases;
+    int64_t kept;
 };
 
 struct Mask {
@@ -415,6 +417,7 @@ void attend(Machine& machine, In q, In k, In v, Maybe sinks, const Mask& mask, c
         p.type = room->type, p.capacity = room->capacity;
         p.key_scales = room->key_scales ? room->key_scales->data() : nullptr;
         p.value_scales = room->value_scales ? room->value_scales->data() : nullptr;
+        p.bases = room->bases ? room->bases->data() : nullptr, p.kept = room->kept;
     }
     call(machine, machine.kernels().attention, p);
 }
@@ -582,10 +585,13 @@ NB_MODULE(_native, m) {
     nb::class_<LayerRoom>(m, "LayerRoom")
         .def("__init__", [](LayerRoom* self, nb::ndarray<nb::c_contig, nb::device::cpu> keys,
                             nb::ndarray<nb::c_contig, nb::device::cpu> values, const std::string& dtype,
-                            int64_t capacity, std::optional<Out> key_scales, std::optional<Out> value_scales) {
+                            int64_t capacity, std::optional<Out> key_scales, std::optional<Out> value_scales,
+                            std::optional<Array<int32_t>> bases, int64_t kept) {
             require((dtype == "int8") == (key_scales && value_scales), "int8 has scales");
-            new (self) LayerRoom{keys, values, number(dtype), capacity, key_scales, value_scales};
-        }, "keys"_a, "values"_a, "dtype"_a, "capacity"_a, "key_scales"_a = nb::none(), "value_scales"_a = nb::none());
+            require(kept == 0 || (bases && kept > 0 && kept + 2 * kRows <= capacity), "no room for what is kept");
+            new (self) LayerRoom{keys, values, number(dtype), capacity, key_scales, value_scales, bases, kept};
+        }, "keys"_a, "values"_a, "dtype"_a, "capacity"_a, "key_scales"_a = nb::none(), "value_scales"_a = nb::none(),
+           "bases"_a = nb::none(), "kept"_a = 0);
     nb::class_<Plan>(m, "Plan")
         .def(nb::init<>())
         .def("__len__", &Plan::size)

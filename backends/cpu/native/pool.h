@@ -98,11 +98,12 @@ class Countdown {
 // The one pool of `threads` threads in this process, made on first use and gone with its last user.
 std::shared_ptr<Pool> shared_pool(int threads);
 
-// Pieces to cut `amount` of work into, each of at least `least`: several a thread, so that a slow one is helped out.
+// Pieces to cut `amount` of work into, each of at least `least`: several a thread, so that a slow one is helped out, and
+// as many for each.
 inline int64_t pieces(const Pool& pool, int64_t amount, int64_t least) {
     const int64_t most = pool.threads() == 1 ? 1 : 4 * static_cast<int64_t>(pool.threads());
-    const int64_t fit = amount / (least > 0 ? least : 1);
-    return fit < 1 ? 1 : (fit < most ? fit : most);
+    const int64_t fit = amount / (least > 0 ? least : 1), even = fit - fit % pool.threads();
+    return fit < 1 ? 1 : even < 1 ? fit : (even < most ? even : most);
 }
 
 }  // namespace ondevice::cpu

@@ -1,6 +1,7 @@
 #define ONDEVICE_INLINE inline  // forced, plain loops would only grow: nothing here waits in registers
 
 #include <cmath>
+#include <stdexcept>
 #include <vector>
 
 #include "kernels.h"

@@ -45,11 +45,18 @@ static inline void scale_row(float* row, const float* scales, int64_t count) {
     for (int64_t j = 0; j < count; j += N) store(row + j, load(row + j) * load(scales + j));
 }
 
-// Row b's new keys and values of head `head` (of row b's slot) go to places `first` ...
+struct Span {  // tokens of each row that are written, then attended to
+    int64_t from, to;
+
+    int64_t end(const Attention& p, int64_t b) const { return to < p.lengths[b] ? to : p.lengths[b]; }
+};
+
+// The keys and values of row b's tokens, of head `head` (of row b's slot); token t goes to place first + t.
 template <class E>
-static void write_head(const Attention& p, const Heads<E>& heads, int64_t b, int64_t kv, int64_t head, int64_t first) {
+static void write_head(const Attention& p, const Heads<E>& heads, int64_t b, int64_t kv, int64_t head, Span span,
+                       int64_t first) {
     E *keys = heads.key_panels(head), *values = heads.value_rows(head);
-    for (int64_t t = 0; t < p.lengths[b]; t++) {
+    for (int64_t t = span.from; t < span.end(p, b); t++) {
         const int64_t token = (b * p.T + t) * p.stored() + kv, place = first + t;
         const float scale = keep(p.k + token * p.d, p.d, kRows, keys + place / kRows * kRows * p.d + place % kRows);
         if (heads.key_scales) heads.key_scales[head * heads.places + place] = scale;
@@ -300,11 +307,30 @@ static void put_part(const Attention& p, const Part& part, const Room& room, int
                 room.out + r * width);
 }
 
+// Where a cache keeps no more than a window needs, places are used up: what is still needed of row b moves to the front.
+template <class E>
+static void make_room(const Attention& p, const Heads<E>& heads, int64_t b, Span span) {
+    const int64_t first = p.starts[b] + span.from, base = p.base(b);
+    if (first < base) throw std::invalid_argument("these tokens' past is not held any more: truncate the cache first");
+    if (span.end(p, b) <= span.from || p.starts[b] + span.end(p, b) - base <= heads.places) return;
+    const int64_t by = (first - p.kept - base) / kRows * kRows, count = round_up(first - base - by, kRows);
+    for (int64_t head = p.slots[b] * p.stored(); head < (p.slots[b] + 1) * p.stored(); head++) {
+        E* keys = heads.key_panels(head);
+        std::memmove(keys, keys + by * p.d, sizeof(E) * count * p.d);
+        if (E* values = heads.value_rows(head)) std::memmove(values, values + by * heads.width, sizeof(E) * count * heads.width);
+        for (float* all : {heads.key_scales, heads.value_scales}) {
+            float* scales = all ? all + head * heads.places : nullptr;
+            if (scales) std::memmove(scales, scales + by, sizeof(float) * count);
+        }
+    }
+    p.bases[p.slots[b]] += static_cast<int32_t>(by);
+}
+
 // What row b's queries [token, token + tokens) of key head kv are, and all keys that any of them sees.
 static Part part_of(const Attention& p, int64_t b, int64_t kv, int64_t token, int64_t tokens) {
     const bool cached = p.keys != nullptr;
     Part part{b, kv, (cached ? p.slots[b] : b) * p.stored() + (p.latent ? 0 : kv), token, tokens,
-              cached ? p.starts[b] : 0, cached ? 0 : p.starts[b], 0, 0};
+              cached ? p.starts[b] - p.base(b) : 0, cached ? p.base(b) : p.starts[b], 0, 0};
     const int64_t place = part.first + token;
     part.begin = earliest(p, place + part.base, part.base) / kRows * kRows;
     part.end = place + tokens;
@@ -353,10 +379,12 @@ static void attend_split(const Attention& p, const Heads<E>& heads, const Part& 
 
 // Many queries: each task takes some tokens of one row and one key head; late tokens see more, so they come first.
 template <class E>
-static void attend_blocks(const Attention& p, const Heads<E>& heads, Pool& pool) {
-    const int64_t group = p.H / p.K, step = kQueries / group ? kQueries / group : 1, blocks = (p.T + step - 1) / step;
+static void attend_blocks(const Attention& p, const Heads<E>& heads, Span span, Pool& pool) {
+    const int64_t group = p.H / p.K, step = kQueries / group ? kQueries / group : 1;
+    const int64_t blocks = (span.to - span.from + step - 1) / step;
     pool.run(blocks * p.B * p.K, [&](int64_t task, int thread) {
-        const int64_t b = task / p.K % p.B, token = (blocks - 1 - task / p.K / p.B) * step, length = p.lengths[b];
+        const int64_t b = task / p.K % p.B, token = span.from + (blocks - 1 - task / p.K / p.B) * step;
+        const int64_t length = span.end(p, b);
         if (token >= length) return;
         const Part part = part_of(p, b, task % p.K, token, length - token < step ? length - token : step);
         const int64_t rows = step * group;
@@ -367,24 +395,36 @@ static void attend_blocks(const Attention& p, const Heads<E>& heads, Pool& pool)
 }
 
 template <class E>
-static void attend_all(const Attention& p, const Heads<E>& heads, Pool& pool) {
+static void attend_span(const Attention& p, const Heads<E>& heads, Span span, Pool& pool) {
+    const int64_t tokens = span.to - span.from;
     const auto write = [&](int64_t task, int) {
         const int64_t b = task / p.stored(), kv = task % p.stored(), slot = p.keys ? p.slots[b] : b;
-        write_head(p, heads, b, kv, slot * p.stored() + kv, p.keys ? p.starts[b] : 0);
+        write_head(p, heads, b, kv, slot * p.stored() + kv, span, p.keys ? p.starts[b] - p.base(b) : 0);
     };
-    if (p.B * p.T * p.stored() * p.d < kSmall) {
+    if (p.B * tokens * p.stored() * p.d < kSmall) {
         for (int64_t task = 0; task < p.B * p.stored(); task++) write(task, 0);
     } else {
         pool.run(p.B * p.stored(), write);
     }
+    if (tokens * (p.H / p.K) > kQueries || p.B > 1) return attend_blocks(p, heads, span, pool);
+    if (span.end(p, 0) <= span.from) return;
+    const Part whole = part_of(p, 0, 0, span.from, span.end(p, 0) - span.from);
+    const int64_t split = p.latent ? kSplitLatents : kSplit, cuts = (whole.end - whole.begin + split - 1) / split;
+    attend_split(p, heads, whole, cuts, pool);
+}
+
+template <class E>
+static void attend_all(const Attention& p, const Heads<E>& heads, Pool& pool) {
     for (int64_t b = 0; b < p.B; b++)
         std::memset(p.out + (b * p.T + p.lengths[b]) * p.H * p.dv, 0,
                     sizeof(float) * (p.T - p.lengths[b]) * p.H * p.dv);
-    if (p.T * (p.H / p.K) > kQueries || p.B > 1) return attend_blocks(p, heads, pool);
-    if (p.lengths[0] < 1) return;
-    const Part whole = part_of(p, 0, 0, 0, p.lengths[0]);
-    const int64_t split = p.latent ? kSplitLatents : kSplit, cuts = (whole.end - whole.begin + split - 1) / split;
-    attend_split(p, heads, whole, cuts, pool);
+    if (!p.bases) return attend_span(p, heads, Span{0, p.T}, pool);
+    const int64_t step = heads.places - p.kept > 2 * kRows ? heads.places - p.kept - kRows : kRows;  // these find room
+    for (int64_t from = 0; from < p.T; from += step) {
+        const Span span{from, from + step < p.T ? from + step : p.T};
+        for (int64_t b = 0; b < p.B; b++) make_room(p, heads, b, span);
+        attend_span(p, heads, span, pool);
+    }
 }
 
 template <class E>

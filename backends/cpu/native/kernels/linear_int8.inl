@@ -161,6 +161,13 @@ static inline void put_tile(const Product& p, int64_t tile, int64_t tokens, cons
     const int64_t row = tile * kRows, rows = p.weight.rows - row < kRows ? p.weight.rows - row : kRows;
     for (int64_t t = 0; t < tokens; t++) {
         float* out = p.out + place(t) * p.weight.rows + row;
+        if (rows == kRows) {
+            for (int i = 0; i < kRows; i += N) {
+                const F sum = load(sums + t * kRows + i);
+                store(out + i, p.bias ? sum + load(p.bias + row + i) : sum);
+            }
+            continue;
+        }
         for (int64_t r = 0; r < rows; r++) out[r] = sums[t * kRows + r] + (p.bias ? p.bias[row + r] : 0.0f);
     }
 }
