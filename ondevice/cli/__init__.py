@@ -9,6 +9,7 @@ import atexit
 import errno
 import gc
 import os
+import signal
 import sys
 from importlib import import_module
 
@@ -73,6 +74,7 @@ def main(args: list[str] | None = None) -> None:
     if args is None:
         args = sys.argv[1:]
         atexit.register(_leave, status)
+        signal.signal(signal.SIGTERM, _terminated)
     end = args.index("--") if "--" in args else len(args)  # what stands behind it is text
     debug = "--debug" in args[:end]
     args = [a for a in args[:end] if a != "--debug"] + args[end:]
@@ -90,6 +92,11 @@ def _leave(status: list[int]) -> None:
     if status and sys.gettrace() is None:  # who traces this process wants its end
         console.flush()
         os._exit(status[0])
+
+
+def _terminated(*_: object) -> None:
+    """As every way out does: what is half-made is tidied up."""
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _run(args: list[str], debug: bool) -> int:

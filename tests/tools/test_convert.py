@@ -301,14 +301,15 @@ def test_memory_holds_about_one_tensor(smollm2_gguf, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_interrupted_it_leaves_nothing(smollm2_gguf, tmp_path):
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_it_leaves_nothing(smollm2_gguf, tmp_path, sent, status):
     command = [sys.executable, "-m", "ondevice", "convert", smollm2_gguf, tmp_path / "out", "--dtype", "float32"]
     running = subprocess.Popen([*map(str, command), "--dequantize"], stderr=subprocess.PIPE, text=True)
     while running.poll() is None and not os.listdir(tmp_path):
         time.sleep(0.005)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(sent)
     said = running.communicate(timeout=60)[1]
-    assert (running.returncode, os.listdir(tmp_path)) == (130, []), said
+    assert (running.returncode, os.listdir(tmp_path)) == (status, []), said
     assert "Traceback" not in said
 
 
