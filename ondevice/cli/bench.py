@@ -113,12 +113,12 @@ def _open(model: str, random_shape: tuple[int, int] | None, context: int, adapte
         return Opened(session.decoder, session.capacity, session.load_seconds, needed, kept)
     from ..checkpoint.files import read_object
     from ..models.decoder import Decoder
-    from ..models.families import family_for
+    from ..models.families import family_for, text_part
     from ..models.random import blank_weights, random_weights
     from ..registry import create_backend
 
     path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
-    hf = read_object(path, 1 << 20)
+    hf = text_part(read_object(path, 1 << 20))
     config = family_for(hf, path).config(hf)
     ops = create_backend(options["backend"], exact=options["exact"], threads=options["threads"])
     needed = work(config, blank_weights(config, *random_shape), bytes_per_token(config, ops, kept))

@@ -14,7 +14,7 @@ from .. import noise
 from ..checkpoint import folder, open_checkpoint, write_folder
 from ..checkpoint.files import read_object
 from ..errors import Unsupported
-from ..models.families import Family, family_for, family_of
+from ..models.families import Family, family_for, family_of, text_part
 from ..models.families.writing import Piece
 from ..models.families.writing import specs as laid_out
 from ..models.parameters import expected
@@ -46,7 +46,7 @@ def untrained(source: Path, seed: int) -> Iterator[Path]:
 
 def _described(source: Path) -> tuple[Family, dict, dict[str, bytes]]:
     if source.is_dir() and not any(source.glob("*.safetensors")):
-        hf = read_object(source / "config.json", MAX_CONFIG)
+        hf = dict(text_part(read_object(source / "config.json", MAX_CONFIG)))
         files = {name: path.read_bytes() for name, path in folder.side_files(source).items()}
         return family_for(hf, source), hf, files
     checkpoint = open_checkpoint(source)

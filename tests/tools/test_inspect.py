@@ -156,6 +156,18 @@ def test_a_config_alone_promises_what_the_files_keep(tmp_path):
             assert anatomy(source.family, source.config, source.hf, None) == full
 
 
+def test_the_config_of_a_model_that_sees(tmp_path):
+    """Alone: of the part that writes text, kept as the whole is."""
+    text = twins.make("qwen3").config.to_dict()
+    text |= {"model_type": "qwen3_vl_text", "tie_word_embeddings": True}
+    seeing = {"model_type": "qwen3_vl", "text_config": text, "dtype": "float32", "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(seeing))
+    with open_source(str(tmp_path)) as source:
+        found = anatomy(source.family, source.config, source.hf, None)
+    apart = twins.make("qwen3", tie_word_embeddings=False).num_parameters()
+    assert (found.whole.parameters, found.whole.nbytes) == (apart, 4 * apart)
+
+
 def test_a_config_that_speaks_of_quantization():
     hf = twins.make("llama", hidden_size=96, intermediate_size=128, head_dim=16).config.to_dict() | {
         "dtype": "float16", "quantization": {"bits": 4, "group_size": 32}

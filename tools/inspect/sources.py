@@ -14,10 +14,11 @@ from ...checkpoint import Checkpoint, open_checkpoint
 from ...checkpoint.files import read_object
 from ...errors import BadFile
 from ...models.config import ModelConfig
-from ...models.families import Family, family_for, family_of
+from ...models.families import Family, family_for, family_of, text_part
 from ...runtime.tokenizer import Tokenizer, load_tokenizer
 
 MAX_CONFIG = 16 << 20
+STORED = ("dtype", "torch_dtype", "quantization")  # how a config says that all of a model is kept
 MAX_CARD = 1 << 20  # of a README that is looked through for the licence
 
 
@@ -85,7 +86,9 @@ def open_source(model: str, say: hub.Say = lambda text: None, progress: hub.Prog
         except BaseException:
             checkpoint.close()
             raise
-    hf = read_object(alone, MAX_CONFIG)
+    whole = read_object(alone, MAX_CONFIG)
+    hf = dict(text_part(whole))
+    hf |= {key: whole[key] for key in STORED if whole.get(key) and not hf.get(key)}
     family = family_for(hf, alone)
     return Source(model, alone, family, hf, family.config(hf), None)
 
