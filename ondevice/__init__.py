@@ -5,7 +5,7 @@ Importing this package imports nothing heavy: backends, models and tools are loa
 
 from __future__ import annotations
 
-from pathlib import Path
+import os.path  # and nothing that takes time: who interrupts before `__main__` sees a traceback
 
 __version__ = "0.1.0"
 
@@ -13,8 +13,8 @@ __version__ = "0.1.0"
 def _check_links() -> None:
     """On Windows, a clone without `core.symlinks=true` leaves text files where the three links should be."""
     for name in ("backends", "models", "tools"):
-        path = Path(__file__).parent / name
-        if path.is_file():
+        path = os.path.join(os.path.dirname(__file__), name)
+        if os.path.isfile(path):
             raise ImportError(
                 f"{path} should be a link to the folder {name}/ but is a text file.\n"
                 "Clone again with: git -c core.symlinks=true clone …  (Windows: turn Developer Mode on first)"

@@ -1,5 +1,16 @@
-"""`python -m ondevice`."""
+"""`python -m ondevice`, and the command `ondevice`."""
 
-from .cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """An interruption while modules are still being loaded ends as quietly as one later on."""
+    try:
+        from .cli import main as run
+    except KeyboardInterrupt:
+        sys.exit(130)
+    run()
+
+
+if __name__ == "__main__":
+    main()
