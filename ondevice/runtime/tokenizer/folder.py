@@ -37,7 +37,7 @@ def from_folder(folder: Path) -> Tokenizer:
         raise BadFile(f"{folder} has neither tokenizer.json nor tokenizer.model.", HINT)
     tokenizer.eos_ids = _stops(folder, tokenizer)
     tokenizer.chat_template = _template(folder, config)
-    tokenizer.files = lambda: {name: _read(folder / name) for name in FILES if (folder / name).is_file()}
+    tokenizer.write = lambda _: {name: _read(folder / name) for name in FILES if (folder / name).is_file()}
     return tokenizer
 
 

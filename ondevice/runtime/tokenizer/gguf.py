@@ -118,9 +118,7 @@ def _byte_level(keys: Keys) -> Tokenizer:
         raise BadFile("The GGUF's tokenizer has no merges, or something else among them.", HINT)
     library = partial(_library, merges, rule, vocabulary)
     engine = FirstTexts(word_steps(rule, vocabulary), vocabulary, merges, rule.ignore_merges, library)
-    tokenizer = Tokenizer(engine, vocabulary, **_facts(keys, vocabulary, rule.add_bos, {}))
-    tokenizer.files = partial(_files, tokenizer)
-    return tokenizer
+    return Tokenizer(engine, vocabulary, write=_files, **_facts(keys, vocabulary, rule.add_bos, {}))
 
 
 def _files(tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -178,6 +176,5 @@ def _sentencepiece(keys: Keys) -> Tokenizer:
         engine = PieceEngine(proto.write(model), matches, prefix, doubles=True)
     except (RuntimeError, ValueError) as error:
         raise BadFile(f"The GGUF's tokenizer does not add up: {error}.", HINT) from None
-    tokenizer = Tokenizer(engine, vocabulary, drops_space=spaced, **facts)
-    tokenizer.files = partial(export.piece_files, tokenizer, model)
-    return tokenizer
+    write = partial(export.piece_files, model=model)
+    return Tokenizer(engine, vocabulary, drops_space=spaced, write=write, **facts)

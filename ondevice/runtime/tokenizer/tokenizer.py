@@ -33,8 +33,8 @@ class Tokenizer:
 
     prefix, suffix: ids that `encode` adds around a text. named_ids: by role: bos, eos, unk, pad. eos_ids: every token
     that ends an answer or a turn. drops_space: decoding takes one space off the beginning, which encoding had put
-    there. chat_template: jinja source. files: name -> content of the files of a Hugging Face folder with which
-    transformers gives the same ids.
+    there. chat_template: jinja source. write: of `files`; it is handed the tokenizer, which so does not hold itself and
+    goes as soon as nobody needs it.
     """
 
     engine: Engine = field(repr=False)
@@ -45,7 +45,11 @@ class Tokenizer:
     eos_ids: frozenset[int] = frozenset()
     drops_space: bool = False
     chat_template: str | None = field(default=None, repr=False)
-    files: Callable[[], dict[str, bytes]] = field(default=dict, repr=False)
+    write: Callable[[Tokenizer], dict[str, bytes]] = field(default=lambda _: {}, repr=False)
+
+    def files(self) -> dict[str, bytes]:
+        """Name -> content of the files of a Hugging Face folder with which transformers gives the same ids."""
+        return self.write(self)
 
     @property
     def vocab_size(self) -> int:
