@@ -29,10 +29,9 @@ def loras(
     one, ranks side by side, so that several adapters cost little more than one.
     """
     found: dict[str, list[Lora]] = {}
-    for name in _adapted(adapters):
-        if _is_whole(name):
+    for name, updates in _updates(adapters).items():
+        if name.endswith(WHOLE):
             continue
-        updates = [(a.updates[name], weight) for a, weight in adapters if name in a.updates]
         plain = [(update, weight) for update, weight in updates if update.magnitude is None]
         found[name] = [_merged(ops, plain, name == "embed")] if plain else []
         for update, weight in updates:
@@ -113,20 +112,22 @@ def _row_chunks(tensor: Tensor, numbers: int = 1 << 22) -> Iterator[tuple[slice,
         yield rows, to_float(take_rows(tensor, np.arange(rows.start, rows.stop)))
 
 
-def _adapted(adapters: Sequence[Weighted]) -> list[str]:
-    return [*dict.fromkeys(name for adapter, _ in adapters for name in adapter.updates)]
-
-
-def _is_whole(name: str) -> bool:
-    return name.endswith(WHOLE)
+def _updates(adapters: Sequence[Weighted]) -> dict[str, list[tuple[LowRank, float]]]:
+    """By the weight that they change."""
+    found: dict[str, list[tuple[LowRank, float]]] = {}
+    for adapter, weight in adapters:
+        for name, update in adapter.updates.items():
+            found.setdefault(name, []).append((update, weight))
+    return found
 
 
 def replaced(base: Callable[[str], Tensor], adapters: Sequence[Weighted]) -> dict[str, Tensor]:
     """Whole tensors that the adapters bring: the model's own plus each one's difference times its weight; and weights
     that must have their updates in them. `base` must know what "head" is where it is the embedding."""
     found: dict[str, Tensor] = {}
-    for name in filter(_is_whole, _adapted(adapters)):
-        found[name] = dense(merged(base(name), [(a.updates[name], w) for a, w in adapters if name in a.updates]))
+    for name, updates in _updates(adapters).items():
+        if name.endswith(WHOLE):
+            found[name] = dense(merged(base(name), updates))
     for name in dict.fromkeys(name for adapter, _ in adapters for name in adapter.replaced):
         given = [(a.replaced[name], weight) for a, weight in adapters if name in a.replaced]
         if len(given) == 1 and given[0][1] == 1:

@@ -111,6 +111,11 @@ def _path(name: str, modules: Modules) -> str:
     return modules.paths.get(Place(name)) or modules.stacked.get(name, "")
 
 
+def _paths(modules: Modules) -> dict[str, str]:
+    """Every module with a matrix -> our name of it."""
+    return {path: name for name, s in modules.shapes.items() if len(s) > 1 and (path := _path(name, modules))}
+
+
 def _faults(name: str, parts: Mapping[str, Tensor], settings: Settings, modules: Modules) -> list[str]:
     """What is wrong with one module's update."""
     path, (*experts, outputs, inputs), r = _path(name, modules), modules.shapes[name], settings.rank
@@ -150,7 +155,7 @@ def _for_head(update: LowRank) -> LowRank:
 def _untouched(held: Mapping[str, Any], settings: Settings, modules: Modules) -> list[str]:
     """Targets that the config names and the file does not hold, and those that no module of the model answers to."""
     count = len(modules.config.layers)
-    paths = {path: name for name, s in modules.shapes.items() if len(s) > 1 and (path := _path(name, modules))}
+    paths = _paths(modules)
     problems = [
         f"{path} is a target, and the file holds no update of it"
         for path, name in paths.items()
@@ -231,7 +236,7 @@ def _keys(paths: Sequence[str], modules: Modules) -> tuple[list[str], int]:
     within = sorted({m[3] for m in found})
     layers = count - min((int(m[2]) for m in found), default=count)
     outside = [path for path in paths if not LAYERS.fullmatch(path)]
-    every = [path for name, s in modules.shapes.items() if len(s) > 1 and (path := _path(name, modules))]
+    every = _paths(modules)
     short = Settings(1, 1.0, False, layers, tuple(within + outside), 0.0, "")
     if found and {p for p in every if short.names(p, count)} == set(paths):
         return [*within, *outside], layers

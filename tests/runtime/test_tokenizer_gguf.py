@@ -122,7 +122,7 @@ def test_first_texts_have_the_ids_that_the_library_gives_them(pre, smollm2_metad
     types = list(smollm2_metadata["tokenizer.ggml.token_type"])
     tokens = smollm2_metadata["tokenizer.ggml.tokens"] + ["<|im", "<|im_end|>ish"]
     changed = without(smollm2_metadata, pre=pre, tokens=tokens, token_type=[*types, 4, 4])
-    engine, library = load_tokenizer(changed).engine, load_tokenizer(changed).engine.library
+    engine, library = load_tokenizer(changed).engine, load_tokenizer(changed).engine.indexed
     engine._left = 1 << 30
     rng = random.Random(1)
     texts = ["", "a" * 300, "aaaa" * 20 + " <|im_end|>", "<|im_end|>ish<|im_end|>i<|im<|im_start|>"]
@@ -141,10 +141,10 @@ def test_the_library_is_not_made_for_a_first_prompt(smollm2_metadata, text):
     """But for the texts behind it, and for one with a word as no language has it."""
     tokenizer = load_tokenizer(smollm2_metadata)
     tokenizer.encode("<|im_start|>user\nThe capital of France, and grüße 🙂<|im_end|>\n" * 20)
-    assert "library" not in vars(tokenizer.engine)
+    assert "indexed" not in vars(tokenizer.engine)
     tokenizer.encode(text)
     ids = tokenizer.encode(text)
-    assert "library" in vars(tokenizer.engine) and ids == tokenizer.engine.library.encode(text, True)
+    assert "indexed" in vars(tokenizer.engine) and ids == tokenizer.engine.indexed.encode(text, True)
 
 
 def test_names_of_pre_tokenizers_are_unique():

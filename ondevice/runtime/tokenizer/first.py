@@ -22,26 +22,26 @@ NEVER = 1 << 62  # the rank of a pair that is no merge
 class FirstTexts:
     """An engine that gives the library's ids, by itself for the first few texts. words: cuts text into words in GPT-2's
     byte alphabet. merges: "left right", the first to be done first. whole_words: a word that is a token is one,
-    whatever the merges say. library: makes the engine for all other texts."""
+    whatever the merges say. index: makes the library's engine, for all other texts."""
 
     def __init__(
         self, words: PreTokenizer, vocabulary: Vocabulary, merges: Sequence[str], whole_words: bool,
-        library: Callable[[], BpeEngine],
+        index: Callable[[], BpeEngine],
     ):  # fmt: skip
         self._words, self._ids, self._special = words, vocabulary.ids, vocabulary.special
         self._ranks = dict(zip(merges, range(len(merges)), strict=True))
-        self._whole_words, self._make_library = whole_words, library
+        self._whole_words, self._index = whole_words, index
         self._matched = vocabulary.matched()
         self._left = FIRST
 
     @cached_property
-    def library(self) -> BpeEngine:
-        return self._make_library()
+    def indexed(self) -> BpeEngine:
+        return self._index()
 
     def encode(self, text: str, parse_special: bool) -> list[int]:
         self._left -= len(text.encode())
-        ids = self._encoded(text, parse_special) if self._left >= 0 and "library" not in vars(self) else None
-        return self.library.encode(text, parse_special) if ids is None else ids
+        ids = self._encoded(text, parse_special) if self._left >= 0 and "indexed" not in vars(self) else None
+        return self.indexed.encode(text, parse_special) if ids is None else ids
 
     def encode_plain(self, text: str, start: bool) -> list[int]:
         return self.encode(text, parse_special=False)

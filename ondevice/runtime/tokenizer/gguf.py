@@ -116,18 +116,18 @@ def _byte_level(keys: Keys) -> Tokenizer:
     merges = keys.list("merges", str)
     if not merges or set(map(operator.methodcaller("count", " "), merges)) != {1}:
         raise BadFile("The GGUF's tokenizer has no merges, or something else among them.", HINT)
-    library = partial(_library, merges, rule, vocabulary)
-    engine = FirstTexts(word_steps(rule, vocabulary), vocabulary, merges, rule.ignore_merges, library)
+    index = partial(_indexed, merges, rule, vocabulary)
+    engine = FirstTexts(word_steps(rule, vocabulary), vocabulary, merges, rule.ignore_merges, index)
     return Tokenizer(engine, vocabulary, write=_files, **_facts(keys, vocabulary, rule.add_bos, {}))
 
 
 def _files(tokenizer: Tokenizer) -> dict[str, bytes]:
     from .export import files
 
-    return files(tokenizer, tokenizer.engine.library.backend)
+    return files(tokenizer, tokenizer.engine.indexed.backend)
 
 
-def _library(merges: list[str], rule: PreTokenizer, vocabulary: Vocabulary) -> BpeEngine:
+def _indexed(merges: list[str], rule: PreTokenizer, vocabulary: Vocabulary) -> BpeEngine:
     from .export import added_tokens
 
     pairs = [tuple(merge.split(" ", 1)) for merge in merges]
