@@ -128,17 +128,9 @@ static inline void cap_scores(float* scores, int64_t count, float cap) {
     for (int64_t j = 0; j < count; j += N) store(scores + j, set(cap) * tanh(load(scores + j) * set(1.0f / cap)));
 }
 
-// What lies at p will be read soon. Processors guess that within a page of 4 KB only, and late where two streams, keys
-// and values, take turns. No address is wrong.
-static ONDEVICE_INLINE void fetch(const void* p) {
-#if defined(__GNUC__)
-    __builtin_prefetch(p, 0, 2);
-#else
-    (void)p;
-#endif
-}
-
-struct Ahead {  // a line to fetch in each step, and how far the next one's is
+// A line to fetch in each step, and how far the next one's is: processors guess that within a page of 4 KB only, and late
+// where two streams, keys and values, take turns.
+struct Ahead {
     const void* at;
     int64_t step;
 };
@@ -152,7 +144,7 @@ static ONDEVICE_INLINE void multiply_side(const float* x, int64_t x_stride, cons
         for (int i = 0; i < P * L; i++) y[t][i] = add ? load(out + t * out_stride + i * N) : set(0);
     const char* soon = static_cast<const char*>(ahead.at);
     for (int64_t k = 0; k < depth; k++, panel += stride, soon += ahead.step) {
-        fetch(soon);
+        fetch<2>(soon);
         F a[T];
         ONDEVICE_UNROLL
         for (int t = 0; t < T; t++) a[t] = set(x[t * x_stride + k]);

@@ -108,7 +108,7 @@ static void multiply_tile(const Tiles& w, const uint8_t* tile, const int8_t* x, 
                 for (F& v : token) v = set(0);
         for (int64_t b = 0; b < blocks; b++, x += T * kBlock, scales += 2 * T, sums += 2 * T, tile += kLine * bits) {
             if constexpr (T == 1)
-                for (int line = 0; line <= bits; line++) ONDEVICE_PREFETCH(tile + kAhead + kLine * line);
+                for (int line = 0; line <= bits; line++) fetch(tile + kAhead + kLine * line);
             add_half<bits, biased, 0, T>(tile, x, scales, sums, shift, part[0], part_sums[0]);
             add_half<bits, biased, 1, T>(tile, x, scales, sums, shift, part[halved], part_sums[halved]);
         }

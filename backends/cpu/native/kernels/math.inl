@@ -8,11 +8,16 @@
 #define ONDEVICE_UNROLL
 #endif
 
+// What lies at p will be read or written soon: it is brought into the first level of cache, or as near as `level`. No
+// address is wrong.
+template <int level = 1>
+static ONDEVICE_INLINE void fetch(const void* p) {
 #if defined(__GNUC__)
-#define ONDEVICE_PREFETCH(address) __builtin_prefetch(address)
+    __builtin_prefetch(p, 0, 4 - level);
 #else
-#define ONDEVICE_PREFETCH(address) (void)(address)
+    (void)p;
 #endif
+}
 
 constexpr int L = kRows / N;  // vectors that hold one number for each row of a tile
 

@@ -117,7 +117,7 @@ static void weave_turned(const float* x, int64_t tokens, int64_t at, int64_t cou
 template <bool narrow, int T, int P>
 static ONDEVICE_INLINE void multiply_tile(const float* tile, const float* panel, int64_t apart, int64_t words, float* out,
                                           int64_t stride, bool add) {
-    for (int t = 0; t < T; t++) ONDEVICE_PREFETCH(out + t * stride);
+    for (int t = 0; t < T; t++) fetch(out + t * stride);
     F y[T][P * L];
     for (int t = 0; t < T; t++)
         for (int i = 0; i < P * L; i++) y[t][i] = set(0);
