@@ -11,8 +11,6 @@ from . import console
 from .model_options import size
 from .pull import fetch
 
-HURRIED = "Time was up in the first plan: what was not rounded yet became the nearest values. Give more --budget."
-
 
 @click.command("shrink")
 @click.argument("model")
@@ -69,5 +67,7 @@ def _tell(facts: dict) -> None:
         foretold = "" if estimate["loss"] is None else f" (loss expected: {estimate['loss']:.4f})"
         console.answer(f"No time was left for: {estimate['plan']}{foretold}")
     if facts["hurried"]:
-        console.answer(HURRIED)
+        from ..tools.shrink.events import TIME_WAS_UP
+
+        console.answer(f"{TIME_WAS_UP} Give more --budget.")
     console.answer(f"{facts['source']} -> {facts['path']} ({facts['chosen']}); see {facts['path']}/REPORT.md")

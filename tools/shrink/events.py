@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+TIME_WAS_UP = "Time was up in the first plan: what was not rounded yet became the nearest values."
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ... import pictures
 from ...errors import Unavailable
-from .events import Outcome, Result
+from .events import TIME_WAS_UP, Outcome, Result
 from .options import Options
 
 PICTURE = "report.png"
@@ -21,7 +21,7 @@ def write_report(folder: Path, result: Result, options: Options) -> None:
         f"The original takes {sizes}",
         f"Kept: **{result.chosen}**. Loss: nats a token more than the original takes for text that no plan was shown.",
         "",
-        *(("Time was up in the first plan: what was not rounded yet became the nearest values.", "") * result.hurried),
+        *((TIME_WAS_UP, "") * result.hurried),
         "| plan | MB | million parameters | loss | expected | bits a byte | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         *(_row(outcome) for outcome in (result.original, *result.outcomes)),
