@@ -76,6 +76,17 @@ def test_the_model_writes_its_own_text(session):
     assert (ids[1::2, : len(start)] == start).all() and len({tuple(row) for row in ids.tolist()}) > 30
 
 
+@pytest.mark.parametrize(("asked", "shape"), [(70, (4, 65)), (128 + 69, (32, 128)), (10**6, (36, 128))])
+def test_it_stops_writing_when_that_is_enough(session, asked, shape):
+    """Never with less than SHORTEST tokens a text; what it has written is what it would have."""
+    tokens = 36 if asked > 70 else 4  # rows, of which 32 are written side by side
+    times = iter(range(10**6))
+    ids = last(samples(session, None, tokens * 128, 128, enough=lambda: next(times) >= asked - 69))
+    assert ids.shape == shape
+    whole = last(samples(session, None, tokens * 128, 128))
+    assert (ids == whole[: shape[0], : shape[1]]).all()
+
+
 def test_what_it_writes_follows_its_own_distribution(session):
     """The second token of documents, by count, against the model's probabilities (chi-squared, loosely)."""
     ids = last(samples(session, None, tokens=2 * 800, length=2))[::2]

@@ -91,6 +91,20 @@ def test_without_time_there_is_a_model_of_nearest_values(tmp_path, model, text, 
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out", "text.txt"}
 
 
+def test_a_slow_model_writes_less_to_calibrate_on(tmp_path, model, monkeypatch):
+    """What it takes to write all of it would leave no time for anything else."""
+    clocks, done = [], []
+    monkeypatch.setattr(running, "Clock", lambda *given: clocks.append(Clock(*given)) or clocks[0])
+
+    def told(event):
+        if event.stage.startswith("The model writes"):
+            done.append(event.done)
+            clocks[0].before = clocks[0].limit * running.SAMPLING
+
+    *_, result = shrink(model, tmp_path / "out", Options(90_000, 10.0, tokens=8 * 96, length=96), told)
+    assert done[-1] == 8 * 64 and not result.hurried
+
+
 @pytest.mark.parametrize(("stage", "plan"), [("Rounding", trial.HURRIED), ("What each layer does", "bits alone")])
 def test_when_time_is_up_what_is_under_way_is_dropped(tmp_path, model, text, monkeypatch, stage, plan):
     """In the middle of the first plan, and of what comes after it."""

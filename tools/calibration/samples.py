@@ -7,7 +7,7 @@ Liu et al. 2023).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from ...errors import BadFile, BadOption, OnDeviceError
 from ...runtime.session import Session
 
 ROWS = 32  # texts sampled side by side
+SHORTEST = 64  # tokens of a text that the model writes, however little time it has
 MARK = "\ue000"  # stands where a message begins
 
 
@@ -31,19 +32,21 @@ class Sampling:
 
 
 def samples(
-    session: Session, source: Path | None, tokens: int, length: int, seed: int = 0
-) -> Iterator[Sampling | np.ndarray]:
+    session: Session, source: Path | None, tokens: int, length: int, seed: int = 0,
+    enough: Callable[[], bool] = lambda: False,
+) -> Iterator[Sampling | np.ndarray]:  # fmt: skip
     """Ends with ids [N, length] int32, N * length at most `tokens` rounded up to whole windows.
 
     source: a text; a .jsonl of conversations ({"messages": [...]}, through the chat template) or of texts
     ({"text": ...}); None: what the model itself says, drawn with `seed`. Windows are spread evenly over a longer one.
+    enough: asked while the model writes; once true, it ends there, with fewer windows or shorter ones.
     Raises BadOption where there is less than one window, BadFile for what cannot be read.
     """
     length = min(length, session.config.context)
     if length < 2:
         raise BadOption(f"A calibration window of {length} tokens shows nothing.", "Give 2 tokens or more.")
     if source is None:
-        yield from _sampled(session, -(-tokens // length), length, seed)
+        yield from _sampled(session, -(-tokens // length), length, seed, enough)
         return
     ids = _conversations(session, source) if source.suffix == ".jsonl" else _text(session, source)
     yield _windows(ids, tokens, length, source)
@@ -103,17 +106,18 @@ def _conversation(session: Session, record: object, where: str) -> list[int]:
 # ------------------------------------------------------------------------------------------- the model's own text
 
 
-def _sampled(session: Session, rows: int, length: int, seed: int) -> Iterator[Sampling | np.ndarray]:
+def _sampled(
+    session: Session, rows: int, length: int, seed: int, enough: Callable[[], bool]
+) -> Iterator[Sampling | np.ndarray]:
     """Texts that the model writes from scratch: half as documents, half as conversations where it has a template."""
     starts = _starts(session)
     made: list[np.ndarray] = []
     for first in range(0, rows, ROWS):
         chosen = [starts[i % len(starts)] for i in range(first, min(first + ROWS, rows))]
-        for event in _written(session, chosen, length, seed, first):
-            if isinstance(event, np.ndarray):
-                made.append(event)
-            else:
-                yield Sampling(first * length + event, rows * length)
+        texts = yield from _written(session, chosen, length, seed, (first * length, rows * length), enough)
+        made += [texts] if not made or texts.shape[1] == made[0].shape[1] else []
+        if enough():
+            break
     yield np.concatenate(made)
 
 
@@ -132,14 +136,15 @@ def _starts(session: Session) -> list[list[int]]:
 
 
 def _written(
-    session: Session, starts: Sequence[Sequence[int]], length: int, seed: int, first: int
-) -> Iterator[int | np.ndarray]:
-    """Rows in step: one more token each at a time, given where the start has it, drawn where not. Yields how many
-    tokens there are, and at last ids [rows, length]."""
+    session: Session, starts: Sequence[Sequence[int]], length: int, seed: int, told: tuple[int, int],
+    enough: Callable[[], bool],
+) -> Generator[Sampling, None, np.ndarray]:  # fmt: skip
+    """Rows in step: one more token each at a time, given where the start has it, drawn where not; ids [rows, length],
+    or fewer columns. told: tokens that there were before, and those that there will be in all."""
     decoder, rows = session.decoder, len(starts)
     ops, params = decoder.ops, [SamplingParams(temperature=1.0)] * rows
     cache, slots, ones = decoder.new_cache(rows, length), np.arange(rows, dtype=np.int32), np.ones(rows, np.int32)
-    ids = np.zeros((rows, length), np.int32)
+    ids, name = np.zeros((rows, length), np.int32), f"calibration {told[0] // length}"
     given = np.zeros((rows, length), bool)
     for row, start in enumerate(starts):
         ids[row, : len(start)], given[row, : len(start)] = start[:length], True
@@ -147,7 +152,9 @@ def _written(
         step = Step(np.full(rows, at, np.int32), ones, slots, cache=cache)
         logits = decoder(ops.array(ids[:, at : at + 1]), step, np.arange(rows, dtype=np.int32))
         cache.advance(slots, ones)
-        drawn = ops.numpy(ops.sample(logits, params, noise.uniform(seed, f"calibration {first}", at, (rows,))).ids)
+        drawn = ops.numpy(ops.sample(logits, params, noise.uniform(seed, name, at, (rows,))).ids)
         ids[:, at + 1] = np.where(given[:, at + 1], ids[:, at + 1], drawn)
-        yield rows * (at + 2)
-    yield ids
+        yield Sampling(told[0] + rows * (at + 2), told[1])
+        if at + 2 >= SHORTEST and enough():
+            return ids[:, : at + 2]
+    return ids

@@ -30,6 +30,7 @@ NOISE = 0.02  # nats a token: differences that a short text does not show
 HEALING = 0.3  # of the time, kept for healing where that promises something
 HEALED = 0.5  # of what cuts lose, about, comes back by healing
 SURE = 0.7  # of the time that is left is learnt in: what is around it takes time as well
+SAMPLING = 0.15  # of the time, at most, for the model's own text
 FIRST = 0.9  # of the time, at most, until there is a model: then the rest is hurried
 LAST = 0.98  # of the time: what is under way then is dropped, the report takes the rest
 
@@ -54,7 +55,7 @@ def shrink(source: Path, dest: Path, options: Options, told: Told = lambda event
         clock.require(FIRST if not trial.outcomes else LAST)
         told(event)
 
-    with Trial(source, work, options, heard) as trial:
+    with Trial(source, work, options, heard, enough=lambda: clock.spent > SAMPLING * clock.limit) as trial:
         try:
             trial.prepare()
             yield from _tried(trial, clock)

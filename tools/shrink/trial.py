@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, replace
 from math import ceil, prod
 from pathlib import Path
@@ -47,10 +47,13 @@ T = TypeVar("T")
 
 
 class Trial:
-    """A context. judge and weighed are there once `prepare` is through, original is measured then."""
+    """A context. judge and weighed are there once `prepare` is through, original is measured then. enough: whether the
+    model has written its own text for long enough."""
 
-    def __init__(self, source: Path, work: Work, options: Options, told: Told):
-        self.source, self.work, self.options, self.told = source, work, options, told
+    def __init__(
+        self, source: Path, work: Work, options: Options, told: Told, enough: Callable[[], bool] = lambda: False
+    ):
+        self.source, self.work, self.options, self.told, self.enough = source, work, options, told, enough
         self.exact = create_backend("cpu", exact=True)
         self.subject = Subject(source, Plan(vocabulary=2).pruning(2, options.tokens, options.window))
         self.outcomes: list[Outcome] = [Outcome(**o) for o in work.record("outcomes") or []]
@@ -116,7 +119,7 @@ class Trial:
         if kept is not None:
             return kept["ids"]
         o = self.options
-        for event in samples(self.subject.session, o.calibration, o.tokens, o.window, o.seed):
+        for event in samples(self.subject.session, o.calibration, o.tokens, o.window, o.seed, self.enough):
             if isinstance(event, Sampling):
                 self.told(Progress("The model writes its own calibration text", event.done, event.total, "tokens"))
         self.work.keep("samples", {"ids": event})
