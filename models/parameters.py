@@ -21,6 +21,7 @@ from .config import (
     MoEConfig,
 )
 from .families import Family, NameMap, text_part
+from .families.gguf import guessing
 from .families.views import viewed, viewed_shape
 
 Shapes = dict[str, tuple[int, ...]]
@@ -147,8 +148,10 @@ def fit(
 def _guessing(config: ModelConfig, checkpoint: Checkpoint) -> range:
     """Layers behind the last one that guess tokens further ahead (multi-token prediction, DeepSeek-AI 2024), which are
     stored as further layers of the model."""
-    count = text_part(checkpoint.config).get("num_nextn_predict_layers")
     layers = len(config.layers)
+    if checkpoint.kind == "gguf":
+        return range(layers, layers + guessing(checkpoint.metadata))
+    count = text_part(checkpoint.config).get("num_nextn_predict_layers")
     return range(layers, layers + (count if isinstance(count, int) else 0))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import Unsupported
 from ...registry import broken_families, did_you_mean, families
@@ -98,7 +98,7 @@ class NameMap(dict):
     def apart(self, name: str, layers: range) -> bool:
         """A tensor of something that a model has besides what writes text word by word. layers: numbers of those behind
         the last one, which guess several tokens ahead."""
-        layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+        layer = re.search(r"(?:^|\.)(?:layers|blk)\.(\d+)\.", name)
         return bool(self.SENSES.search(name)) or (layer is not None and int(layer[1]) in layers)
 
 
@@ -117,8 +117,9 @@ def _inside(name: str) -> tuple[str, ...]:
 class Gguf:
     """How llama.cpp writes this family: its architecture's name, its tensor names, its metadata as a config.json, and
     how a tensor is brought back to Hugging Face's arrangement (None: as it is). keys: those of its metadata that no
-    other family has, as in `gguf.KEYS`, for writing. when: which files of that architecture are this family's, by
-    their metadata."""
+    other family has, as in `gguf.KEYS`, for writing; usual: what llama.cpp insists on where a config.json is silent.
+    when: which files of that architecture are this family's, by their metadata. also: other architectures that are
+    read as this one, such as that of a model that sees. differs: what llama.cpp computes otherwise, for people."""
 
     architecture: str
     names: NameMap
@@ -126,6 +127,9 @@ class Gguf:
     arrange: Callable[[str, Tensor, ModelConfig], Tensor] | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
     when: Callable[[Mapping], bool] = lambda metadata: True
+    usual: Mapping[str, Any] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
+    differs: str = ""
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,7 @@ def family_of(checkpoint: Checkpoint) -> tuple[Family, dict]:
     kind = checkpoint.metadata.get("general.architecture")
     family = _serving(
         kind,
-        lambda f: (f.gguf.architecture,) if f.gguf and f.gguf.when(checkpoint.metadata) else (),
+        lambda f: (f.gguf.architecture, *f.gguf.also) if f.gguf and f.gguf.when(checkpoint.metadata) else (),
         checkpoint.path,
         checkpoint,
     )

@@ -73,7 +73,6 @@ GGUF_PARTS = {
 GGUF_NAMES = gguf.NAMES | {
     "layers.{i}.latent.k_up": ("blk.{i}.attn_k_b.weight|T", "blk.{i}.attn_kv_b.weight|first"),
     "layers.{i}.latent.v_up": ("blk.{i}.attn_v_b.weight", "blk.{i}.attn_kv_b.weight|last"),
-    "layers.{i}.moe.election": "blk.{i}.exp_probs_b.bias",
     **{f"layers.{{i}}.latent.{ours}": f"blk.{{i}}.{its}.weight" for ours, its in GGUF_PARTS.items()},
 }
 KEYS = {

@@ -51,4 +51,22 @@ _from_gguf = partial(gguf.config, model_type="ernie4_5", architecture_class="Ern
 ernie4_5 = Family(
     "ernie4_5", ("ernie4_5",), config, LLAMA, Gguf("ernie4_5", gguf.NAMES, _from_gguf), models="ERNIE 4.5 0.3B"
 )
-ernie4_5_moe = Family("ernie4_5_moe", ("ernie4_5_moe",), config, NAMES, models="ERNIE 4.5 MoE (text)")
+KEYS = {
+    "moe_num_experts": "expert_count",
+    "moe_k": "expert_used_count",
+    "moe_num_shared_experts": "expert_shared_count",
+    "moe_layer_start_index": "leading_dense_block_count",
+    "moe_layer_interval": "interleave_moe_layer_step",
+}
+
+
+def _moe_from_gguf(metadata: Mapping, checkpoint) -> dict:
+    hf = gguf.config(metadata, checkpoint, "ernie4_5_moe", "Ernie4_5_MoeForCausalLM", keys=KEYS)
+    return hf | {"use_bias": hf["attention_bias"]}
+
+
+ernie4_5_moe = Family(
+    "ernie4_5_moe", ("ernie4_5_moe",), config, NAMES,
+    Gguf("ernie4_5-moe", gguf.NAMES, _moe_from_gguf, keys=KEYS, usual={"interleave_moe_layer_step": 1}),
+    models="ERNIE 4.5 MoE (text)",
+)  # fmt: skip

@@ -38,6 +38,7 @@ NAMES = NameMap(
         "layers.{i}.mlp.up": "blk.{i}.ffn_up.weight",
         "layers.{i}.mlp.down": "blk.{i}.ffn_down.weight",
         "layers.{i}.moe.router": "blk.{i}.ffn_gate_inp.weight",
+        "layers.{i}.moe.election": "blk.{i}.exp_probs_b.bias",
         "layers.{i}.moe.gate": "blk.{i}.ffn_gate_exps.weight",
         "layers.{i}.moe.up": "blk.{i}.ffn_up_exps.weight",
         "layers.{i}.moe.down": "blk.{i}.ffn_down_exps.weight",
@@ -97,6 +98,7 @@ def config(
         raise BadFile(
             f"{checkpoint.path} has no token_embd.weight.", "It may be one part of a split GGUF; fetch the whole."
         )
+    hf["num_hidden_layers"] = whole(hf, "num_hidden_layers") - guessing(metadata)
     hf["vocab_size"] = next(iter(checkpoint["token_embd.weight"].shape), None)
     hf["tie_word_embeddings"] = "output.weight" not in checkpoint
     hf |= {key: any(name in checkpoint for name in names) for key, names in BIASES.items()}
@@ -106,6 +108,23 @@ def config(
         if isinstance(token, int):
             hf[f"{ours}_token_id"] = token
     return {"architectures": [architecture_class], "model_type": model_type} | hf | more
+
+
+def guessing(metadata: Mapping) -> int:
+    """How many of a file's layers, its last ones, guess tokens further ahead."""
+    prefix = metadata.get("general.architecture")
+    return whole({"n": metadata.get(f"{prefix}.nextn_predict_layers")}, "n", 0, least=0)
+
+
+def rope_factors(metadata: Mapping, checkpoint: Checkpoint, hf: Mapping) -> dict:
+    """A config.json's fields of longrope, whose factors are tensors."""
+    factors = {f"{kind}_factor": f"rope_factors_{kind}.weight" for kind in ("short", "long")}
+    prefix = metadata.get("general.architecture")
+    old = metadata.get(f"{prefix}.rope.scaling.original_context_length", hf.get("max_position_embeddings"))
+    if any(name not in checkpoint for name in factors.values()):
+        return {"original_max_position_embeddings": old}
+    lists = {key: to_float(checkpoint[name]).tolist() for key, name in factors.items()}
+    return {"original_max_position_embeddings": old, "rope_scaling": {"rope_type": "longrope", **lists}}
 
 
 def _rope_scaling(metadata: Mapping, prefix: str, checkpoint: Checkpoint, hf: Mapping) -> dict:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from ..config import ModelConfig, elected, plain_mlp
 from ..fields import flag, head_dim, whole
 from ..ropes import rope
-from . import LLAMA, Family, experts, shared_expert
+from . import LLAMA, Family, Gguf, experts, gguf, shared_expert
 
 MLP = "model.layers.{i}.mlp"
 NAMES = LLAMA | experts(MLP) | shared_expert(MLP, "shared_experts") | {
@@ -29,4 +29,22 @@ def config(hf: Mapping) -> ModelConfig:
     )
 
 
-glm4_moe = Family("glm4_moe", ("glm4_moe",), config, NAMES, models="GLM-4.5 (Air), GLM-4.6")
+GGUF_NAMES = gguf.NAMES | {"layers.{i}.mlp_norm": "blk.{i}.post_attention_norm.weight"}
+KEYS = {
+    "n_routed_experts": "expert_count",
+    "n_shared_experts": "expert_shared_count",
+    "first_k_dense_replace": "leading_dense_block_count",
+    "routed_scaling_factor": "expert_weights_scale",
+    "norm_topk_prob": "expert_weights_norm",
+}
+
+
+def _from_gguf(metadata: Mapping, checkpoint) -> dict:
+    hf = gguf.config(metadata, checkpoint, "glm4_moe", "Glm4MoeForCausalLM", keys=KEYS)
+    return hf | {"use_qk_norm": "blk.0.attn_q_norm.weight" in checkpoint}
+
+
+glm4_moe = Family(
+    "glm4_moe", ("glm4_moe",), config, NAMES, Gguf("glm4moe", GGUF_NAMES, _from_gguf, keys=KEYS),
+    models="GLM-4.5 (Air), GLM-4.6",
+)  # fmt: skip

@@ -63,6 +63,7 @@ def _hidden(hf: Mapping) -> int:
 
 
 KEYS = {"conv_L_cache": "shortconv.l_cache"}
+MOE_KEYS = KEYS | {"num_dense_layers": "leading_dense_block_count"}
 GGUF_NAMES = gguf.NAMES | {
     "norm": "token_embd_norm.weight",
     "layers.{i}.conv.in": "blk.{i}.shortconv.in_proj.weight",
@@ -71,9 +72,9 @@ GGUF_NAMES = gguf.NAMES | {
 }
 
 
-def _from_gguf(metadata: Mapping, checkpoint) -> dict:
+def _from_gguf(metadata: Mapping, checkpoint, *kind: str) -> dict:
     """Which layers attend, its key heads say: none where there is a convolution."""
-    hf = gguf.config(metadata, checkpoint, "lfm2", "Lfm2ForCausalLM", keys=KEYS, block_auto_adjust_ff_dim=False)
+    hf = gguf.config(metadata, checkpoint, *kind, keys=MOE_KEYS, block_auto_adjust_ff_dim=False)
     heads = several(hf, "num_key_value_heads", int)
     kinds = ["full_attention" if n else "conv" for n in heads]
     return hf | {
@@ -82,8 +83,15 @@ def _from_gguf(metadata: Mapping, checkpoint) -> dict:
     }  # fmt: skip
 
 
+def _gguf(architecture: str, keys: Mapping[str, str], *kind: str) -> Gguf:
+    return Gguf(architecture, GGUF_NAMES, lambda m, checkpoint: _from_gguf(m, checkpoint, *kind), keys=keys)
+
+
 lfm2 = Family(
     "lfm2", model_types=("lfm2",), config=config, names=NAMES,
-    gguf=Gguf("lfm2", GGUF_NAMES, _from_gguf, keys=KEYS), models="LFM2",
+    gguf=_gguf("lfm2", KEYS, "lfm2", "Lfm2ForCausalLM"), models="LFM2",
 )  # fmt: skip
-lfm2_moe = Family("lfm2_moe", model_types=("lfm2_moe",), config=config, names=MOE, models="LFM2-MoE")
+lfm2_moe = Family(
+    "lfm2_moe", model_types=("lfm2_moe",), config=config, names=MOE,
+    gguf=_gguf("lfm2moe", MOE_KEYS, "lfm2_moe", "Lfm2MoeForCausalLM"), models="LFM2-MoE",
+)  # fmt: skip

@@ -4,11 +4,12 @@ what is positive, positions for half of each head."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from ..config import ModelConfig, layer_norms
 from ..fields import activation, head_dim
 from ..ropes import rope
-from . import LLAMA, Family
+from . import LLAMA, Family, Gguf, gguf
 
 
 def config(hf: Mapping) -> ModelConfig:
@@ -21,4 +22,10 @@ def config(hf: Mapping) -> ModelConfig:
     )
 
 
-nemotron = Family("nemotron", ("nemotron",), config, LLAMA, models="Nemotron 4 (Mini), Minitron")
+KEYS = {"norm_eps": "attention.layer_norm_epsilon"}
+_from_gguf = partial(gguf.config, model_type="nemotron", architecture_class="NemotronForCausalLM", keys=KEYS)
+
+nemotron = Family(
+    "nemotron", ("nemotron",), config, LLAMA,
+    Gguf("nemotron", gguf.NAMES, _from_gguf, gguf.minus_one, KEYS), models="Nemotron 4 (Mini), Minitron",
+)  # fmt: skip

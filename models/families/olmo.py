@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from ...errors import Unsupported
 from ..config import ModelConfig
-from . import LLAMA, Family
+from . import LLAMA, Family, Gguf, gguf
 
 
 def config(hf: Mapping) -> ModelConfig:
@@ -15,4 +16,9 @@ def config(hf: Mapping) -> ModelConfig:
     return ModelConfig.llama_like(hf, norm="bare", norm_eps=1e-5)
 
 
-olmo = Family("olmo", ("olmo",), config, LLAMA, models="OLMo 1")
+KEYS = {"clip_qkv": "attention.clamp_kqv"}
+_from_gguf = partial(gguf.config, model_type="olmo", architecture_class="OlmoForCausalLM", keys=KEYS)
+
+olmo = Family(
+    "olmo", ("olmo",), config, LLAMA, Gguf("olmo", gguf.NAMES, _from_gguf, gguf.unpermute, KEYS), models="OLMo 1"
+)

@@ -4,12 +4,13 @@ head."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from ...errors import Unsupported
 from ..config import ModelConfig, layer_norms
 from ..fields import activation, flag, head_dim
 from ..ropes import rope
-from . import LLAMA, Family
+from . import LLAMA, Family, Gguf, gguf
 
 NAMES = LLAMA | {
     "norm": "model.final_layernorm.weight",
@@ -33,4 +34,6 @@ def config(hf: Mapping) -> ModelConfig:
     )
 
 
-phi = Family("phi", ("phi",), config, NAMES, models="Phi-1, Phi-1.5, Phi-2")
+_from_gguf = partial(gguf.config, model_type="phi", architecture_class="PhiForCausalLM")
+
+phi = Family("phi", ("phi",), config, NAMES, Gguf("phi2", gguf.NAMES, _from_gguf), models="Phi-1, Phi-1.5, Phi-2")

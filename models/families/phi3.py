@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...schemes import to_float
 from ..config import ModelConfig
 from ..fields import head_dim, table
 from ..ropes import rope
@@ -31,12 +30,7 @@ def config(hf: Mapping) -> ModelConfig:
 def _from_gguf(metadata: Mapping, checkpoint) -> dict:
     hf = gguf.config(metadata, checkpoint, "phi3", "Phi3ForCausalLM")
     hf["sliding_window"] = hf.get("sliding_window") or None  # 0: none
-    factors = {f"{kind}_factor": f"rope_factors_{kind}.weight" for kind in ("short", "long")}
-    if all(name in checkpoint for name in factors.values()):
-        lists = {key: to_float(checkpoint[name]).tolist() for key, name in factors.items()}
-        hf["rope_scaling"] = {"rope_type": "longrope", **lists}
-    old = metadata.get("phi3.rope.scaling.original_context_length", hf.get("max_position_embeddings"))
-    return hf | {"original_max_position_embeddings": old}
+    return hf | gguf.rope_factors(metadata, checkpoint, hf)
 
 
 phi3 = Family(

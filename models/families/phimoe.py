@@ -8,7 +8,7 @@ from ...backends.base import RouteRule
 from ..config import ModelConfig, layer_norms, routed
 from ..fields import flag, head_dim, number
 from ..ropes import rope
-from . import Family
+from . import Family, Gguf, gguf
 from .mixtral import MLP, MODULE
 from .mixtral import NAMES as MIXTRAL
 
@@ -28,4 +28,15 @@ def config(hf: Mapping) -> ModelConfig:
     )
 
 
-phimoe = Family("phimoe", model_types=("phimoe",), config=config, names=NAMES, models="Phi-3.5-MoE")
+def _from_gguf(metadata: Mapping, checkpoint) -> dict:
+    hf = gguf.config(metadata, checkpoint, "phimoe", "PhimoeForCausalLM", lm_head_bias="output.bias" in checkpoint)
+    hf |= gguf.rope_factors(metadata, checkpoint, hf)
+    return hf | {"sliding_window": hf.get("sliding_window") or None, "num_local_experts": hf.pop("num_experts", None)}
+
+
+phimoe = Family(
+    "phimoe", ("phimoe",), config, NAMES,
+    Gguf("phimoe", gguf.NAMES, _from_gguf,
+         differs="weighs PhiMoE's experts by a softmax, not by the sparsemixer that they were trained with"),
+    models="Phi-3.5-MoE",
+)  # fmt: skip

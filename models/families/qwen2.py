@@ -24,6 +24,9 @@ qwen2 = Family(
     model_types=("qwen2", "qwen2_vl", "qwen2_5_vl", "qwen2_vl_text", "qwen2_5_vl_text"),
     config=config,
     names=LLAMA,
-    gguf=Gguf("qwen2", gguf.NAMES, partial(gguf.config, model_type="qwen2", architecture_class="Qwen2ForCausalLM")),
+    gguf=Gguf(
+        "qwen2", gguf.NAMES, partial(gguf.config, model_type="qwen2", architecture_class="Qwen2ForCausalLM"),
+        also=("qwen2vl",),
+    ),
     models="Qwen2, Qwen2.5, the text of Qwen2-VL and 2.5-VL",
 )

@@ -24,6 +24,9 @@ qwen3 = Family(
     model_types=("qwen3", "qwen3_vl_text"),
     config=config,
     names=LLAMA,
-    gguf=Gguf("qwen3", gguf.NAMES, partial(gguf.config, model_type="qwen3", architecture_class="Qwen3ForCausalLM")),
+    gguf=Gguf(
+        "qwen3", gguf.NAMES, partial(gguf.config, model_type="qwen3", architecture_class="Qwen3ForCausalLM"),
+        also=("qwen3vl",),
+    ),
     models="Qwen3, the text of Qwen3-VL",
 )

@@ -3,7 +3,7 @@ an expert that every token goes through, weighted by a gate of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ...backends.base import RouteRule
 from ..config import ModelConfig, plain_mlp, routed
@@ -36,12 +36,12 @@ def config(hf: Mapping) -> ModelConfig:
     )
 
 
-def _gguf(architecture: str, *kind: str, **more) -> Gguf:
+def _gguf(architecture: str, *kind: str, also: Sequence[str] = (), **more) -> Gguf:
     def read(metadata: Mapping, checkpoint) -> dict:
         hf = gguf.config(metadata, checkpoint, *kind, decoder_sparse_step=1, mlp_only_layers=[], **more)
         return {"intermediate_size": hf.get("moe_intermediate_size")} | hf
 
-    return Gguf(architecture, gguf.NAMES, read)
+    return Gguf(architecture, gguf.NAMES, read, also=tuple(also))
 
 
 qwen2_moe = Family(
@@ -54,7 +54,7 @@ qwen2_moe = Family(
 )
 qwen3_moe = Family(
     "qwen3_moe", ("qwen3_moe",), config, NAMES,
-    _gguf("qwen3moe", "qwen3_moe", "Qwen3MoeForCausalLM", norm_topk_prob=True),
+    _gguf("qwen3moe", "qwen3_moe", "Qwen3MoeForCausalLM", also=["qwen3vlmoe"], norm_topk_prob=True),
     models="Qwen3-MoE",
 )  # fmt: skip
 qwen3_vl_moe = Family("qwen3_vl_moe", ("qwen3_vl_moe_text",), config, SEEING, models="Qwen3-VL-MoE (text)")

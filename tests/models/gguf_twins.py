@@ -18,9 +18,10 @@ ARCHITECTURES = {  # model type -> llama.cpp's name, where they differ
     "gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "qwen2_moe": "qwen2moe", "mixtral": "llama", "mistral": "llama",
     "gpt_neox": "gptneox", "cohere": "command-r", "olmo3": "olmo2", "granitemoeshared": "granitemoe",
     "gpt_oss": "gpt-oss", "llama4_text": "llama4", "hunyuan_v1_dense": "hunyuan-dense", "ministral3": "mistral3",
-    "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2",
+    "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "phi": "phi2", "glm4_moe": "glm4moe",
+    "ernie4_5_moe": "ernie4_5-moe", "lfm2_moe": "lfm2moe",
 }  # fmt: skip
-PERMUTED = ("llama", "arcee", "mistral3", "smollm3", "granite", "granitemoe")  # q and k as Llama's
+PERMUTED = ("llama", "olmo", "arcee", "mistral3", "smollm3", "granite", "granitemoe")  # q and k as Llama's
 GRANITE = {
     "attention_multiplier": "attention.scale",
     "embedding_multiplier": "embedding_scale",
@@ -47,8 +48,21 @@ KEYS = {  # architecture -> its own metadata: an attribute of the config -> the 
         "n_group": "expert_group_count",
         "topk_group": "expert_group_used_count",
     },
+    "ernie4_5-moe": {
+        "moe_num_experts": "expert_count",
+        "moe_k": "expert_used_count",
+        "moe_num_shared_experts": "expert_shared_count",
+        "moe_layer_start_index": "leading_dense_block_count",
+        "moe_layer_interval": "interleave_moe_layer_step",
+    },
     "exaone4": {"sliding_window": "attention.sliding_window"},
     "gemma3": {"sliding_window": "attention.sliding_window"},
+    "glm4moe": {
+        "first_k_dense_replace": "leading_dense_block_count",
+        "n_shared_experts": "expert_shared_count",
+        "routed_scaling_factor": "expert_weights_scale",
+        "norm_topk_prob": "expert_weights_norm",
+    },
     "gptneox": {"use_parallel_residual": "use_parallel_residual"},
     "granite": GRANITE,
     "granitemoe": GRANITE | {"shared_intermediate_size": "expert_shared_feed_forward_length"},
@@ -59,6 +73,7 @@ KEYS = {  # architecture -> its own metadata: an attribute of the config -> the 
     },
     "mistral3": {"sliding_window": "attention.sliding_window"},
     "lfm2": {"conv_L_cache": "shortconv.l_cache"},
+    "lfm2moe": {"conv_L_cache": "shortconv.l_cache", "num_dense_layers": "leading_dense_block_count"},
     "olmo2": {"sliding_window": "attention.sliding_window"},
     "phi3": {"sliding_window": "attention.sliding_window"},
     "gpt-oss": {"sliding_window": "attention.sliding_window", "intermediate_size": "expert_feed_forward_length"},
@@ -114,8 +129,9 @@ def _metadata(writer: gguf.GGUFWriter, config: Any, architecture: str) -> None:
         inner = config.block_multiple_of * -(-(2 * config.intermediate_size // 3) // config.block_multiple_of)
     writer.add_feed_forward_length(inner if architecture in ("gpt2", "lfm2") else config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
+    if config.model_type in ("deepseek_v3", "glm4_moe", "lfm2_moe"):
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     if architecture == "deepseek2":
-        writer.add_expert_gating_func(gguf.ExpertGatingFuncType(1 + (config.model_type == "deepseek_v3")))
         writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
     elif architecture not in ("gpt2", "gptneox"):
         kinds = getattr(config, "layer_types", None) or []
@@ -210,7 +226,7 @@ def _arranged(name: str, values: np.ndarray, config: Any, architecture: str) -> 
     if architecture in PERMUTED and re.search(r"[qk]_proj", name):
         heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
         return values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
-    if architecture.startswith("gemma") and "norm" in name:
+    if architecture.startswith(("gemma", "nemotron")) and name.endswith("norm.weight"):
         return values + 1
     if re.search(r"\.c_(attn|proj|fc)\.weight", name) and architecture == "gpt2":
         return np.ascontiguousarray(values.T)
@@ -235,7 +251,9 @@ def _map(architecture: str) -> gguf.TensorNameMap:
 
 
 def _rename(name: str, architecture: str) -> str:
-    name = name.replace("e_score_correction_bias", "e_score_correction.bias")
+    name = name.replace("e_score_correction_bias", "e_score_correction.bias").replace("expert_bias", "expert_bias.bias")
+    for part, usual in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
+        name = name.replace(f"feed_forward.experts.{part}", f"mlp.experts.{usual}")
     return _map(architecture).get_name(name, try_suffixes=(".weight", ".bias"))
 
 

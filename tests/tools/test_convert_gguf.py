@@ -57,7 +57,8 @@ TWINS = {
 MORE = {  # Mistral is one of llama.cpp's Llamas
     "mistral-full": {}, "smollm3": {}, "granite": {}, "stablelm": {}, "cohere2": {}, "glm4": {},
     "gemma2": {"query_pre_attn_scalar": 8}, "gpt_neox": {}, "phi3": {}, "mixtral": {}, "qwen2_moe": {},
-    "granitemoe": {},
+    "granitemoe": {}, "olmo": {}, "nemotron": {}, "phi": {}, "phimoe": {"router_jitter_noise": 0.01, "lm_head_bias": True}, "glm4_moe": {}, "granite4": {},
+    "lfm2_moe": {"routed_scaling_factor": 1.0}, "ernie4_5_moe": {}, "internlm3": {},
 }  # fmt: skip
 SHARED = {"lfm2": {"hidden_size": 48}}  # where llama.cpp wants the heads to share the width
 

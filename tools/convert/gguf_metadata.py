@@ -32,7 +32,7 @@ FILE_TYPES = {  # llama.cpp's general.file_type, by the type of most of the weig
     "float32": 0, "float16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12,
     "Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "bfloat16": 32, "MXFP4": 38,
 }  # fmt: skip
-KEPT = ("general.", "tokenizer.")  # keys that another GGUF's metadata hand on
+SIGMOID = 2  # llama.cpp's number of that gate
 
 
 def architecture_keys(family: Family, config: ModelConfig, hf: Mapping) -> dict[str, Any]:
@@ -47,7 +47,8 @@ def architecture_keys(family: Family, config: ModelConfig, hf: Mapping) -> dict[
     everywhere = all(isinstance(mixer, AttentionConfig) for mixer in mixers)
     kv_heads = [mixer.kv_heads if isinstance(mixer, AttentionConfig) else 0 for mixer in mixers]
     keys = {**gguf.KEYS, **family.gguf.keys}
-    known = {key: hf[name] for name, key in keys.items() if hf.get(name) is not None and name != "head_dim"}
+    known = dict(family.gguf.usual)
+    known |= {key: hf[name] for name, key in keys.items() if hf.get(name) is not None and name != "head_dim"}
     known |= {
         "context_length": config.context,
         "embedding_length": config.width,
@@ -73,6 +74,15 @@ def _feed_forward_keys(layers: Sequence[MLPConfig | MoEConfig]) -> dict[str, Any
         else:
             keys |= {"expert_count": layer.experts, "expert_used_count": layer.per_token}
             keys["expert_feed_forward_length"] = layer.hidden
+            if layer.shared:
+                keys["expert_shared_feed_forward_length"] = layer.shared.hidden
+                keys["expert_shared_count"] = max(1, layer.shared.hidden // layer.hidden)
+            if layer.rule.scoring == "sigmoid":
+                keys |= {"expert_gating_func": SIGMOID, "expert_weights_norm": layer.rule.renormalise}
+                keys["expert_weights_scale"] = layer.rule.scale
+    dense = [isinstance(layer, MLPConfig) for layer in layers]
+    if not all(dense):
+        keys["leading_dense_block_count"] = dense.index(False)
     return keys
 
 
@@ -165,9 +175,11 @@ def notes(family: Family, config: ModelConfig) -> tuple[str, ...]:
     """What llama.cpp will do otherwise, though the file says all."""
     mixers = [layer.mixer for layer in config.layers if isinstance(layer.mixer, AttentionConfig)]
     windows = {mixer.spec.window for mixer in mixers} - {None}
+    differs = (f"llama.cpp {family.gguf.differs}.",) if family.gguf.differs else ()
     if not windows or min(windows) >= config.context or family.gguf.architecture in WINDOWED:
-        return ()
+        return differs
     return (
+        *differs,
         f"llama.cpp pays no heed to the sliding window of {min(windows)} tokens in the architecture "
         f"{family.gguf.architecture}: behind longer texts it computes something else.",
     )
