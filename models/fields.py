@@ -66,7 +66,7 @@ def table(hf: Mapping, key: str) -> Mapping:
 
 def several(hf: Mapping, key: str, kind: type) -> Sequence:
     """A list of values of one type, () where there is none."""
-    plural = {int: "a list of whole numbers", str: "a list of words"}[kind]
+    plural = {int: "a list of whole numbers", str: "a list of words", bool: "a list of true and false"}[kind]
     return _value(hf, key, (), plural, lambda v: isinstance(v, list) and all(type(i) is kind for i in v))
 
 

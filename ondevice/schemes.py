@@ -407,6 +407,22 @@ def take_rows(tensor: Tensor, rows: np.ndarray | Sequence[int]) -> Tensor:
     return Tensor((len(rows), *tensor.shape[1:]), tensor.format, taken)
 
 
+def take_columns(tensor: Tensor, columns: np.ndarray) -> Tensor:
+    """Columns (last axis: inputs of a matrix) in the given order, as many as there are. Codes move with their groups;
+    float32 where the order would part neighbours that share a scale."""
+    form = tensor.format
+    span = block_size(form.kind) if isinstance(form, Blocks) else form.group_size if isinstance(form, Affine) else 1
+    groups = columns.reshape(-1, span)[:, :1]
+    if (groups % span).any() or not np.array_equal(columns, (groups + np.arange(span)).ravel()):
+        return Tensor(tensor.shape, Dense("float32"), {"weight": to_float(tensor)[..., columns]})
+    order = groups.ravel() // span
+    moved = {
+        name: part.reshape(*part.shape[:-1], len(order), -1)[..., order, :].reshape(part.shape)
+        for name, part in tensor.parts.items()
+    }
+    return Tensor(tensor.shape, form, moved)
+
+
 def row(tensor: Tensor, index: int) -> Tensor:
     """One row of the first axis, without it (an expert of a stack), as a view."""
     return Tensor(tensor.shape[1:], tensor.format, {name: part[index] for name, part in tensor.parts.items()})

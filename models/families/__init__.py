@@ -118,6 +118,7 @@ class Gguf:
     """How llama.cpp writes this family: its architecture's name, its tensor names, its metadata as a config.json, and
     how a tensor is brought back to Hugging Face's arrangement (None: as it is). keys: those of its metadata that no
     other family has, as in `gguf.KEYS`, for writing; usual: what llama.cpp insists on where a config.json is silent.
+    rearrange: `arrange` undone, where that is more than an order of rows or a constant.
     when: which files of that architecture are this family's, by their metadata. also: other architectures that are
     read as this one, such as that of a model that sees. differs: what llama.cpp computes otherwise, for people."""
 
@@ -127,7 +128,8 @@ class Gguf:
     arrange: Callable[[str, Tensor, ModelConfig], Tensor] | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
     when: Callable[[Mapping], bool] = lambda metadata: True
-    usual: Mapping[str, Any] = field(default_factory=dict)
+    rearrange: Callable[[str, Tensor, ModelConfig], Tensor] | None = None
+    usual: Callable[[ModelConfig], Mapping[str, Any]] = lambda config: {}
     also: tuple[str, ...] = ()
     differs: str = ""
 

@@ -67,6 +67,6 @@ def _moe_from_gguf(metadata: Mapping, checkpoint) -> dict:
 
 ernie4_5_moe = Family(
     "ernie4_5_moe", ("ernie4_5_moe",), config, NAMES,
-    Gguf("ernie4_5-moe", gguf.NAMES, _moe_from_gguf, keys=KEYS, usual={"interleave_moe_layer_step": 1}),
+    Gguf("ernie4_5-moe", gguf.NAMES, _moe_from_gguf, keys=KEYS, usual=lambda config: {"interleave_moe_layer_step": 1}),
     models="ERNIE 4.5 MoE (text)",
 )  # fmt: skip

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...errors import BadFile, Unsupported
-from ...schemes import take_rows, to_float
+from ...schemes import take_columns, take_rows, to_float
 from ...tensors import Tensor, dense
-from ..config import ModelConfig
+from ..config import DeltaConfig, ModelConfig
 from ..fields import head_dim, whole
 from ..ropes import RopeConfig, rope
 from . import NameMap
+from .views import by_key_head
 
 if TYPE_CHECKING:
     from ...checkpoint import Checkpoint
@@ -39,8 +40,8 @@ NAMES = NameMap(
         "layers.{i}.mlp.down": "blk.{i}.ffn_down.weight",
         "layers.{i}.moe.router": "blk.{i}.ffn_gate_inp.weight",
         "layers.{i}.moe.election": "blk.{i}.exp_probs_b.bias",
-        "layers.{i}.moe.gate": "blk.{i}.ffn_gate_exps.weight",
-        "layers.{i}.moe.up": "blk.{i}.ffn_up_exps.weight",
+        "layers.{i}.moe.gate": ("blk.{i}.ffn_gate_exps.weight", "blk.{i}.ffn_gate_up_exps.weight|first"),
+        "layers.{i}.moe.up": ("blk.{i}.ffn_up_exps.weight", "blk.{i}.ffn_gate_up_exps.weight|last"),
         "layers.{i}.moe.down": "blk.{i}.ffn_down_exps.weight",
         "layers.{i}.moe.shared_gate": "blk.{i}.ffn_gate_inp_shexp.weight|row",
         "layers.{i}.moe.shared.gate": "blk.{i}.ffn_gate_shexp.weight",
@@ -177,6 +178,49 @@ def minus_one(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
     if not name.endswith("norm"):
         return tensor
     return dense(to_float(tensor) - np.float32(1))
+
+
+Order = Callable[[str, int, DeltaConfig], np.ndarray]
+
+
+def memory(order: Order) -> tuple[Callable, Callable]:
+    """How tensors of a model whose layers keep a memory are brought back, and how that is undone: rows and columns by
+    `order` (which rows of a file, in Hugging Face's order: of a part, with so many rows, of such a layer), gains (one
+    more in a file, but for the memory's own), rates (minus their exponential)."""
+
+    def moved(name: str, tensor: Tensor, config: ModelConfig, way: Callable[[np.ndarray], np.ndarray]) -> Tensor:
+        _, inside, kind = name.rpartition(".delta.")
+        if not inside or kind == "norm":
+            return tensor
+        take, count = (take_columns, tensor.shape[-1]) if kind == "out" else (take_rows, tensor.shape[0])
+        return take(tensor, way(order(kind, count, config.layers[int(name.split(".")[1])].mixer)))
+
+    def back(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+        tensor = moved(name, tensor, config, lambda rows: rows)
+        if name.endswith("delta.rate"):
+            return dense(np.log(-to_float(tensor)))
+        return tensor if name.endswith("delta.norm") else minus_one(name, tensor, config)
+
+    def there(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+        tensor = moved(name, tensor, config, np.argsort)
+        if name.endswith("delta.rate"):
+            return dense(-np.exp(to_float(tensor)))
+        own = not name.endswith("norm") or name.endswith("delta.norm")
+        return tensor if own else dense(to_float(tensor) + np.float32(1))
+
+    return back, there
+
+
+def in_turn(kind: str, count: int, mixer: DeltaConfig) -> np.ndarray:
+    """Files have the value heads in turn, one of each key head; Hugging Face has those of a key head together."""
+    before = 2 * mixer.keys if kind in ("qkv", "taps") else 0
+    values = np.arange(before, count).reshape(-1, mixer.key_heads, (count - before) // mixer.heads)
+    return np.concatenate([np.arange(before), values.swapaxes(0, 1).ravel()])
+
+
+def by_key(kind: str, count: int, mixer: DeltaConfig) -> np.ndarray:
+    """The convolution's channels, ours by key head where q, k and v lie so."""
+    return by_key_head(mixer) if kind == "taps" else np.arange(count)
 
 
 def has_experts(metadata: Mapping) -> bool:

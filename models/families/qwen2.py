@@ -25,7 +25,9 @@ qwen2 = Family(
     config=config,
     names=LLAMA,
     gguf=Gguf(
-        "qwen2", gguf.NAMES, partial(gguf.config, model_type="qwen2", architecture_class="Qwen2ForCausalLM"),
+        "qwen2",
+        gguf.NAMES,
+        partial(gguf.config, model_type="qwen2", architecture_class="Qwen2ForCausalLM"),
         also=("qwen2vl",),
     ),
     models="Qwen2, Qwen2.5, the text of Qwen2-VL and 2.5-VL",

@@ -25,7 +25,9 @@ qwen3 = Family(
     config=config,
     names=LLAMA,
     gguf=Gguf(
-        "qwen3", gguf.NAMES, partial(gguf.config, model_type="qwen3", architecture_class="Qwen3ForCausalLM"),
+        "qwen3",
+        gguf.NAMES,
+        partial(gguf.config, model_type="qwen3", architecture_class="Qwen3ForCausalLM"),
         also=("qwen3vl",),
     ),
     models="Qwen3, the text of Qwen3-VL",

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from ...backends.base import RouteRule
 from ..config import DeltaConfig, ModelConfig, MoEConfig, plain_mlp, routed
-from ..fields import each_layer, head_dim, whole
+from ..fields import each_layer, head_dim, several, whole
 from ..ropes import rope
-from . import LLAMA, Family, experts, shared_expert
+from . import LLAMA, Family, Gguf, experts, gguf, shared_expert
 
 DELTA = {
     "qkv": "in_proj_qkv.weight", "gate": "in_proj_z.weight", "a": "in_proj_a.weight", "b": "in_proj_b.weight",
@@ -50,5 +50,52 @@ def _experts(hf: Mapping) -> MoEConfig:
     return routed(hf, "moe_intermediate_size", rule=RouteRule(), shared=shared, shared_gate=True)
 
 
-qwen3_5 = Family("qwen3_5", ("qwen3_5_text",), config, NAMES, models="Qwen3.5 (text)")
-qwen3_5_moe = Family("qwen3_5_moe", ("qwen3_5_moe_text",), config, MOE, models="Qwen3.5-MoE (text)")
+PARTS = {
+    "qkv": "attn_qkv.weight", "gate": "attn_gate.weight", "a": "ssm_alpha.weight", "b": "ssm_beta.weight",
+    "taps": "ssm_conv1d.weight", "rate": "ssm_a", "shift": "ssm_dt.bias", "norm": "ssm_norm.weight",
+    "out": "ssm_out.weight",
+}  # fmt: skip
+GGUF_NAMES = gguf.NAMES | {"layers.{i}.mlp_norm": "blk.{i}.post_attention_norm.weight"} | {
+    f"layers.{{i}}.delta.{ours}": f"blk.{{i}}.{its}" for ours, its in PARTS.items()
+}  # fmt: skip
+KEYS = {
+    "linear_conv_kernel_dim": "ssm.conv_kernel",
+    "linear_key_head_dim": "ssm.state_size",
+    "linear_num_key_heads": "ssm.group_count",
+    "linear_num_value_heads": "ssm.time_step_rank",
+    "full_attention_interval": "full_attention_interval",
+}
+
+
+def from_gguf(metadata: Mapping, checkpoint, *kind: str) -> dict:
+    hf = gguf.config(metadata, checkpoint, *kind, keys=KEYS)
+    prefix = metadata["general.architecture"]
+    inner = whole(metadata, f"{prefix}.ssm.inner_size")
+    hf["linear_value_head_dim"] = inner // whole(hf, "linear_num_value_heads")
+    remembers = several(metadata, f"{prefix}.attention.recurrent_layers", bool)[: hf["num_hidden_layers"]]
+    kinds = {True: "linear_attention", False: "full_attention"}
+    return hf | {"layer_types": [kinds[one] for one in remembers] or None}
+
+
+def _sections(config: ModelConfig) -> dict:
+    """Pairs of a head by which pictures tell time, height and width apart; for text the three are the same."""
+    pairs = config.ropes["main"].dim // 2
+    return {"rope.dimension_sections": [(pairs + 2) // 3, (pairs + 1) // 3, pairs // 3, 0]}
+
+
+def _gguf(architecture: str, *kind: str) -> Gguf:
+    def read(metadata: Mapping, checkpoint) -> dict:
+        return from_gguf(metadata, checkpoint, *kind)
+
+    arrange, rearrange = gguf.memory(gguf.in_turn)
+    return Gguf(architecture, GGUF_NAMES, read, arrange, KEYS, rearrange=rearrange, usual=_sections)
+
+
+qwen3_5 = Family(
+    "qwen3_5", ("qwen3_5_text",), config, NAMES, _gguf("qwen35", "qwen3_5_text", "Qwen3_5ForCausalLM"),
+    models="Qwen3.5 (text)",
+)  # fmt: skip
+qwen3_5_moe = Family(
+    "qwen3_5_moe", ("qwen3_5_moe_text",), config, MOE, _gguf("qwen35moe", "qwen3_5_moe_text", "Qwen3_5MoeForCausalLM"),
+    models="Qwen3.5-MoE (text)",
+)  # fmt: skip

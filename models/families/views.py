@@ -3,7 +3,7 @@
 A name map says so behind the tensor's name: `….c_attn.weight|T`, `….input_linear.weight|first`; `|heads`: the rows of
 all heads one after the other, where ours has them apart; `|kernels` are a convolution's, ours [C, taps], in files
 [C, 1, taps], in MLX's [C, taps, 1]; `|grouped`: ours lie by key head; `|flat`: ours is a vector;
-`|unit`: in files there is an axis of one in front.
+`|unit`: in files there is an axis of one in front; `|paired`: in files each key head's rows of both parts lie together.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ def viewed(
         return tensor
     if "T" in views and not isinstance(tensor.format, Dense):
         tensor = dense(to_float(tensor))
-    parts = {key: _view(part, views, shape, bias) for key, part in tensor.parts.items()}
+    parts = dict(tensor.parts)
+    if "paired" in views:
+        order = np.arange(tensor.shape[0]).reshape(mixer.key_heads, 2, -1).swapaxes(0, 1).ravel()
+        parts = {key: part[order] for key, part in parts.items()}
+    parts = {key: _view(part, views, shape, bias) for key, part in parts.items()}
     if "grouped" in views:
         parts = {key: part[by_key_head(mixer)] for key, part in parts.items()}
     parts = {key: np.ascontiguousarray(part) for key, part in parts.items()}
@@ -60,7 +64,9 @@ def stored(tensors: Sequence[Tensor], views: Sequence[Sequence[str]], bias: bool
 
 
 def by_key_head(mixer: DeltaConfig) -> np.ndarray:
-    """All heads' queries, then keys, then values -> of each key head its own."""
+    """All heads' queries, then keys, then values -> of each key head its own, where they lie so."""
+    if not mixer.grouped:
+        return np.arange(2 * mixer.keys + mixer.values)
     channels = np.split(np.arange(2 * mixer.keys + mixer.values), (mixer.keys, 2 * mixer.keys))
     return np.concatenate([part.reshape(mixer.key_heads, -1) for part in channels], axis=1).ravel()
 
@@ -102,7 +108,7 @@ def viewed_shape(stored: Sequence[int], views: Sequence[str], shape: Sequence[in
 
 def _view(part: np.ndarray, views: Sequence[str], shape: Sequence[int], bias: bool) -> np.ndarray:
     for view in views:
-        if view == "grouped":  # an order, see `viewed`
+        if view in ("grouped", "paired"):  # an order, see `viewed`
             continue
         if view == "unit":
             part = part.reshape(part.shape[1:]) if part.shape[0] == 1 else part

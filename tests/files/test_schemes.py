@@ -141,6 +141,27 @@ EVERY = [
 ]
 
 
+WIDE = [
+    (dense(np.arange(1536, dtype=np.float32).reshape(6, 256)), 1),
+    (schemes.quantize_affine(np.random.default_rng(0).normal(size=(6, 256)), 3, 64, "float16"), 64),
+    (blocks("Q4_0", 6, 256), 32),
+    (blocks("Q4_K", 6, 512), 256),
+]
+
+
+@pytest.mark.parametrize(("tensor", "span"), WIDE)
+def test_columns_move_with_their_groups(tensor, span):
+    columns = tensor.shape[1]
+    whole = np.random.default_rng(1).permutation(columns // span)[:, None] * span + np.arange(span)
+    parted = np.random.default_rng(1).permutation(columns)
+    moved = schemes.take_columns(tensor, whole.ravel())
+    assert moved.format == tensor.format
+    assert np.array_equal(schemes.to_float(moved), schemes.to_float(tensor)[:, whole.ravel()])
+    moved = schemes.take_columns(tensor, parted)
+    assert moved.format == (tensor.format if span == 1 else Dense("float32"))
+    assert np.array_equal(schemes.to_float(moved), schemes.to_float(tensor)[:, parted])
+
+
 @pytest.mark.parametrize("tensor", EVERY, ids=lambda tensor: schemes.label(tensor.format))
 def test_rows_move_in_every_format(tensor):
     whole, order = schemes.to_float(tensor), [4, 0, 0, 5]

@@ -19,7 +19,8 @@ ARCHITECTURES = {  # model type -> llama.cpp's name, where they differ
     "gpt_neox": "gptneox", "cohere": "command-r", "olmo3": "olmo2", "granitemoeshared": "granitemoe",
     "gpt_oss": "gpt-oss", "llama4_text": "llama4", "hunyuan_v1_dense": "hunyuan-dense", "ministral3": "mistral3",
     "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "phi": "phi2", "glm4_moe": "glm4moe",
-    "ernie4_5_moe": "ernie4_5-moe", "lfm2_moe": "lfm2moe",
+    "ernie4_5_moe": "ernie4_5-moe", "lfm2_moe": "lfm2moe", "qwen3_5_text": "qwen35", "qwen3_5_moe_text": "qwen35moe",
+    "qwen3_next": "qwen3next",
 }  # fmt: skip
 PERMUTED = ("llama", "olmo", "arcee", "mistral3", "smollm3", "granite", "granitemoe")  # q and k as Llama's
 GRANITE = {
@@ -27,6 +28,12 @@ GRANITE = {
     "embedding_multiplier": "embedding_scale",
     "residual_multiplier": "residual_scale",
     "logits_scaling": "logit_scale",
+}
+DELTA = {
+    "linear_conv_kernel_dim": "ssm.conv_kernel",
+    "linear_key_head_dim": "ssm.state_size",
+    "linear_num_key_heads": "ssm.group_count",
+    "linear_num_value_heads": "ssm.time_step_rank",
 }
 KEYS = {  # architecture -> its own metadata: an attribute of the config -> the key
     "command-r": {"logit_scale": "logit_scale"},
@@ -77,6 +84,9 @@ KEYS = {  # architecture -> its own metadata: an attribute of the config -> the 
     "olmo2": {"sliding_window": "attention.sliding_window"},
     "phi3": {"sliding_window": "attention.sliding_window"},
     "gpt-oss": {"sliding_window": "attention.sliding_window", "intermediate_size": "expert_feed_forward_length"},
+    "qwen3next": DELTA | {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"},
+    "qwen35": DELTA,
+    "qwen35moe": DELTA | {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"},
     "qwen2moe": {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"},
 }
 
@@ -152,6 +162,9 @@ def _metadata(writer: gguf.GGUFWriter, config: Any, architecture: str) -> None:
         if (value := getattr(config, name, None)) is not None:
             add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)]
             add(f"{architecture}.{key}", value)
+    if architecture.startswith(("qwen35", "qwen3next")):
+        writer.add_ssm_inner_size(config.linear_num_value_heads * config.linear_value_head_dim)
+        writer.add_full_attention_interval(config.layer_types.index("full_attention") + 1)
     if hasattr(config, "num_experts_per_tok"):
         writer.add_expert_count(getattr(config, "num_experts", None) or config.num_local_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
@@ -193,6 +206,8 @@ def _tensors(twin: Any, architecture: str) -> dict[str, np.ndarray]:
             k, v = np.split(by_head, [config.qk_nope_head_dim], axis=1)
             found[_rename(name.replace("kv_b", "k_b"), architecture)] = np.ascontiguousarray(k.swapaxes(1, 2))
             found[_rename(name.replace("kv_b", "v_b"), architecture)] = np.ascontiguousarray(v)
+        elif "in_proj_qkvz" in name:
+            found |= _by_kind(name, values, config)
         elif ".experts." in name and architecture in ("gpt-oss", "llama4"):
             found |= _fused_experts(name, values, architecture == "gpt-oss")
         elif "input_linear" in name:
@@ -206,6 +221,35 @@ def _tensors(twin: Any, architecture: str) -> dict[str, np.ndarray]:
             found[renamed] = _arranged(name, values, config, architecture)
     found |= {name: np.stack(values) for name, values in experts.items()}
     return found | _factors(config, architecture)
+
+
+def _by_kind(name: str, values: np.ndarray, config: Any) -> dict[str, np.ndarray]:
+    """Queries, keys, values and gates of each key head -> all queries, keys and values; all gates."""
+    each = config.linear_num_value_heads // config.linear_num_key_heads * config.linear_value_head_dim
+    sizes = np.cumsum([config.linear_key_head_dim, config.linear_key_head_dim, each])
+    parts = np.split(values.reshape(config.linear_num_key_heads, -1, values.shape[-1]), sizes, axis=1)
+    *qkv, gates = (part.reshape(-1, values.shape[-1]) for part in parts)
+    blk = f"blk.{name.split('.')[2]}"
+    return {f"{blk}.attn_qkv.weight": np.concatenate(qkv), f"{blk}.attn_gate.weight": gates}
+
+
+def _value_heads_in_turn(values: np.ndarray, config: Any, axis: int, before: int) -> np.ndarray:
+    """Those of one key head together -> one of each key head in turn, behind the first rows, which stay."""
+    first, rest = np.split(values, [before], axis)
+    shape = rest.shape
+    split = (config.linear_num_key_heads, config.linear_num_value_heads // config.linear_num_key_heads)
+    rest = rest.reshape(*shape[:axis], *split, -1, *shape[axis + 1 :]).swapaxes(axis, axis + 1)
+    return np.concatenate([first, rest.reshape(shape)], axis)
+
+
+def _delta(name: str, values: np.ndarray, config: Any, architecture: str) -> np.ndarray:
+    values = -np.exp(values) if name.endswith("A_log") else values
+    values = values.squeeze(1) if "conv1d" in name else values
+    if architecture == "qwen3next" or name.endswith("linear_attn.norm.weight"):
+        return values
+    keys = 2 * config.linear_num_key_heads * config.linear_key_head_dim
+    before = keys if "qkv" in name or "conv1d" in name else 0
+    return _value_heads_in_turn(values, config, 1 if "out_proj" in name else 0, before)
 
 
 def _fused_experts(name: str, values: np.ndarray, in_turn: bool) -> dict[str, np.ndarray]:
@@ -226,7 +270,9 @@ def _arranged(name: str, values: np.ndarray, config: Any, architecture: str) -> 
     if architecture in PERMUTED and re.search(r"[qk]_proj", name):
         heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
         return values.reshape(heads, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
-    if architecture.startswith(("gemma", "nemotron")) and name.endswith("norm.weight"):
+    if "linear_attn" in name:
+        return _delta(name, values, config, architecture)
+    if architecture.startswith(("gemma", "nemotron", "qwen35", "qwen3next")) and name.endswith("norm.weight"):
         return values + 1
     if re.search(r"\.c_(attn|proj|fc)\.weight", name) and architecture == "gpt2":
         return np.ascontiguousarray(values.T)
@@ -251,6 +297,7 @@ def _map(architecture: str) -> gguf.TensorNameMap:
 
 
 def _rename(name: str, architecture: str) -> str:
+    name = name.replace("dt_bias", "dt_proj.bias")
     name = name.replace("e_score_correction_bias", "e_score_correction.bias").replace("expert_bias", "expert_bias.bias")
     for part, usual in (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj")):
         name = name.replace(f"feed_forward.experts.{part}", f"mlp.experts.{usual}")

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import gguf
+import numpy as np
 import pytest
 
+from ondevice.checkpoint import open_checkpoint
+from ondevice.models.families import family_of
+from ondevice.models.parameters import Parameters
+from ondevice.schemes import to_float
+from ondevice.tensors import Blocks
 from ondevice.testing.family import check_family
 from tests.models import gguf_twins, twins
 
@@ -68,6 +75,10 @@ FILES = {
     "glm4_moe": ("glm4_moe", {}),
     "glm4_moe-biases": ("glm4_moe", {"attention_bias": True, "use_qk_norm": False, "norm_topk_prob": False}),
     "lfm2_moe": ("lfm2_moe", {"routed_scaling_factor": 1.0}),
+    "qwen3_5": ("qwen3_5", {}),
+    "qwen3_5-wide": ("qwen3_5-wide", {}),
+    "qwen3_5_moe": ("qwen3_5_moe", {}),
+    "qwen3_next": ("qwen3_next", {"tie_word_embeddings": True}),
     "llama4": ("llama4", {"attention_chunk_size": 8192, "floor_scale": 8192}),
     "ministral3": ("ministral3", {}),
     "granitemoe": ("granitemoe", {}),
@@ -89,3 +100,55 @@ def test_logits_of_a_gguf_are_those_of_the_twin(name, backend, tmp_path):
     twin = twins.make(base, **fields)
     gguf_twins.write(tmp_path / "twin.gguf", twin)
     check_family(tmp_path / "twin.gguf", twin, backend)
+
+
+class Guessing(gguf.GGUFWriter):
+    """With a layer behind the last one that guesses a token further ahead."""
+
+    def add_block_count(self, length):
+        super().add_block_count(length + 1)
+        self.add_nextn_predict_layers(1)
+        for name in ("nextn.eh_proj", "attn_norm"):
+            self.add_tensor(f"blk.{length}.{name}.weight", np.ones((4, 4), np.float32))
+
+
+class Together(gguf.GGUFWriter):
+    """With gate and up of the experts in one tensor."""
+
+    def add_tensor(self, name, values, raw_dtype=None):
+        if "ffn_gate_exps" in name:
+            self.gate = values
+        elif "ffn_up_exps" in name:
+            super().add_tensor(name.replace("up", "gate_up"), np.concatenate([self.gate, values], axis=1))
+        else:
+            super().add_tensor(name, values, raw_dtype=raw_dtype)
+
+
+class Seeing(gguf.GGUFWriter):
+    """The part that writes text of a model that also sees."""
+
+    def __init__(self, path, arch):
+        super().__init__(path, arch + "vl")
+        self.add_rope_dimension_sections([2, 1, 1, 0])
+
+
+@pytest.mark.parametrize(("name", "writer"), [("glm4_moe", Guessing), ("qwen3_moe", Together), ("qwen3", Seeing)])
+def test_other_forms_of_a_file(name, writer, tmp_path):
+    twin = twins.make(name)
+    gguf_twins.write(tmp_path / "twin.gguf", twin, writer_class=writer)
+    check_family(tmp_path / "twin.gguf", twin)
+
+
+def test_blocks_of_value_heads_move_whole(tmp_path):
+    """llama.cpp's order of value heads parts the columns of a map: blocks of a head's width go to their places."""
+    sizes = {"linear_value_head_dim": 32, "linear_num_value_heads": 4, "linear_num_key_heads": 2}
+    twin = twins.make("qwen3_5", **sizes)
+    gguf_twins.write(tmp_path / "twin.gguf", twin, {"ssm_out.weight": "Q8_0"})
+    with open_checkpoint(tmp_path / "twin.gguf") as checkpoint:
+        family, hf = family_of(checkpoint)
+        parameters = Parameters(family, family.config(hf), checkpoint)
+        got = parameters["layers.0.delta.out"]
+    wanted = twins.saved(twin)["model.layers.0.linear_attn.out_proj.weight"]
+    kind = gguf.GGMLQuantizationType.Q8_0
+    rounded = gguf.quants.dequantize(gguf.quants.quantize(wanted, kind), kind)
+    assert got.format == Blocks("Q8_0") and np.array_equal(to_float(got), rounded)

@@ -54,13 +54,17 @@ TWINS = {
 }  # fmt: skip
 
 
+EVEN = {"linear_value_head_dim": 8}  # llama.cpp has one size for the keys and values of a memory
+PHIMOE = {"router_jitter_noise": 0.01, "lm_head_bias": True}
 MORE = {  # Mistral is one of llama.cpp's Llamas
     "mistral-full": {}, "smollm3": {}, "granite": {}, "stablelm": {}, "cohere2": {}, "glm4": {},
     "gemma2": {"query_pre_attn_scalar": 8}, "gpt_neox": {}, "phi3": {}, "mixtral": {}, "qwen2_moe": {},
-    "granitemoe": {}, "olmo": {}, "nemotron": {}, "phi": {}, "phimoe": {"router_jitter_noise": 0.01, "lm_head_bias": True}, "glm4_moe": {}, "granite4": {},
-    "lfm2_moe": {"routed_scaling_factor": 1.0}, "ernie4_5_moe": {}, "internlm3": {},
+    "granitemoe": {}, "olmo": {}, "nemotron": {}, "phi": {}, "glm4_moe": {}, "granite4": {}, "ernie4_5_moe": {},
+    "internlm3": {}, "lfm2_moe": {"routed_scaling_factor": 1.0}, "qwen3_5": EVEN, "qwen3_5_moe": EVEN,
+    "qwen3_next": {"linear_key_head_dim": 4}, "phimoe": PHIMOE,
 }  # fmt: skip
-SHARED = {"lfm2": {"hidden_size": 48}}  # where llama.cpp wants the heads to share the width
+WIDTH = {"hidden_size": 48}  # where llama.cpp wants the heads to share the width
+SHARED = {"lfm2": WIDTH, "lfm2_moe": WIDTH, "nemotron": WIDTH}
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -94,6 +98,8 @@ def test_other_families_come_back_the_same(name, tmp_path, without_tokenizer):
         ("qwen3_moe-sums", "a qwen3moe would differ in feed_forward.rule.renormalise = False"),
         ("gemma-gelu", "a gemma would differ in output"),
         ("qwen2-dynamic", "by the rule 'dynamic'"),
+        ("qwen3_5", "one size for a memory's keys and values, which here are 8 and 4"),
+        ("lfm2_moe", "a lfm2moe would differ in feed_forward.rule.scale = 1.5"),
     ],
 )
 def test_what_llama_cpp_has_no_place_for_is_refused(name, says, tmp_path, without_tokenizer):
@@ -108,6 +114,12 @@ def test_a_window_that_llama_cpp_does_not_heed_is_said(tmp_path, without_tokeniz
     (said,) = run(tmp_path / "mistral", tmp_path / "mistral.gguf").notes
     assert "sliding window of 5 tokens in the architecture llama" in said
     assert run(tmp_path / "gemma3", tmp_path / "gemma3.gguf").notes == ()
+
+
+def test_what_llama_cpp_computes_otherwise_is_said(tmp_path, without_tokenizer):
+    twins.make("phimoe", router_jitter_noise=0.01).save_pretrained(tmp_path / "in")
+    (said,) = run(tmp_path / "in", tmp_path / "out.gguf").notes
+    assert said.startswith("llama.cpp weighs PhiMoE's experts by a softmax")
 
 
 def _same(wanted, found):
@@ -261,7 +273,7 @@ def test_more_tokens_than_the_model_knows(tmp_path):
         run(folder, tmp_path / "out.gguf")
 
 
-@pytest.mark.parametrize("name", TWINS | MORE)
+@pytest.mark.parametrize("name", sorted((TWINS | MORE).keys() - {"phimoe"}))  # which it computes otherwise
 def test_llama_cpp_computes_the_same(name, tmp_path, monkeypatch):
     llama_cpp = pytest.importorskip("llama_cpp")
     monkeypatch.setattr(to_gguf, "gguf_tokenizer", lambda folder, vocab: {"tokenizer.ggml.model": "none"})

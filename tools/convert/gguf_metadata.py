@@ -17,7 +17,7 @@ import numpy as np
 
 from ...checkpoint import Checkpoint, Spec
 from ...errors import OnDeviceError, Unsupported
-from ...models.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
+from ...models.config import AttentionConfig, ConvolutionConfig, DeltaConfig, Mixer, MLPConfig, ModelConfig, MoEConfig
 from ...models.families import Family, gguf
 from ...models.ropes import RopeConfig
 from ...runtime.side_files import SAMPLING
@@ -44,10 +44,10 @@ def architecture_keys(family: Family, config: ModelConfig, hf: Mapping) -> dict[
             f"GGUF's form of {family.name} is not written here: none of its layers is plain attention.",
             "Keep it as a folder: --to hf or --to mlx.",
         )
-    everywhere = all(isinstance(mixer, AttentionConfig) for mixer in mixers)
+    everywhere = not any(isinstance(mixer, ConvolutionConfig) for mixer in mixers)
     kv_heads = [mixer.kv_heads if isinstance(mixer, AttentionConfig) else 0 for mixer in mixers]
     keys = {**gguf.KEYS, **family.gguf.keys}
-    known = dict(family.gguf.usual)
+    known = dict(family.gguf.usual(config))
     known |= {key: hf[name] for name, key in keys.items() if hf.get(name) is not None and name != "head_dim"}
     known |= {
         "context_length": config.context,
@@ -58,10 +58,13 @@ def architecture_keys(family: Family, config: ModelConfig, hf: Mapping) -> dict[
         f"attention.layer_norm_{'rms_' if config.norm == 'rms' else ''}epsilon": config.norm_eps,
         "vocab_size": config.vocab,
     }
-    known |= _feed_forward_keys([layer.feed_forward for layer in config.layers])
+    routed = _feed_forward_keys([layer.feed_forward for layer in config.layers])
+    if "expert_count" not in routed:  # some files without experts say how many a token would go to
+        known = {key: value for key, value in known.items() if not key.startswith("expert_")}
+    known |= routed
     if attention.heads * attention.head_dim != config.width:
         known |= {"attention.key_length": attention.head_dim, "attention.value_length": attention.head_dim}
-    known |= _rope_keys(config)
+    known |= _rope_keys(config) | _delta_keys(mixers)
     prefix = family.gguf.architecture
     return {f"{prefix}.{key}": _typed(key, value) for key, value in known.items() if value is not None}
 
@@ -84,6 +87,29 @@ def _feed_forward_keys(layers: Sequence[MLPConfig | MoEConfig]) -> dict[str, Any
     if not all(dense):
         keys["leading_dense_block_count"] = dense.index(False)
     return keys
+
+
+def _delta_keys(mixers: Sequence[Mixer]) -> dict[str, Any]:
+    """Of layers that keep a memory."""
+    remembers = [isinstance(mixer, DeltaConfig) for mixer in mixers]
+    if not any(remembers):
+        return {}
+    delta = mixers[remembers.index(True)]
+    if delta.key_dim != delta.value_dim:
+        raise Unsupported(
+            f"llama.cpp has one size for a memory's keys and values, which here are {delta.key_dim} and "
+            f"{delta.value_dim}.",
+            "Keep it as a folder: --to hf or --to mlx.",
+        )
+    return {
+        "ssm.conv_kernel": delta.taps,
+        "ssm.state_size": delta.key_dim,
+        "ssm.group_count": delta.key_heads,
+        "ssm.time_step_rank": delta.heads,
+        "ssm.inner_size": delta.values,
+        "full_attention_interval": remembers.index(False) + 1,
+        "attention.recurrent_layers": remembers,
+    }
 
 
 def _typed(key: str, value: Any) -> Any:

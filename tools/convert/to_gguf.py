@@ -26,7 +26,7 @@ from .gguf_metadata import UNREADABLE, architecture_keys, faults, general_keys, 
 from .planning import Format, Plan
 
 ROPE = "rope_freqs.weight"
-FULL = ("router", "norm")  # small and delicate: llama.cpp keeps them, and every vector, in float32
+FULL = ("router", "norm", "taps", "shared_gate")  # small: llama.cpp wants them, and every vector, in float32
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,8 @@ def _rearranged(family: Family, config: ModelConfig, name: str, tensor: Tensor) 
     That is an order of rows or a constant that is added, and shows on rows that hold their own number.
     """
     arrange = family.gguf.arrange
+    if family.gguf.rearrange:
+        return family.gguf.rearrange(name, tensor, config)
     if arrange is None:
         return tensor
     count = tensor.shape[0]
