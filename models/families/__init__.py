@@ -18,7 +18,7 @@ from .views import ROWS, WRITTEN, viewed_shape
 if TYPE_CHECKING:
     from ...checkpoint import Checkpoint
 
-MARKS = {"mlx", "module"}  # what a name is, besides how ours lies there
+MARKS = {"mlx", "module", "swapped"}  # what a name is, besides how ours lies there
 STOPS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
@@ -26,7 +26,8 @@ class NameMap(dict):
     """Our names -> a checkpoint's. `{i}` stands for the layer, `{e}` for the expert, `{h}` for the head of a norm; a
     tuple lists alternatives, best first. Biases need no entries: `x.bias` is found beside `x`'s `….weight`. Behind a
     name, `|` and how ours lies in that tensor (families/views.py), `|mlx` where it is mlx-lm's name and not
-    transformers', or `|module` where it is what transformers calls it in memory, whatever its files call it."""
+    transformers', or `|module` where it is what transformers calls it in memory, whatever its files call it;
+    `|swapped`: a parameter [experts, in, out] there, which PEFT takes for [experts, out, in]."""
 
     IGNORED = re.compile(
         r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$|^lm_head\.weight$|^rope_(freqs|factors_(long|short))\.weight$"

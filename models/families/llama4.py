@@ -11,11 +11,11 @@ from ..fields import each_layer, flag, head_dim, number, optional, several, whol
 from ..ropes import rope
 from . import LLAMA, Family, Gguf, gguf, joined, shared_expert
 
-MLP, EXPERTS = "model.layers.{i}.feed_forward", "model.layers.{i}.feed_forward.experts"
+MLP, EXPERTS, TURNED = "model.layers.{i}.feed_forward", "model.layers.{i}.feed_forward.experts", "|T|module|swapped"
 NAMES = LLAMA | shared_expert(MLP) | {
     **{f"layers.{{i}}.mlp.{part}": f"{MLP}.{part}_proj.weight" for part in ("gate", "up", "down")},
     "layers.{i}.moe.router": f"{MLP}.router.weight",
-    **joined("moe", (f"{EXPERTS}.gate_up_proj|T", f"{EXPERTS}.down_proj|T"), mlx=EXPERTS),
+    **joined("moe", (f"{EXPERTS}.gate_up_proj{TURNED}", f"{EXPERTS}.down_proj{TURNED}"), mlx=EXPERTS),
 }  # fmt: skip
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from ..errors import Unsupported
 from ..tensors import Tensor
@@ -28,6 +31,11 @@ class LowRank:
         return self.up.shape[-1]
 
 
+def _distinct(array: np.ndarray) -> int:
+    """Numbers in memory, of an array that may be repeated along some axes."""
+    return math.prod(n for n, stride in zip(array.shape, array.strides, strict=True) if stride)
+
+
 @dataclass(frozen=True)
 class Adapter:
     """updates: by the name of the weight that each changes. replaced: whole tensors (biases, norms, a head) that were
@@ -48,10 +56,11 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """Numbers that were trained."""
+        """Numbers that were trained: what several weights share (of one module, which the model holds apart) once."""
         tensors = [t for u in self.updates.values() for t in (u.down, u.up, u.magnitude) if t is not None]
         tensors += [] if self.prompt is None else [self.prompt]
-        return sum(tensor.size for tensor in (*tensors, *self.replaced.values()))
+        arrays = [part for tensor in (*tensors, *self.replaced.values()) for part in tensor.parts.values()]
+        return sum({array.ctypes.data: _distinct(array) for array in arrays}.values())
 
     def require_weights(self, what: str) -> None:
         """Raises Unsupported for a soft prompt, which changes no weight and so cannot be `what`."""

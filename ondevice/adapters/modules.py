@@ -96,7 +96,7 @@ def _home(family: Family, name: str) -> tuple[str, tuple[str, ...]] | None:
     stack = ".moe." in name and not spelled.endswith((".weight", ".bias"))
     if stack and "module" not in views:
         return None
-    turned = () if name.endswith(".bias") else ("T", "kernels")
+    turned = () if name.endswith(".bias") else ("T", "kernels", "swapped")
     return spelled, tuple(view for view in views if view in (*ROWS, "heads", *turned))
 
 

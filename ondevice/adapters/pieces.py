@@ -55,7 +55,7 @@ def together(updates: Sequence[LowRank | None], pieces: Sequence[Piece], modules
 
 def _rows(piece: Piece) -> tuple[str, ...]:
     """How its rows lie: an update has its outputs in front whether the weight is turned or not."""
-    return tuple(view for view in piece.views if view != "T")
+    return tuple(view for view in piece.views if view not in ("T", "swapped"))
 
 
 def _once(update: LowRank, piece: Piece, modules: Modules) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Experts as PEFT adapts them: transformers holds them stacked, gate and up in one, as parameters and not as modules.
 
 PEFT wraps the experts' module once for each parameter, in the model's order: the first is the innermost. lora_A is
-[E r, I], lora_B [O, r E], as its ParamWrapper lays them out.
+[E r, I], lora_B [O, r E], as its ParamWrapper lays them out. Where it takes a parameter's inputs for outputs (a stack
+[E, I, O] whose module does not say `is_transposed`), the two have each other's place: [E r, O] and [I, r E].
 """
 
 from __future__ import annotations
@@ -59,8 +60,13 @@ def _sizes(key: str, modules: Modules) -> tuple[int, int, int]:
     return shapes[0][0], sum(shape[1] for shape in shapes), shapes[0][2]
 
 
+def _swapped(key: str, modules: Modules) -> bool:
+    return "swapped" in modules.held[key][0].views
+
+
 def _faults(key: str, parts: Mapping[str, Tensor], r: int, modules: Modules) -> list[str]:
     experts, outputs, inputs = _sizes(key, modules)
+    outputs, inputs = (inputs, outputs) if _swapped(key, modules) else (outputs, inputs)
     wanted = {"down": (experts * r, inputs), "up": (outputs, r * experts)}
     faults = [f"{key} lacks {part}" for part in wanted if part not in parts]
     for part, found in parts.items():
@@ -73,9 +79,12 @@ def _faults(key: str, parts: Mapping[str, Tensor], r: int, modules: Modules) -> 
 
 def _by_expert(key: str, parts: Mapping[str, Tensor], modules: Modules) -> Parts:
     """[E, r, I] and [E, O, r]"""
-    experts, outputs, inputs = _sizes(key, modules)
-    down = parts["down"].parts["weight"].reshape(experts, -1, inputs)
-    up = parts["up"].parts["weight"].reshape(outputs, -1, experts).transpose(2, 0, 1)
+    experts = _sizes(key, modules)[0]
+    down, up = (parts[part].parts["weight"] for part in ("down", "up"))
+    down = down.reshape(experts, -1, down.shape[-1])
+    up = up.reshape(len(up), -1, experts).transpose(2, 0, 1)
+    if _swapped(key, modules):
+        down, up = up.swapaxes(1, 2), down.swapaxes(1, 2)
     return {"down": tensor(down, parts["down"].format.dtype), "up": tensor(up, parts["up"].format.dtype)}
 
 
@@ -89,6 +98,8 @@ def write(updates: Mapping[str, LowRank], modules: Modules) -> Iterator[tuple[st
         for wraps, key in enumerate(reversed(keys)):
             update = together([updates.get(piece.name) for piece in modules.held[key]], modules.held[key], modules)
             down, up = (t.parts["weight"] for t in (update.down, update.up))
+            if _swapped(key, modules):
+                down, up = up.swapaxes(1, 2), down.swapaxes(1, 2)
             up = up.transpose(1, 2, 0).reshape(up.shape[1], -1)
             types = [t.format.dtype for t in (update.down, update.up)]
             parts = {"down": tensor(down.reshape(-1, down.shape[-1]), types[0]), "up": tensor(up, types[1])}
