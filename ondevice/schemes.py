@@ -9,7 +9,7 @@ DeepSeek's, floats of eight bits with a scale for each 128 of a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -58,8 +58,9 @@ def label(form: Dense | Affine | Blocks) -> str:
     return form.kind if isinstance(form, Blocks) else f"{form.bits}-bit (groups of {form.group_size})"
 
 
+@lru_cache(4096)
 def outline(shape: tuple[int, ...], form: Dense | Affine | Blocks) -> Tensor:
-    """A tensor that takes no memory, with the `nbytes` of a real one."""
+    """A tensor that takes no memory, with the `nbytes` of a real one; the same one again for the same question."""
     if not isinstance(form, Blocks):
         return blank(shape, form)
     octets = np.broadcast_to(np.uint8(0), (*shape[:-1], row_bytes(form.kind, shape[-1])))

@@ -7,6 +7,7 @@ bfloat16 and float8, which NumPy lacks, are held as their bit patterns; `format.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -77,7 +78,7 @@ class Tensor:
     @property
     def size(self) -> int:
         """Numbers in the tensor (parameters), whatever they are stored as."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:

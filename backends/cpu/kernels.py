@@ -57,7 +57,7 @@ class NativeKernels(NativeGradients, NumpyKernels):
 
     def empty(self, shape: Sequence[int]) -> np.ndarray:
         """A float32 array; from the arena if it is one of the large ones that come and go while differentiating."""
-        large = self.differentiating and math.prod(shape) >= LARGE
+        large = math.prod(shape) >= LARGE
         return self.arena.empty(shape) if large else np.empty(shape, np.float32)
 
     def plain(self, x: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ... import schemes
@@ -109,7 +111,7 @@ def _tiles(machine: _native.Machine, tensor: Tensor) -> _native.Weight:
 
 def _stacked(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """[O, I] or [..., O, I] -> (experts, O, I)"""
-    return int(np.prod(shape[:-2], dtype=np.int64)), shape[-2], shape[-1]
+    return math.prod(shape[:-2]), shape[-2], shape[-1]
 
 
 def _octets(part: np.ndarray) -> np.ndarray:

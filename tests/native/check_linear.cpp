@@ -54,6 +54,13 @@ Packed packed(int bits, int group, Number type, bool biased, int64_t experts, in
     return p;
 }
 
+// Of a block's unit and steps, the scale of the first or the last two of four columns.
+float step(const float* unit, int64_t stride, int64_t which) {
+    int16_t steps[2];
+    std::memcpy(steps, unit + stride, sizeof(steps));
+    return *unit * steps[which];
+}
+
 struct Int8 {  // a Quantized and its memory
     std::vector<int8_t> codes;
     std::vector<float> scales, sums;
@@ -72,7 +79,8 @@ struct Int8 {  // a Quantized and its memory
                 const int64_t first = t / k.tokens * k.tokens, rest = tokens - first;
                 const int64_t size = rest < k.tokens ? last_block(rest) : k.tokens, block = c / kBlock;
                 const int8_t code = codes[first * columns + (block * size + t - first) * kBlock + c % kBlock];
-                const float scale = scales[first * columns / kHalf + c / kHalf * size + t - first];
+                const float* scale_of = scales.data() + first * columns / kHalf + t - first;
+                const float scale = k.steps ? step(scale_of + block * 2 * size, size, c % 4 / 2) : scale_of[c / kHalf * size];
                 numbers.push_back(double(scale) * code);
                 if (std::abs(numbers.back() - x[t * columns + c]) > 0.5001 * scale) expect(false, "quantize: half a step");
             }

@@ -105,6 +105,10 @@ struct Embed {
 // Activations in int8: x = scale * code for 16 neighbours (with 32, the error of SmolLM2's predictions is 1.9 times as
 // large). Tokens lie in blocks of kTokens (the rest in a block of the next power of two), a block as codes
 // [columns / 32][tokens][32], scales [columns / 16][tokens] and sums of the 16 numbers, likewise.
+//
+// With `steps` (of Kernels) a scale's 16 numbers are not neighbours, but in each four of a block of 32 the first two, or
+// the last two. Their scales are whole numbers of a unit: in the place of the block's first scale stands the unit, in that
+// of the second both numbers, in 16 bits each.
 struct Quantized {
     int8_t* codes;
     float *scales, *sums;
@@ -328,6 +332,7 @@ using Kernel = void (*)(const Arguments&, Pool&);
 struct Kernels {
     const char* name;
     int tokens;  // kTokens of Quantized
+    bool steps;  // whether Quantized has steps
     bool pairs;  // whether narrow products are the quicker ones
     Kernel<Pairwise> add, multiply;
     Kernel<Single> add_number, multiply_number, softcap;

@@ -16,7 +16,7 @@
 #include "attention_back.inl"
 
 static constexpr Kernels kernels = {
-    kName,      kTokens,       kPairs,        add,           multiply,   add_number, multiply_number, softcap,  gated,
+    kName,      kTokens,       kSteps, kPairs,        add,           multiply,   add_number, multiply_number, softcap,  gated,
     rms_norm,   layer_norm,    rope,          quantize,   linear_int8, linear_float,   products, attention,
     absorb,     expert_linear, weigh,      short_convolution, gated_delta, gated_back, norm_back, softcap_back,
     attention_back, token_loss, adamw,

@@ -84,10 +84,10 @@ static void experts_int8(const ExpertLinear& p, const Groups& groups, Pool& pool
         }
     });
     const int64_t tiles = p.weight.tiles->tiles(), step = (tiles + kCuts - 1) / kCuts;
-    each_expert(groups, kCuts, pool, [&](int64_t expert, const int32_t* pairs, int64_t n, int64_t cut, int) {
+    each_expert(groups, kCuts, pool, [&](int64_t expert, const int32_t* pairs, int64_t n, int64_t cut, int thread) {
         const Product product = product_of(p, expert);
         for (int64_t tile = cut * step; tile < tiles && tile < (cut + 1) * step; tile++)
-            tile_product(inputs(expert, n), product, tile, 0, n, [&](int64_t t) { return pairs[t]; });
+            tile_product(inputs(expert, n), product, tile, 0, n, pool, thread, [&](int64_t t) { return pairs[t]; });
     });
 }
 

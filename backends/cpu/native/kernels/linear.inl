@@ -89,7 +89,7 @@ static void linear_int8(const LinearInt8& p, Pool& pool) {
             }
         };
         each([&](int i, int64_t tile) {
-            tile_product(p.x, p.products[i], tile, from, to, [&](int64_t t) { return from + t; });
+            tile_product(p.x, p.products[i], tile, from, to, pool, thread, [&](int64_t t) { return from + t; });
         });
         if (narrow.tasks()) each([&](int i, int64_t tile) { narrow.add(i, tile, from, to); });
     });

@@ -32,6 +32,10 @@ static ONDEVICE_INLINE void load16(const uint8_t* p, Number type, F out[L]) {
     else load16(reinterpret_cast<const float*>(p), out);
 }
 
+#if !defined(ONDEVICE_STEPS)
+constexpr bool kSteps = false;  // whether activations have steps, which Dot multiplies with (see Quantized)
+#endif
+
 #if !defined(ONDEVICE_PAIRS)  // the instruction set has none: right, not fast
 
 constexpr bool kPairs = false;  // whether products of pairs are quicker than those of floats

@@ -90,6 +90,11 @@ static ONDEVICE_INLINE Line load_line(const uint8_t* p) {
     const auto* q = reinterpret_cast<const __m256i*>(p);
     return {{_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)}};
 }
+static ONDEVICE_INLINE void store_line(uint8_t* p, Line a) {
+    auto* q = reinterpret_cast<__m256i*>(p);
+    _mm256_storeu_si256(q, a.v[0]);
+    _mm256_storeu_si256(q + 1, a.v[1]);
+}
 static ONDEVICE_INLINE Line operator|(Line a, Line b) {
     return {{_mm256_or_si256(a.v[0], b.v[0]), _mm256_or_si256(a.v[1], b.v[1])}};
 }
@@ -131,28 +136,67 @@ template <int bits>
 struct Dot {
     static constexpr int kChain = bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
     __m256i narrow[2], wide[2];
+    const float* steps;
 
-    ONDEVICE_INLINE void clear() {
-        for (__m256i& w : wide) w = _mm256_setzero_si256();
-    }
+    ONDEVICE_INLINE void start(const float* p) { steps = p; }
     ONDEVICE_INLINE void add(int i, Line codes, Quad x) {
-        const __m256i ones = _mm256_set1_epi16(1);
         for (int h = 0; h < 2; h++) {
             const __m256i c = codes.v[h];
             const __m256i pairs = bits == 8 ? _mm256_maddubs_epi16(_mm256_abs_epi8(c), _mm256_sign_epi8(x, c))
                                             : _mm256_maddubs_epi16(c, x);
             narrow[h] = i % kChain == 0 ? pairs : _mm256_add_epi16(narrow[h], pairs);
             settle(narrow[h]);
-            if ((i + 1) % kChain == 0) wide[h] = _mm256_add_epi32(wide[h], _mm256_madd_epi16(narrow[h], ones));
+            if ((i + 1) % kChain == 0) gather(h, i < kChain);
         }
     }
-    ONDEVICE_INLINE void total(int count, F out[2]) const {
-        const __m256i ones = _mm256_set1_epi16(1);
+    ONDEVICE_INLINE void total(int count, F out[2]) {
         for (int h = 0; h < 2; h++) {
-            const bool rest = count % kChain != 0;
-            out[h] = {_mm256_cvtepi32_ps(rest ? _mm256_add_epi32(wide[h], _mm256_madd_epi16(narrow[h], ones)) : wide[h])};
+            if (count % kChain) gather(h, count < kChain);
+            out[h] = {_mm256_cvtepi32_ps(wide[h])};
         }
+    }
+
+  private:
+    ONDEVICE_INLINE void gather(int h, bool first) {
+        const __m256i products = _mm256_madd_epi16(narrow[h], load_quad(reinterpret_cast<const int8_t*>(steps)));
+        wide[h] = first ? products : _mm256_add_epi32(wide[h], products);
     }
 };
+
+// Products are made in 16 bits and added by pairs, times a 16-bit number: a step costs nothing (see Quantized).
+#define ONDEVICE_STEPS
+constexpr bool kSteps = true;
+constexpr float kFinest = 2048;  // units in the larger step: sums of a block's products, times it, fit in 32 bits
+
+// The whole of a block of 32 as codes, unit, steps and sums, as Quantized has them. All vectors of floats hold numbers for
+// the columns' pairs in turn: a, a, b, b, a, a, b, b.
+static ONDEVICE_INLINE void quantize_steps(const float* x, int64_t stride, int8_t* codes, float* scales, float* sums) {
+    F v[4], most = set(0);
+    for (int i = 0; i < 4; i++) {
+        v[i] = load(x + i * N);
+        most = max(abs(v[i]), most);
+    }
+    most = max(most, {_mm256_permute2f128_ps(most.v, most.v, 1)});
+    most = max(most, {_mm256_permute_ps(most.v, 0xb1)});
+    const F both = max({_mm256_permute_ps(most.v, 0x4e)}, most);
+    const F rate = set(kFinest) / max(both, set(1e-30f));  // 1 / unit / 127
+    const F step = min({_mm256_ceil_ps((most * rate).v)}, set(kFinest));
+    const F inverse = set(127) * rate / max(step, set(1));
+    __m256i c[4];
+    for (int i = 0; i < 4; i++) c[i] = _mm256_cvtps_epi32((v[i] * inverse).v);
+    const __m256i words = _mm256_packs_epi16(_mm256_packs_epi32(c[0], c[1]), _mm256_packs_epi32(c[2], c[3]));
+    const __m256i all = _mm256_permutevar8x32_epi32(words, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), all);
+    const __m256i whole = _mm256_cvtps_epi32(step.v), steps = _mm256_packs_epi32(whole, whole);  // a, a, b, b, again
+    const __m256i pair = _mm256_shuffle_epi32(_mm256_shufflelo_epi16(steps, 0x08), 0);  // a, b, a, b
+    const __m256i quads = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), all), pair);
+    const __m256i twos = _mm256_hadd_epi32(quads, quads), ones = _mm256_hadd_epi32(twos, twos);
+    const float unit = _mm256_cvtss_f32(both.v) * (1 / (127 * kFinest));
+    scales[0] = unit;
+    const int both_steps = _mm256_cvtsi256_si32(pair);
+    std::memcpy(scales + stride, &both_steps, sizeof(float));
+    sums[0] = static_cast<float>(_mm256_cvtsi256_si32(ones)) * unit;
+    sums[stride] = static_cast<float>(_mm_cvtsi128_si32(_mm256_extracti128_si256(ones, 1))) * unit;
+}
 
 }  // namespace ondevice::cpu::avx2

@@ -128,6 +128,7 @@ struct Line {
 
 using Quad = __m512i;
 
+static ONDEVICE_INLINE void store_line(uint8_t* p, Line a) { _mm512_storeu_si512(p, a.v); }
 static ONDEVICE_INLINE Line load_line(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 static ONDEVICE_INLINE Line operator|(Line a, Line b) { return {_mm512_or_si512(a.v, b.v)}; }
 static ONDEVICE_INLINE Line field(Line a, int from, int count, int to) {
@@ -151,7 +152,7 @@ template <int bits>
 struct Dot {
     __m512i sums;
 
-    ONDEVICE_INLINE void clear() { sums = _mm512_setzero_si512(); }
+    ONDEVICE_INLINE void start(const float*) { sums = _mm512_setzero_si512(); }
     ONDEVICE_INLINE void add(int, Line codes, Quad x) {
         // Codes are the unsigned side; those of 8 bits lie there less 128, which turning the top bit undoes.
         const __m512i c = bits == 8 ? _mm512_xor_si512(codes.v, _mm512_set1_epi8(-128)) : codes.v;

@@ -73,6 +73,9 @@ struct Line {
 
 using Quad = int8x16_t;
 
+static ONDEVICE_INLINE void store_line(uint8_t* p, Line a) {
+    for (int i = 0; i < 4; i++) vst1q_u8(p + 16 * i, a.v[i]);
+}
 static ONDEVICE_INLINE Line load_line(const uint8_t* p) {
     return {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}};
 }
@@ -105,7 +108,7 @@ template <int bits>
 struct Dot {  // codes below 8 bits are positive as signed numbers too
     int32x4_t sums[4];
 
-    ONDEVICE_INLINE void clear() {
+    ONDEVICE_INLINE void start(const float*) {
         for (int32x4_t& s : sums) s = vdupq_n_s32(0);
     }
     ONDEVICE_INLINE void add(int, Line codes, Quad x) {

@@ -111,6 +111,7 @@ struct Quad {  // one token's activations at 4 columns
     int8_t v[4];
 };
 
+static inline void store_line(uint8_t* p, Line a) { std::memcpy(p, a.v, kLine); }
 static inline Line load_line(const uint8_t* p) {
     Line out;
     std::memcpy(out.v, p, kLine);
@@ -140,8 +141,8 @@ template <int bits>
 struct Dot {  // 16 rows' sums of codes times activations, exact
     int32_t sums[kRows];
 
-    void clear() { std::memset(sums, 0, sizeof(sums)); }
-    void add(int, Line codes, Quad x) {  // the i-th quad since clear()
+    void start(const float*) { std::memset(sums, 0, sizeof(sums)); }  // a token's steps
+    void add(int, Line codes, Quad x) {  // the i-th quad since start()
         for (int r = 0; r < kRows; r++)
             for (int j = 0; j < 4; j++) {
                 const uint8_t code = codes.v[4 * r + j];
