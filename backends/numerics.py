@@ -151,6 +151,8 @@ def expert_inputs(x: np.ndarray, gates: np.ndarray | None, ids: np.ndarray) -> n
 
 
 def unbroadcast(grad: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The gradient of something of `shape` that was broadcast to the gradient's shape."""
+    """The gradient of something of `shape` that was broadcast to the gradient's shape: itself, where nothing was."""
+    if grad.shape == shape:
+        return grad
     grad = grad.sum(axis=tuple(range(grad.ndim - len(shape))))
     return grad.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1 != grad.shape[i]), keepdims=True)

@@ -157,9 +157,8 @@ class NativeGradients:
         self, grad: np.ndarray, need: Need, x: np.ndarray, step: Step, freqs: np.ndarray, interleaved: bool,
         scale: float,
     ) -> Gradients:  # fmt: skip
-        table = self._rope_table(step, x.shape[1], freqs, scale)
-        back = self.plain(table * np.array([[1.0], [-1.0]], np.float32))  # sines of the angles' opposites
-        return (self.call(self.machine.rope, self.plain(grad), back, interleaved, shape=grad.shape),)
+        table = self._rope_table(step, x.shape[1], -freqs, scale)  # turned by the angles' opposites
+        return (self.call(self.machine.rope, self.plain(grad), table, interleaved, shape=grad.shape),)
 
     def attention_vjp(
         self, grad: np.ndarray, need: Need, q: np.ndarray, k: np.ndarray, v: np.ndarray, sinks: Any,

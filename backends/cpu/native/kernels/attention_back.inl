@@ -1,26 +1,29 @@
 // The gradient of attention in training, where a row sees itself alone. As in FlashAttention's backward pass (Dao et al.
 // 2022) scores are computed again, for a block of queries at a time: no matrix of all scores is ever whole.
 
-constexpr int64_t kBackRows = 64;  // rows (tokens x heads that share a key head) of scores that are held at once
+// Rows (tokens x heads that share a key head) of scores that are held at once: few are left over by what is multiplied together.
+constexpr int64_t kBackRows = 64 / kFloatTokens * kFloatTokens;
 
 struct BackRoom {
     float *keys, *values;      // in panels of 16 places: [places / 16][d or dv][16]
-    float *rows;               // keys as rows of d, rounded up to 16
+    float *rows;               // keys in panels of 16 of their numbers: [d / 16][places][16]
     float *to_keys, *to_values;
     float *q, *grad, *to_q;    // of the queries
     float *weights, *scores, *capped;
     int64_t places, d, dv;     // all rounded up to 16
+    int64_t apart;             // floats from a row of weights or scores to the next: columns fall into all of a cache's sets
 };
 
 static int64_t back_room_size(const Attention& p) {
     const int64_t places = round_up(p.T, kRows), d = round_up(p.d, kRows), dv = round_up(p.dv, kRows);
     const int64_t rows = kBackRows + p.H / p.K;
-    return places * (3 * d + 2 * dv) + rows * (2 * d + dv + 3 * places);
+    return places * (3 * d + 2 * dv) + rows * (2 * d + dv + 3 * (places + kRows));
 }
 
 static BackRoom back_room_at(float* data, const Attention& p) {
     BackRoom room{};
     room.places = round_up(p.T, kRows), room.d = round_up(p.d, kRows), room.dv = round_up(p.dv, kRows);
+    room.apart = room.places + kRows;
     const int64_t rows = kBackRows + p.H / p.K;
     const auto take = [&](int64_t floats) {
         float* taken = data;
@@ -31,8 +34,8 @@ static BackRoom back_room_at(float* data, const Attention& p) {
     room.to_keys = take(room.places * room.d);
     room.values = take(room.places * room.dv), room.to_values = take(room.places * room.dv);
     room.q = take(rows * room.d), room.to_q = take(rows * room.d), room.grad = take(rows * room.dv);
-    room.weights = take(rows * room.places), room.scores = take(rows * room.places);
-    room.capped = take(rows * room.places);
+    room.weights = take(rows * room.apart), room.scores = take(rows * room.apart);
+    room.capped = take(rows * room.apart);
     return room;
 }
 
@@ -46,7 +49,8 @@ static void gather_keys(const Attention& p, int64_t b, int64_t kv, const BackRoo
     std::memset(room.keys, 0, sizeof(float) * room.places * (3 * room.d + 2 * room.dv));  // these lie side by side
     for (int64_t t = 0; t < p.lengths[b]; t++) {
         const int64_t token = (b * p.T + t) * p.K + kv;
-        put_head(p.k + token * p.d, p.d, room.d, 1.0f, room.rows + t * room.d);
+        for (int64_t i = 0; i < p.d; i += kRows)
+            put_head(p.k + token * p.d + i, p.d - i < kRows ? p.d - i : kRows, kRows, 1.0f, room.rows + i * room.places + t * kRows);
         keep(p.k + token * p.d, p.d, kRows, room.keys + t / kRows * kRows * p.d + t % kRows);
         keep(p.v + token * p.dv, p.dv, kRows, room.values + t / kRows * kRows * p.dv + t % kRows);
     }
@@ -82,7 +86,7 @@ static float soften_back(const Attention& p, int64_t h, int64_t count, float* we
 // What one block of queries gives: to_q, and its share of to_keys, to_values and to_sinks [heads of the group].
 static void back_block(const AttentionBack& b, const Part& part, const BackRoom& room, float* to_sinks) {
     const Attention& p = b.forward;
-    const int64_t group = p.H / p.K, rows = part.tokens * group, places = room.places;
+    const int64_t group = p.H / p.K, rows = part.tokens * group, apart = room.apart;
     const int64_t real = part.end - part.begin, count = round_up(real, kRows);
     const auto head = [&](int64_t r) { return (part.b * p.T + part.token + r / group) * p.H + part.kv * group + r % group; };
     for (int64_t r = 0; r < rows; r++) {
@@ -91,25 +95,25 @@ static void back_block(const AttentionBack& b, const Part& part, const BackRoom&
     }
     for (int64_t j = 0; j < count; j += kRows) {
         const int64_t at = part.begin + j;
-        multiply_panels(rows, room.q, room.d, room.keys + at * p.d, kRows, p.d, room.weights + j, places, false);
-        multiply_panels(rows, room.grad, room.dv, room.values + at * p.dv, kRows, p.dv, room.scores + j, places, false);
+        multiply_panels(rows, room.q, room.d, room.keys + at * p.d, kRows, p.d, room.weights + j, apart, false);
+        multiply_panels(rows, room.grad, room.dv, room.values + at * p.dv, kRows, p.dv, room.scores + j, apart, false);
     }
     for (int64_t r = 0; r < rows; r++) {
-        float *weights = room.weights + r * places, *scores = room.scores + r * places;
+        float *weights = room.weights + r * apart, *scores = room.scores + r * apart;
         if (p.softcap > 0) cap_scores(weights, count, p.softcap);
         hide(p, part, part.token + r / group, part.begin, count, weights);
         const int64_t h = part.kv * group + r % group;
-        to_sinks[r % group] += soften_back(p, h, count, weights, scores, p.softcap > 0 ? room.capped + r * places : nullptr);
+        to_sinks[r % group] += soften_back(p, h, count, weights, scores, p.softcap > 0 ? room.capped + r * apart : nullptr);
     }
     for (int64_t i = 0; i < room.d; i += kRows) {
-        multiply_panels(rows, room.scores, places, room.rows + part.begin * room.d + i, room.d, real, room.to_q + i, room.d,
-                        false);
+        multiply_panels(rows, room.scores, apart, room.rows + i * room.places + part.begin * kRows, kRows, real, room.to_q + i,
+                        room.d, false);
         multiply_panels(real, room.scores, 1, room.q + i, room.d, rows, room.to_keys + part.begin * room.d + i, room.d, true,
-                        places);
+                        apart);
     }
     for (int64_t i = 0; i < room.dv; i += kRows)
         multiply_panels(real, room.weights, 1, room.grad + i, room.dv, rows, room.to_values + part.begin * room.dv + i,
-                        room.dv, true, places);
+                        room.dv, true, apart);
     for (int64_t r = 0; r < rows; r++) put_head(room.to_q + r * room.d, p.d, p.d, p.scale, b.to_q + head(r) * p.d);
 }
 

@@ -1,38 +1,49 @@
 // Float activations times any weights: dense ones as they lie, quantized ones unpacked tile by tile.
 
-// out [T, 16] (+)= x [T, depth] . panel [depth, 16]; the strides are in elements, and so is x_step, between neighbours
-// of a row of x.
-template <int T, class E>
+template <int V>
+static ONDEVICE_INLINE void load_side(const float* p, F out[V]) {
+    for (int i = 0; i < V; i++) out[i] = load(p + i * N);
+}
+
+template <int V, class E>
+static ONDEVICE_INLINE void load_side(const E* p, F out[V]) {
+    static_assert(V == L, "numbers of two bytes are read 16 at a time");
+    load16(p, out);
+}
+
+// out [T, V N] (+)= x [T, depth] . panel [depth, V N], which is all 16 columns, or half of them; the strides are in
+// elements, and so is x_step, between neighbours of a row of x.
+template <int T, int V = L, class E>
 static ONDEVICE_INLINE void multiply_panel(const float* x, int64_t x_stride, const E* panel, int64_t stride, int64_t depth,
                                   float* out, int64_t out_stride, bool add, int64_t x_step = 1) {
-    F y[T][L];
+    F y[T][V];
     for (int t = 0; t < T; t++)
-        for (int i = 0; i < L; i++) y[t][i] = add ? load(out + t * out_stride + i * N) : set(0);
+        for (int i = 0; i < V; i++) y[t][i] = add ? load(out + t * out_stride + i * N) : set(0);
     for (int64_t k = 0; k < depth; k++, panel += stride) {
-        F w[L];
-        load16(panel, w);
+        F w[V];
+        load_side<V>(panel, w);
         ONDEVICE_UNROLL
         for (int t = 0; t < T; t++) {
             const F a = set(x[t * x_stride + k * x_step]);
             ONDEVICE_UNROLL
-            for (int i = 0; i < L; i++) y[t][i] = fma(a, w[i], y[t][i]);
+            for (int i = 0; i < V; i++) y[t][i] = fma(a, w[i], y[t][i]);
         }
     }
     for (int t = 0; t < T; t++)
-        for (int i = 0; i < L; i++) store(out + t * out_stride + i * N, y[t][i]);
+        for (int i = 0; i < V; i++) store(out + t * out_stride + i * N, y[t][i]);
 }
 
 // The same for any number of tokens.
-template <class E, int T = kFloatTokens>
+template <class E, int T = kFloatTokens, int V = L>
 static void multiply_panels(int64_t tokens, const float* x, int64_t x_stride, const E* panel, int64_t stride,
                             int64_t depth, float* out, int64_t out_stride, bool add, int64_t x_step = 1) {
     int64_t t = 0;
     for (; t + T <= tokens; t += T)
-        multiply_panel<T>(x + t * x_stride, x_stride, panel, stride, depth, out + t * out_stride, out_stride, add,
-                          x_step);
+        multiply_panel<T, V>(x + t * x_stride, x_stride, panel, stride, depth, out + t * out_stride, out_stride, add,
+                             x_step);
     if constexpr (T > 1)
         if (t < tokens)
-            multiply_panels<E, T - 1>(tokens - t, x + t * x_stride, x_stride, panel, stride, depth,
+            multiply_panels<E, T - 1, V>(tokens - t, x + t * x_stride, x_stride, panel, stride, depth,
                                       out + t * out_stride, out_stride, add, x_step);
 }
 

@@ -344,6 +344,9 @@ static int64_t equal(int64_t whole, int64_t most, int64_t unit) {
     return round_up((whole + parts - 1) / parts, unit);
 }
 
+constexpr int kHalfPanel = L > 1 ? L / 2 : 1;  // vectors of half a panel, of which twice as many sums fit
+constexpr int kHalfTokens = L > 1 ? 2 * kFloatTokens : kFloatTokens;
+
 // A result of up to 16 columns, as a LoRA's narrow half has: the tokens are read once, where they lie.
 static void thin_products(const Products& p, Pool& pool) {
     const Term& t = p.terms[0];
@@ -353,15 +356,16 @@ static void thin_products(const Products& p, Pool& pool) {
     pool.run((p.tokens + step - 1) / step, [&](int64_t task, int thread) {
         const int64_t at = task * step, some = p.tokens - at < step ? p.tokens - at : step;
         float *sums = pool.scratch(thread, step * kRows), *out = p.out + at * p.width;
-        multiply_panels(some, t.x + at * depth, depth, panel, kRows, depth, sums, kRows, false);
+        const auto multiply = p.width <= kHalfPanel * N ? multiply_panels<float, kHalfTokens, kHalfPanel> : multiply_panels<float>;
+        multiply(some, t.x + at * depth, depth, panel, kRows, depth, sums, kRows, false, 1);
         for (int64_t i = 0; i < some; i++)
             for (int64_t j = 0; j < p.width; j++)
                 out[i * p.width + j] = (p.add ? out[i * p.width + j] : 0.0f) + t.scale * sums[i * kRows + j] + (p.bias ? p.bias[j] : 0.0f);
     });
 }
 
-constexpr int64_t kLong = 64;  // tokens that are summed up at a time: 64 rows of kAcross columns, in the first level of cache
-constexpr int64_t kAcross = 64;
+constexpr int64_t kLong = 48;  // tokens that are summed up at a time: 48 rows of kAcross columns, in the first level of cache
+constexpr int64_t kAcross = 96;
 
 // A result of up to 16 rows, each a sum over all tokens: the gradient of a LoRA's factors. x is [tokens, rows], the
 // weight an array [tokens, width].
