@@ -175,7 +175,8 @@ class ModelConfig:
     tied: bool = False  # the head is the embedding
     head_bias: bool = False
     positions: int = 0  # learned ones, added to the embedding
-    embed_scale: float = 1.0
+    embed_scale: float = 1.0  # of tokens' embeddings
+    input_scale: float = 1.0  # of what goes into the first block, also where it is no token's embedding
     logit_scale: float = 1.0
     logit_softcap: float | None = None
 

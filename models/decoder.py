@@ -63,12 +63,21 @@ class Decoder:
         )
 
     def embed(self, p: Scope, ids: A, step: Step | None = None) -> A:
-        """ids [B, T] -> [B, T, D]; step None: whole rows from position 0."""
-        x = p.embed("embed", ids)
+        """ids [B, T] -> what the first block reads, [B, T, D]; step None: whole rows from position 0."""
+        step = step or Step.whole(*ids.shape)
+        x = self.look_up(p, ids)
+        return self.enter(p, x if self.soft is None else self._softened(self.soft, x, step), step)
+
+    def look_up(self, p: Scope, ids: A) -> A:
+        """ids [B, T] -> their embeddings, [B, T, D]: in their places others may stand, that are no token's."""
+        x, scale = p.embed("embed", ids), self.config.embed_scale
+        return x if scale == 1.0 else x * scale
+
+    def enter(self, p: Scope, x: A, step: Step) -> A:
+        """Embeddings [B, T, D], whosever they are -> what the first block reads."""
         if self.config.positions:
-            x = x + p.embed("positions", self.ops.positions(step or Step.whole(*ids.shape), ids.shape[1]))
-        x = x if self.config.embed_scale == 1.0 else x * self.config.embed_scale
-        return x if self.soft is None else self._softened(self.soft, x, step or Step.whole(*ids.shape))
+            x = x + p.embed("positions", self.ops.positions(step, x.shape[1]))
+        return x if self.config.input_scale == 1.0 else x * self.config.input_scale
 
     def _softened(self, soft: SoftPrompt, x: A, step: Step) -> A:
         """x [B, T, D] with the soft prompt in the places that are its own; both are made everywhere and struck out

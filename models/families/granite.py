@@ -36,7 +36,7 @@ def config(hf: Mapping) -> ModelConfig:
         scale=number(hf, "attention_multiplier", 1.0),
         layer={"residual_scale": number(hf, "residual_multiplier", 1.0)},
         feed_forward=moe and (lambda layer: moe),
-        embed_scale=number(hf, "embedding_multiplier", 1.0),
+        input_scale=number(hf, "embedding_multiplier", 1.0),
         logit_scale=1 / number(hf, "logits_scaling", 1.0),
     )
 

@@ -23,7 +23,7 @@ def config(hf: Mapping) -> ModelConfig:
         turns=lambda layer, slides: turns,
         mlp=vars(plain_mlp(hf, hidden=whole(hf, "shared_intermediate_size", 1024), bias=False)),
         layer={"residual_scale": number(hf, "residual_multiplier", 1.0)},
-        embed_scale=number(hf, "embedding_multiplier", 1.0),
+        input_scale=number(hf, "embedding_multiplier", 1.0),
         logit_scale=1 / number(hf, "logits_scaling", 1.0),
     )
 

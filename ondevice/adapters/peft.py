@@ -120,7 +120,7 @@ def read(folder: Path, modules: Modules) -> Adapter:
 def _prompt(folder: Path, modules: Modules) -> Adapter:
     """A soft prompt (Lester et al. 2021)."""
     config, tensors = read_config(folder), read_tensors(folder / WEIGHTS)
-    if config.get("num_transformer_submodules") not in (None, 1) or "positions" in modules.shapes:
+    if config.get("num_transformer_submodules") not in (None, 1):
         raise Unsupported(f"{folder} is a soft prompt of a kind that is not read here.", "Train it anew: lora-train.")
     width, found = modules.shapes["embed"][1], tensors.get(EMBEDDINGS)
     if found is None or len(tensors) != 1:

@@ -77,7 +77,7 @@ class _Run:
         teacher: Session | Teacher | None, initial: Mapping[str, np.ndarray] | None, memory: int | None,
     ):  # fmt: skip
         _check(session, settings, teacher)
-        _check_lengths(session, data)
+        _check_lengths(session, data, settings.virtual_tokens if settings.method == "prompt" else 0)
         self.session, self.data, self.settings, self.dest = session, data, settings, dest
         self.ops = session.backend
         then = place.admit(dest, resume) if dest else None
@@ -306,13 +306,14 @@ def _fitting(initial: Mapping[str, np.ndarray], method: Method) -> dict[str, np.
     return dict(initial)
 
 
-def _check_lengths(session: Session, data: Data) -> None:
-    """Raises BadOption for examples that are longer than the model's context."""
-    longest = max([*data.train, *data.valid], key=lambda e: e.length)
-    if longest.length - 1 > session.config.context:  # the last id is only a target
+def _check_lengths(session: Session, data: Data, virtual: int) -> None:
+    """Raises BadOption for examples that, with so many virtual tokens, are longer than the model's context."""
+    longest, most = max([*data.train, *data.valid], key=lambda e: e.length), session.config.context
+    if virtual + longest.length - 1 > most:  # the last id is only a target
+        front = f", {virtual} virtual ones come in front" if virtual else ""
         raise BadOption(
-            f"{longest.source} has {longest.length} tokens, and this model was made for {session.config.context}.",
-            f"Give --max-length {session.config.context} or less.",
+            f"{longest.source} has {longest.length} tokens{front}, and this model was made for {most}.",
+            f"Give --max-length {max(most - virtual, 1)} or less.",
         )
 
 
@@ -320,11 +321,8 @@ def _check(session: Session, settings: Settings, teacher: Session | Teacher | No
     """Raises Unsupported for what cannot go together."""
     if "training" not in session.backend.features:
         raise Unsupported(f"The backend {session.backend.name} cannot train.", "Use another: see ondevice doctor.")
-    if session.config.positions and (settings.pack or settings.method == "prompt"):
-        raise Unsupported(
-            "This model has a table of positions: sequences cannot be packed, nor virtual tokens put in front.",
-            "Leave out --pack, or take another --method.",
-        )
+    if session.config.positions and settings.pack:
+        raise Unsupported("This model has a table of positions: sequences cannot be packed.", "Leave out --pack.")
     if settings.method == "prompt" and settings.objective != "next-token":
         raise Unsupported("Prompt tuning learns the next token only.", "Give --objective next-token, or --method lora.")
     if (settings.objective == "distill") != (teacher is not None):

@@ -145,7 +145,7 @@ class Prompt(Method):
         ops, config = self.decoder.ops, self.decoder.config
         draw = noise.generator(self.settings.seed, "virtual tokens")
         ids = draw.integers(0, config.vocab, self.settings.virtual_tokens).astype(np.int32)
-        found = ops.numpy(self.decoder.embed(self.decoder.scope(loras={}), ops.array(ids[None])))
+        found = ops.numpy(self.decoder.look_up(self.decoder.scope(loras={}), ops.array(ids[None])))
         return {self.NAME: found[0].astype(np.float32)}
 
     def scope(self, params: Params, moment: int | None) -> Scope:
@@ -154,11 +154,11 @@ class Prompt(Method):
     def embed(self, params: Params, batch: Batch, moment: int | None) -> A:
         """Real places get the model's embedding, those of virtual tokens (id -1 - number) the trained one: each is
         looked up everywhere and struck out where it does not belong, as no operation joins arrays."""
-        ops = self.decoder.ops
+        ops, p = self.decoder.ops, self.scope(params, moment)
         virtual = (batch.ids < 0)[..., None].astype(np.float32)
-        own = self.decoder.embed(self.scope(params, moment), ops.array(np.maximum(batch.ids, 0)))
+        own = self.decoder.look_up(p, ops.array(np.maximum(batch.ids, 0)))
         trained = ops.embed(params[self.NAME], ops.array(np.maximum(-1 - batch.ids, 0)))
-        return own * ops.array(1 - virtual) + trained * ops.array(virtual)
+        return self.decoder.enter(p, own * ops.array(1 - virtual) + trained * ops.array(virtual), batch.step)
 
 
 class Scales(Method):

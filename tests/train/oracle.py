@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -57,7 +58,10 @@ def peft_losses(model: Path, adapter: Path | None, data: Data, settings: Setting
     transformers = pytest.importorskip("transformers")
     network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     if adapter is not None:
-        network = pytest.importorskip("peft").PeftModel.from_pretrained(network, adapter, is_trainable=True)
+        prompt = json.loads((adapter / "adapter_config.json").read_text())["peft_type"] == "PROMPT_TUNING"
+        network = pytest.importorskip("peft").PeftModel.from_pretrained(network, adapter, is_trainable=not prompt)
+        if prompt:  # peft reads these frozen only
+            network.prompt_encoder.requires_grad_(True)
     network.eval()  # no dropout of its own; gradients flow all the same
     learnt = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learnt, weight_decay=settings.weight_decay)
@@ -65,7 +69,7 @@ def peft_losses(model: Path, adapter: Path | None, data: Data, settings: Setting
         (batch,) = batches_of(data.train, rows, len(rows))
         ids, targets = (torch.from_numpy(a).long() for a in (batch.ids, batch.targets))
         mask = torch.arange(ids.shape[1])[None] < torch.from_numpy(batch.step.lengths)[:, None]
-        logits = network(input_ids=ids, attention_mask=mask).logits.float()
+        logits = network(input_ids=ids, attention_mask=mask).logits[:, -ids.shape[1] :].float()  # a prompt says more
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learnt, settings.clip)

@@ -59,6 +59,25 @@ def test_all_weights(twin_folder, ids, kind):
     np.testing.assert_allclose(ours, list(peft_losses(folder, None, ids, settings)), atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["granite", "granite4", "gemma3-full", "gpt2"])
+def test_a_prompt_of_embeddings_that_are_scaled_or_have_positions(twin_folder, ids, tmp_path, kind):
+    """What of an embedding is a token's own, and what every place's, differs: trained and used as peft does."""
+    settings = Settings(method="prompt", virtual_tokens=3, steps=4, learning_rate=3e-2, batch_size=4)
+    folder = twin_folder(kind)
+    with open_session(folder, backend="cpu", exact=True) as session:
+        list(train(session, ids, Settings(**settings.as_dict() | {"steps": 0}), tmp_path / "begin"))
+        ours = [e.loss for e in train(session, ids, settings, tmp_path / "end") if isinstance(e, StepDone)]
+        assert ours[-1] < ours[0] - 0.02
+        asked = ids.train[0].sequences[0].ids
+        session.adapt([(tmp_path / "end", 1.0)])
+        row = session.backend.array(np.array([[*session.decoder.front, *asked]], np.int32))
+        said = session.backend.numpy(session.decoder(row, Step.whole(*row.shape)))[:, -len(asked) :]
+    np.testing.assert_allclose(ours, list(peft_losses(folder, tmp_path / "begin", ids, settings)), atol=1e-3)
+    network = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(folder)
+    network = pytest.importorskip("peft").PeftModel.from_pretrained(network, tmp_path / "end").eval()
+    np.testing.assert_allclose(said, logits_of(network, asked[None])[:, -len(asked) :], atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3_moe", "lfm2"])
 def test_a_trained_model_loads_in_transformers(twin_folder, ids, tmp_path, kind):
     transformers = pytest.importorskip("transformers")

@@ -243,7 +243,8 @@ class _Head:
         read, where the calibration has not read it, is as likely as the model holds it to be.
         """
         flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        read = sum(g.T.astype(np.float64) @ g for g in flat) / self.tokens * self.config.embed_scale**2
+        scale = self.config.embed_scale * self.config.input_scale
+        read = sum(g.T.astype(np.float64) @ g for g in flat) / self.tokens * scale**2
         head, often, bent = self.gram / self.tokens, self.likely / self.tokens, self.curvature / self.tokens
         hessians = {"embed": read + bent.sum() * head} if self.config.tied else {"embed": read, "head": head}
         rows = {"embed": often, "head": bent}
