@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
 from ..backends.base import Backend, W
 from ..checkpoint import Checkpoint
 from ..errors import BadFile
@@ -177,6 +179,12 @@ class Parameters:
         self._names = family.gguf.names if checkpoint.kind == "gguf" else family.names
         self._where, self._views, unused, self.apart = fit(self._names, config, checkpoint)
         self._check(unused)
+        self._raised = any("kernels" in views and self._filters(name) for name, views in self._views.items())
+
+    def _filters(self, name: str) -> bool:
+        """Whether a convolution's kernels lie as mlx-lm saves them."""
+        shape = self.checkpoint.outline(self._where[name][0]).shape
+        return len(shape) == 3 and shape[-1] == 1
 
     @property
     def left_out(self) -> str:
@@ -229,6 +237,8 @@ class Parameters:
         tensor = parts[0] if parts[0].shape == shape else stack(parts)
         if len(shape) == 1 < len(tensor.shape):  # heads' gains, end to end
             tensor = dense(to_float(tensor).ravel())
+        if self._raised and self._names.raised(name):
+            tensor = dense(to_float(tensor) - np.float32(1))
         arrange = self._family.gguf.arrange if self.checkpoint.kind == "gguf" else None
         return arrange(name, tensor, self._config) if arrange else tensor
 

@@ -18,7 +18,7 @@ from .views import ROWS, WRITTEN, viewed_shape
 if TYPE_CHECKING:
     from ...checkpoint import Checkpoint
 
-MARKS = {"mlx", "module", "swapped"}  # what a name is, besides how ours lies there
+MARKS = {"mlx", "module", "swapped", "raised"}  # what a name is, besides how ours lies there
 STOPS = ("eos_token_id", "bos_token_id", "pad_token_id")
 
 
@@ -27,7 +27,8 @@ class NameMap(dict):
     tuple lists alternatives, best first. Biases need no entries: `x.bias` is found beside `x`'s `….weight`. Behind a
     name, `|` and how ours lies in that tensor (families/views.py), `|mlx` where it is mlx-lm's name and not
     transformers', or `|module` where it is what transformers calls it in memory, whatever its files call it;
-    `|swapped`: a parameter [experts, in, out] there, which PEFT takes for [experts, out, in]."""
+    `|raised`: gains to which mlx-lm adds one before it saves them; `|swapped`: a parameter [experts, in, out] there,
+    which PEFT takes for [experts, out, in]."""
 
     IGNORED = re.compile(
         r"rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$|^lm_head\.weight$|^rope_(freqs|factors_(long|short))\.weight$"
@@ -68,7 +69,12 @@ class NameMap(dict):
         spelled, views = next(written, (None, ()))
         if spelled is None:
             raise Unsupported(f"There is no place for {name} in a file of this model.", "Use the model as it is.")
+        views = tuple("filters" if mlx and view == "kernels" else view for view in views if mlx or view != "raised")
         return spelled, tuple(view for view in views if view in ROWS or not (view == "mlx" or name.endswith(".bias")))
+
+    def raised(self, name: str) -> bool:
+        """Whether mlx-lm adds one to these gains."""
+        return any("raised" in views for _, views in self.marked(name))
 
     def spell(self, name: str) -> str:
         """The first of them, or our own name where this map has none."""

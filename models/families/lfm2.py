@@ -78,6 +78,7 @@ def _from_gguf(metadata: Mapping, checkpoint, *kind: str) -> dict:
     heads = several(hf, "num_key_value_heads", int)
     kinds = ["full_attention" if n else "conv" for n in heads]
     return hf | {
+        "block_multiple_of": 256, "block_ffn_dim_multiplier": 1.0,
         "norm_eps": hf.get("rms_norm_eps"), "layer_types": kinds, "num_key_value_heads": max(heads, default=None),
         "conv_bias": "blk.0.shortconv.in_proj.bias" in checkpoint,
     }  # fmt: skip

@@ -17,7 +17,8 @@ DELTA = {
     "out": "out_proj.weight", "qkv_gate": "in_proj_qkvz.weight", "b_a": "in_proj_ba.weight",
 }  # fmt: skip
 MLP = "model.layers.{i}.mlp"
-NAMES = LLAMA | {
+GAINS = ("norm", *(f"layers.{{i}}.{norm}" for norm in ("attn_norm", "mlp_norm", "attn.q_norm", "attn.k_norm")))
+NAMES = LLAMA | {name: f"{LLAMA[name]}|raised" for name in GAINS} | {
     f"layers.{{i}}.delta.{ours}": f"model.layers.{{i}}.linear_attn.{its}" for ours, its in DELTA.items()
 }  # fmt: skip
 MOE = NAMES | experts(MLP) | shared_expert(MLP) | {"layers.{i}.moe.router": f"{MLP}.gate.weight"}

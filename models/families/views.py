@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...schemes import to_float
+from ...schemes import to_dense, to_float
 from ...tensors import Dense, Tensor, dense
 from ..config import DeltaConfig, Mixer
 
@@ -51,6 +51,8 @@ WRITTEN = {"T", "kernels", "heads", "unit", "flat", "grouped", *ROWS}  # those t
 def stored(tensors: Sequence[Tensor], views: Sequence[Sequence[str]], bias: bool, mixer: Mixer | None = None) -> Tensor:
     """Tensors of ours, of one format, as a file has them in one: `viewed`, undone. views: of each; mixer: as there."""
     shape = stored_shape([t.shape for t in tensors], views, bias, mixer)
+    if "raised" in views[0]:
+        return to_dense(dense(to_float(tensors[0]) + np.float32(1)), tensors[0].format.dtype)
     if len(tensors) == 1 and shape == tensors[0].shape and not {"T", "grouped"} & {*views[0]}:
         return tensors[0]
     order = sorted(range(len(tensors)), key=lambda i: min(set(views[i]) & set(ROWS), default=""))
@@ -95,6 +97,8 @@ def stored_shape(
         return 1, *shape
     if "flat" in views[0]:  # gains of each head
         return shape[0] // mixer.head_dim, mixer.head_dim
+    if "filters" in views[0]:  # kernels, as MLX has them
+        return *shape, 1
     return (shape[0], 1, *shape[1:]) if "kernels" in views[0] else tuple(shape)
 
 

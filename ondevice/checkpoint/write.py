@@ -91,7 +91,7 @@ def write_folder(
     with appearing(dest, sum(spec.nbytes for spec in specs)) as temporary:
         temporary.mkdir()
         _write_shards(temporary, _shards(specs, shard_bytes), written)
-        files = {"config.json": _json(_with_quantization(config, specs)), **side_files}
+        files = {"config.json": _json(_with_quantization(with_older_keys(config), specs)), **side_files}
         for name, content in files.items():
             with _durable(temporary / name) as file:
                 file.write(content)
@@ -276,6 +276,24 @@ def _header(entries: dict[str, dict]) -> bytes:
 
 
 # ------------------------------------------------------------------------------------------------ config.json
+
+
+def with_older_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json that programs which do not know transformers 5's keys read too, mlx-lm among them: how positions turn
+    stands beside `rope_parameters` as it stood before, and two sizes under the names that they insist on."""
+    rule = config.get("rope_parameters")
+    rule = rule if isinstance(rule, Mapping) else {}
+    main, local = rule.get("full_attention", rule), rule.get("sliding_attention", {})
+    older = {key: main.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    if main is not rule:
+        older["rope_local_base_freq"] = local.get("rope_theta")
+    older |= {"n_ctx": config.get("n_positions"), "num_experts": config.get("num_local_experts")}
+    older["block_dim"] = config.get("hidden_size") if "block_multiple_of" in config else None
+    older = {key: value for key, value in older.items() if value is not None}
+    if rule and main is rule:
+        scaled = rule.get("rope_type", "default") != "default"
+        older["rope_scaling"] = {k: v for k, v in rule.items() if k != "rope_theta"} if scaled else None
+    return older | dict(config)
 
 
 def _with_quantization(config: Mapping[str, Any], specs: Sequence[Spec]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ondevice.checkpoint import Spec, open_checkpoint, write_folder
+from ondevice.checkpoint.write import with_older_keys
 from ondevice.schemes import quantize_affine, to_float
 from ondevice.tensors import Blocks, dense
 from ondevice.testing.family import check_family
@@ -83,6 +84,30 @@ def test_made_by_mlx_lm(name, backend, tmp_path):
     stacked = [n for n in open_checkpoint(tmp_path / "quantized").names if "switch_mlp" in n]
     assert bool(stacked) == (name == "qwen3_moe")
     check_family(tmp_path / "quantized", lambda ids: np.array(model(mx.array(ids))), backend)
+
+
+MEMORY = {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "hidden_size": 64, "head_dim": 16}
+SHARED = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+
+
+WITH_MEMORIES = {"qwen3_5": MEMORY | {"intermediate_size": 64}, "qwen3_next": MEMORY | SHARED}
+
+
+@pytest.mark.parametrize("name", WITH_MEMORIES)
+def test_gains_that_mlx_lm_raised(name, tmp_path):
+    """Of models with memories mlx-lm saves gains with the one that is added to them, and kernels turned."""
+    mx, utils = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm.utils")
+    twins.make(name, **WITH_MEMORIES[name]).save_pretrained(tmp_path / "original")
+    place = tmp_path / "original" / "config.json"
+    config = json.loads(place.read_text())
+    if name == "qwen3_5":  # the text of a model that also sees
+        config = {"model_type": "qwen3_5", "text_config": config}
+    place.write_text(json.dumps(with_older_keys(config)))
+    model, config = utils.load_model(tmp_path / "original")
+    model, config = utils.quantize_model(model, config, group_size=32, bits=8)
+    utils.save_model(tmp_path / "quantized", model)
+    utils.save_config(config, tmp_path / "quantized" / "config.json")
+    check_family(tmp_path / "quantized", lambda ids: np.array(model(mx.array(ids)).astype(mx.float32)))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_moe"])
