@@ -27,7 +27,7 @@ PASSES = 3  # over the data at most, where the number of steps is not given
 FEWEST = 8  # passages, of which one is held out
 
 T = TypeVar("T")
-Reword = Callable[[list[list[int]]], Generator[Progress, None, list[list[int]]]]
+Reword = Callable[[list[list[int]], bool], Generator[Progress, None, list[list[int]]]]
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,16 @@ class Quality:
     bits_per_byte: float
     kl: float | None = None
 
+    @property
+    def loss(self) -> float:
+        """What was learnt by, the divergence, where that is known."""
+        return self.bits_per_byte if self.kl is None else self.kl
+
 
 @dataclass(frozen=True)
 class Taught:
-    """steps that were made, and the one whose state was kept. original, before, after: on the same text."""
+    """steps that were made, and the one whose state was kept; share: of what was learnt, that was worked in. original,
+    before, after: on the same text."""
 
     steps: int
     kept: int
@@ -71,13 +77,11 @@ class Taught:
     original: Quality
     before: Quality
     after: Quality
+    share: float = 1.0
 
     @property
     def better(self) -> bool:
-        """By what was learnt: the divergence from the original, where that is known."""
-        if self.after.kl is None:
-            return self.after.bits_per_byte <= self.before.bits_per_byte
-        return self.after.kl <= self.before.kl
+        return self.after.loss <= self.before.loss
 
 
 def settings_for(lessons: Lessons, **more) -> Settings:
@@ -93,15 +97,17 @@ def settings_for(lessons: Lessons, **more) -> Settings:
 def passages(
     lessons: Lessons, original: Session, student: Session, reworded: Reword | None = None
 ) -> Generator[Progress, None, tuple[Data, str]]:
-    """Examples for the student, and a text that none of them shows. reworded: done to a text that is learnt from, in
-    the original's tokens. Raises BadOption where there are too few, BadFile for what cannot be read."""
+    """Examples for the student, and a text that none of them shows. reworded: done to both parts of a text, in the
+    original's tokens, and told whether it is the part that is learnt from. Raises BadOption where there are too few,
+    BadFile for what cannot be read."""
     if lessons.data is not None and lessons.data.suffix == ".jsonl":
         examples = load_data(lessons.data, student, lessons.length, validation=0).train
         learnt, held = _parted(_enough(examples, lessons), lessons)
     else:
         windows = yield from _windows(lessons, original)
         learnt, held = _parted(_enough([w for w in windows if len(w) > 1], lessons), lessons)
-        learnt = (yield from reworded(learnt)) if reworded else learnt
+        if reworded:
+            learnt, held = (yield from reworded(learnt, True)), (yield from reworded(held, False))
         learnt, held = (list(_examples(several, lessons, original, student)) for several in (learnt, held))
     text = "\n".join(student.tokenizer.decode(e.sequences[0].ids.tolist()) for e in held)
     return Data(learnt, held[: -(-len(held) // 2)]), text

@@ -108,7 +108,8 @@ def taught(what: str, facts: Mapping[str, Any]) -> None:
         rows.append((name, *figures, "" if kl is None else f"{kl:.4f}"))
     table(rows, (what, "perplexity", "bits/byte", "KL"))
     kept = f"{facts['steps']} steps in {facts['seconds']:.0f} s, the state behind step {facts['kept']} kept"
-    answer(f"{kept}; measured on text that was held out.")
+    part = "" if facts["share"] == 1 else f", {facts['share']:.0%} of what was learnt worked in"
+    answer(f"{kept}{part}; measured on text that was held out.")
 
 
 def side_by_side(texts: list[tuple[str, str]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from ondevice.cli import main
 from ondevice.errors import OnDeviceError
 from ondevice.runtime.session import open_session
 from ondevice.runtime.tokenizer import load_tokenizer
-from ondevice.tools.prune import Amount, Lessons, Options, Progress, prune
-from ondevice.tools.prune.rewording import more_often
+from ondevice.schemes import to_float
+from ondevice.tools.prune import Amount, Lessons, Options, Progress, healing, prune
+from ondevice.tools.prune.rewording import reworded
 from ondevice.tools.prune.subject import Subject
 from ondevice.tools.prune.tokens import encoding, rewritten
 from ondevice.tools.prune.translation import Translation, Translator
@@ -135,12 +137,18 @@ def test_texts_are_reworded_with_what_went(fewer, model):
     translation, old, _, _ = fewer
     gone, window = list(translation.spelled), old.encode(PROSE * 3)
     with open_session(model, backend="reference") as original:
-        *_, made = _all(more_often(original.decoder, gone, [window], seed=1))
-        assert _all(more_often(original.decoder, gone, [window], seed=1))[-1] == made
-        assert _all(more_often(original.decoder, [], [window]))[-1] == [window]
-    changed = [at for at, pair in enumerate(zip(made[0], window, strict=True)) if len(set(pair)) > 1]
+        *_, made = _all(reworded(original.decoder, gone, [window], 5.0, seed=1))
+        assert _all(reworded(original.decoder, gone, [window], 5.0, seed=1))[-1] == made
+        assert _all(reworded(original.decoder, [], [window], 5.0))[-1] == [window]
+        rarely = _changed(window, _all(reworded(original.decoder, gone, [window], 1.0, seed=1))[-1][0])
+    changed = _changed(window, made[0])
+    assert len(rarely) < len(changed) / 2
     assert len(window) / 20 < len(changed) and min(np.diff(changed)) > 1
     assert all(made[0][at] in translation.spelled for at in changed)
+
+
+def _changed(one, other):
+    return [at for at, pair in enumerate(zip(one, other, strict=True)) if len(set(pair)) > 1]
 
 
 def _all(generator):
@@ -179,7 +187,10 @@ def test_layers_are_made_up_for(tmp_path, model, prose):
     assert np.abs(theirs(torch.tensor(ids)).logits.detach().numpy() - logits).max() < 1e-4
 
 
-def test_tokens_are_made_up_for(tmp_path, model, prose):
+@pytest.mark.parametrize("shares", [(1.0,), (0.7,)])
+def test_tokens_are_made_up_for(tmp_path, model, prose, monkeypatch, shares):
+    """The embedding goes on being the head, however much of its training is worked in."""
+    monkeypatch.setattr(healing, "SHARES", shares)
     chosen = {"vocabulary": Amount(100), "calibration": prose, "length": 24}
     made = healed(model, tmp_path / "out", prose, 12, **chosen)
     assert made.after.bits_per_byte < made.before.bits_per_byte
@@ -187,6 +198,36 @@ def test_tokens_are_made_up_for(tmp_path, model, prose):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 100
     with open_session(tmp_path / "out", backend="reference") as session:
         assert set(session.parameters) & {"embed", "head"} == {"embed"}
+
+
+@pytest.mark.parametrize(
+    ("losses", "share"), [((3e-6, 4e-6), 1.0), ((3e-6, 2e-6, 3e-6), 0.7), ((3e-6, 2e-6, 1e-6), 0.4)]
+)
+def test_as_much_is_worked_in_as_helps(tmp_path, model, prose, monkeypatch, losses, share):
+    """losses: of each share, in order, as if they had been measured."""
+    measured, left = healing.quality, list(losses)
+
+    def quality(session, text, stage, *more):
+        found = yield from measured(session, text, stage, *more)
+        return replace(found, kl=left.pop(0)) if stage.startswith("After") else found
+
+    monkeypatch.setattr(healing, "quality", quality)
+    made = healed(model, tmp_path / "out", prose, 2, drop_layers=(1,))
+    assert made.share == share and made.after.kl == min(losses) and not left
+    left += [1e-6, 2e-6]
+    healed(model, tmp_path / "whole", prose, 2, drop_layers=(1,))
+    list(prune(model, tmp_path / "none", Options(drop_layers=(1,))))
+    none, whole, out = (weights(tmp_path / name) for name in ("none", "whole", "out"))
+    moved = max(np.abs(whole[name] - none[name]).max() for name in none)
+    assert moved > 1e-3
+    for name, values in none.items():
+        assert np.abs(values + share * (whole[name] - values) - out[name]).max() < 1e-5
+
+
+def weights(folder):
+    with open_session(folder, backend="reference") as session:
+        parameters = session.parameters
+        return {name: np.array(to_float(parameters[name])) for name in parameters}
 
 
 def test_what_healing_made_worse_is_left_as_pruned(tmp_path, model, prose):

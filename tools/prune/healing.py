@@ -1,37 +1,40 @@
 """A pruned model taught by the original, so that what stays makes up for what went.
 
 LoRA on every linear map, by the divergence from the original's predictions (Hinton et al. 2015; for pruned models
-Muralidharan et al. 2024), worked into the weights at the end; where tokens went, the embedding is trained whole, and
-the original speaks in the tokens that stay (see translation).
+Muralidharan et al. 2024), worked into the weights at the end, whole or in part (Wortsman et al. 2022): some of what a
+short training does is noise, whose harm grows with the square of its length, and its use with the length itself. Where
+tokens went, the embedding is trained whole, and the original speaks in the tokens that stay (see translation).
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Generator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
+from ...adapters import Adapter
 from ...checkpoint import write_folder
 from ...registry import create_backend
 from ...runtime.session import Session, open_session
 from ...runtime.side_files import side_files
-from ...train import Finished, Settings
 from ...train.artifacts import as_adapter
 from ...train.learner import Teacher
 from ...train.methods import make_method
 from ..fuse.weights import Weights
 from ..progress import Progress
-from ..teaching import Taught, passages, quality, settings_for, taught
+from ..teaching import Lessons, Quality, Reword, Taught, passages, quality, settings_for, taught
 from .cutting import Cut
-from .rewording import more_often
+from .rewording import reworded
 from .subject import Subject
 from .translation import Translation, Translator
 
 RANK = 16
 REWORDING = 0.2  # of the time, at most: passages are learnt from far slower than they are reworded
 EMBEDDING = ("embed",)  # trained whole where its rows are fewer
+OFTEN = 5.0  # times as likely as they are: words of tokens that went, in what is learnt from
+SHARES = (1.0, 0.7, 0.4)  # of what was learnt, as long as less is better
 
 
 def heal(subject: Subject, cut: Cut, pruned: Path, dest: Path) -> Generator[Progress, None, Taught]:
@@ -44,19 +47,27 @@ def heal(subject: Subject, cut: Cut, pruned: Path, dest: Path) -> Generator[Prog
         original = stack.enter_context(open_session(subject.path, backend=ops))
         against = original if cut.tokens is None else None
         translation = None if cut.tokens is None else Translation(original.tokenizer, student.tokenizer, cut.tokens)
-        reworded = translation and partial(
-            more_often, original.decoder, list(translation.spelled), seed=o.heal.seed,
-            most=o.heal.steps and o.heal.steps * o.heal.batch_size, seconds=REWORDING * 60 * o.heal.minutes,
-        )  # fmt: skip
-        data, held = yield from passages(o.heal, original, student, reworded)
+        rewording = translation and _rewording(o.heal, original, translation)
+        data, held = yield from passages(o.heal, original, student, rewording)
         first = yield from quality(original, held, "The original")
         before = yield from quality(student, held, "Before healing", against)
         settings = settings_for(o.heal, rank=RANK, modules_to_save=() if cut.tokens is None else EMBEDDING)
         settings, finished = yield from taught(student, data, settings, _teacher(original, translation), o.heal)
-        _write(student, finished, settings, dest)
-        with open_session(dest, backend=ops) as healed:
-            after = yield from quality(healed, held, "After healing", against)
-    return Taught(finished.step, finished.kept, time.perf_counter() - started, first, before, after)
+        adapter = as_adapter(student, make_method(student, settings), finished.parameters, settings)
+        share, after = yield from _worked_in(student, adapter, dest, held, against)
+    return Taught(finished.step, finished.kept, time.perf_counter() - started, first, before, after, share)
+
+
+def _rewording(lessons: Lessons, original: Session, translation: Translation) -> Reword:
+    """What is learnt from shows words of tokens that went often; what judges it, as often as they are expected."""
+    gone, seconds = list(translation.spelled), REWORDING * 60 * lessons.minutes
+    most = lessons.steps and lessons.steps * lessons.batch_size
+
+    def reword(windows: list[list[int]], learnt: bool) -> Generator[Progress, None, list[list[int]]]:
+        bounds = {"most": most, "seconds": seconds} if learnt else {}
+        return reworded(original.decoder, gone, windows, OFTEN if learnt else 1.0, lessons.seed, **bounds)
+
+    return reword
 
 
 def _teacher(original: Session, translation: Translation | None) -> Teacher:
@@ -65,7 +76,21 @@ def _teacher(original: Session, translation: Translation | None) -> Teacher:
     return Translator(original.decoder, translation=translation)
 
 
-def _write(student: Session, finished: Finished, settings: Settings, dest: Path) -> None:
-    adapter = as_adapter(student, make_method(student, settings), finished.parameters, settings)
-    weights = Weights(student.parameters, student.config, [(adapter, 1.0)])
-    write_folder(dest, student.hf_config, list(weights.specs(student.family.names)), side_files(student.checkpoint))
+def _worked_in(
+    student: Session, adapter: Adapter, dest: Path, held: str, against: Session | None
+) -> Generator[Progress, None, tuple[float, Quality]]:
+    """The student with the share of the adapter that is best, as `dest`; that share, and what came of it."""
+    best: tuple[float, Quality] | None = None
+    for share in SHARES:
+        made = dest.with_name(f"{dest.name} by {share}")
+        weights = Weights(student.parameters, student.config, [(adapter, share)])
+        write_folder(made, student.hf_config, list(weights.specs(student.family.names)), side_files(student.checkpoint))
+        with open_session(made, backend=student.backend) as healed:
+            found = yield from quality(healed, held, f"After healing, {share:.0%} of it", against)
+        worse = best is not None and found.loss >= best[1].loss
+        shutil.rmtree(made if worse else dest, ignore_errors=True)
+        if worse:
+            break
+        made.rename(dest)
+        best = share, found
+    return best

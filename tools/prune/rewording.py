@@ -1,7 +1,7 @@
 """Texts in which what went from a vocabulary comes often, so that a short time is enough to learn how it is said now.
 
 At each place the original says how likely some token that went would have been to come instead of the one that stands
-there; one of them is put in its place as if they all were `OFTEN` times as likely.
+there; one of them is put in its place as if they all were `often` times as likely.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from ...backends.base import Step
 from ...models.decoder import Decoder
 from ..progress import Progress
 
-OFTEN = 5.0  # times as likely
 FEWEST = 8  # passages that are made however long it takes
 ROWS = 64  # predictions that are held at once
 
 
-def more_often(
-    decoder: Decoder, gone: Sequence[int], windows: list[list[int]], seed: int = 0, most: int | None = None,
-    seconds: float = float("inf"),
+def reworded(
+    decoder: Decoder, gone: Sequence[int], windows: list[list[int]], often: float, seed: int = 0,
+    most: int | None = None, seconds: float = float("inf"),
 ) -> Generator[Progress, None, list[list[int]]]:  # fmt: skip
     """windows: token ids, as `decoder` knows them -> some of them, from all over the text, with more of those in
-    `gone`: at most `most`, and no more than there is time for in so many seconds."""
+    `gone`: at most `most`, and no more than there is time for in so many seconds. often: 1 for as many as the decoder
+    expects."""
     made, ids, started = [], np.array(gone, np.int64), time.perf_counter()
     order = noise.generator(seed, "reworded passages").permutation(len(windows))[:most].tolist()
     for done, number in enumerate(order):
@@ -35,11 +35,11 @@ def more_often(
         yield Progress("Putting in words of tokens that went", done, len(order), "passages")
         window = windows[number]
         draws = noise.uniform(seed, "rewording", number, (2, len(window)))
-        made.append(_reworded(decoder, ids, window, draws) if len(ids) else window)
+        made.append(_reworded(decoder, ids, window, often, draws) if len(ids) else window)
     return made
 
 
-def _reworded(decoder: Decoder, gone: np.ndarray, window: list[int], draws: np.ndarray) -> list[int]:
+def _reworded(decoder: Decoder, gone: np.ndarray, window: list[int], often: float, draws: np.ndarray) -> list[int]:
     """draws [2, T], from 0 to 1: whether a place is changed, and to what. No two in a row are."""
     ops, made = decoder.ops, list(window)
     states = decoder.hidden(ops.array(np.array([window], np.int32)), Step.whole(1, len(window)))
@@ -50,7 +50,7 @@ def _reworded(decoder: Decoder, gone: np.ndarray, window: list[int], draws: np.n
         chances = np.exp(logits - logits.max(-1, keepdims=True))
         sums = np.cumsum(chances[:, gone] / chances.sum(-1, keepdims=True), -1)
         for row, sum_ in zip(rows.tolist(), sums, strict=True):
-            if draws[0, row] < OFTEN * sum_[-1] and row > last:
+            if draws[0, row] < often * sum_[-1] and row > last:
                 made[row + 1] = int(gone[min(np.searchsorted(sum_, draws[1, row] * sum_[-1]), len(gone) - 1)])
                 last = row + 1
     return made
