@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from ..config import ModelConfig
 from ..fields import flag, head_dim
 from ..ropes import rope
-from . import LLAMA, Family
+from . import LLAMA, Family, Gguf, gguf
 
 
 def config(hf: Mapping) -> ModelConfig:
@@ -20,4 +21,10 @@ def config(hf: Mapping) -> ModelConfig:
     )
 
 
-helium = Family("helium", ("helium",), config, LLAMA, models="Helium 1 2B")
+KIND = {"model_type": "helium", "architecture_class": "HeliumForCausalLM"}
+_from_gguf = partial(gguf.config, **KIND, attention_bias=False)  # a Llama has its biases otherwise
+
+helium = Family(  # a Llama to llama.cpp, whose pairs are interleaved too: what it has is read as one
+    "helium", ("helium",), config, LLAMA, Gguf("llama", gguf.NAMES, _from_gguf, when=lambda metadata: False),
+    models="Helium 1 2B",
+)  # fmt: skip

@@ -61,7 +61,7 @@ MORE = {  # Mistral is one of llama.cpp's Llamas
     "gemma2": {"query_pre_attn_scalar": 8}, "gpt_neox": {}, "phi3": {}, "mixtral": {}, "qwen2_moe": {},
     "granitemoe": {}, "olmo": {}, "nemotron": {}, "phi": {}, "glm4_moe": {}, "granite4": {}, "ernie4_5_moe": {},
     "internlm3": {}, "lfm2_moe": {"routed_scaling_factor": 1.0}, "qwen3_5": EVEN, "qwen3_5_moe": EVEN,
-    "qwen3_next": {"linear_key_head_dim": 4}, "phimoe": PHIMOE,
+    "qwen3_next": {"linear_key_head_dim": 4}, "phimoe": PHIMOE, "helium": {},
 }  # fmt: skip
 WIDTH = {"hidden_size": 48}  # where llama.cpp wants the heads to share the width
 SHARED = {"lfm2": WIDTH, "lfm2_moe": WIDTH, "nemotron": WIDTH}
@@ -97,6 +97,7 @@ def test_other_families_come_back_the_same(name, tmp_path, without_tokenizer):
     [
         ("qwen3_moe-sums", "a qwen3moe would differ in feed_forward.rule.renormalise = False"),
         ("gemma-gelu", "a gemma would differ in output"),
+        ("helium-biases", r"a llama would differ in mixer\.bias = True"),
         ("qwen2-dynamic", "by the rule 'dynamic'"),
         ("qwen3_5", "one size for a memory's keys and values, which here are 8 and 4"),
         ("lfm2_moe", "a lfm2moe would differ in feed_forward.rule.scale = 1.5"),

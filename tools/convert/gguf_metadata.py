@@ -62,8 +62,7 @@ def architecture_keys(family: Family, config: ModelConfig, hf: Mapping) -> dict[
     if "expert_count" not in routed:  # some files without experts say how many a token would go to
         known = {key: value for key, value in known.items() if not key.startswith("expert_")}
     known |= routed
-    if attention.heads * attention.head_dim != config.width:
-        known |= {"attention.key_length": attention.head_dim, "attention.value_length": attention.head_dim}
+    known |= {"attention.key_length": attention.head_dim, "attention.value_length": attention.head_dim}
     known |= _rope_keys(config) | _delta_keys(mixers)
     prefix = family.gguf.architecture
     return {f"{prefix}.{key}": _typed(key, value) for key, value in known.items() if value is not None}
@@ -241,6 +240,8 @@ def differences(one: Any, other: Any, length: int, where: str = "") -> Iterator[
     if isinstance(one, RopeConfig) and isinstance(other, RopeConfig):
         if not all(_same_frequencies(one.frequencies(n), other.frequencies(n)) for n in (None, length)):
             yield f"{where} = {dict(one.scaling)}"
+        if one.interleaved != other.interleaved:
+            yield f"{where}.interleaved = {one.interleaved}"
     elif is_dataclass(one) and type(one) is type(other):
         for name in (f.name for f in fields(one)):
             yield from differences(getattr(one, name), getattr(other, name), length, f"{where}.{name}".lstrip("."))
