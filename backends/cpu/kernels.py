@@ -56,7 +56,7 @@ class NativeKernels(NativeGradients, NumpyKernels):
         return out
 
     def empty(self, shape: Sequence[int]) -> np.ndarray:
-        """A float32 array; from the arena if it is one of the large ones that come and go while differentiating."""
+        """A float32 array; from the arena if it is one of the large ones that come and go."""
         large = math.prod(shape) >= LARGE
         return self.arena.empty(shape) if large else np.empty(shape, np.float32)
 

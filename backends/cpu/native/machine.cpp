@@ -11,6 +11,7 @@ namespace ondevice::cpu {
 namespace {
 
 constexpr size_t kHuge = 2 << 20;
+constexpr size_t kOwn = 128 << 10;  // bytes from which a buffer has pages of its own
 constexpr int64_t kShelf = 16 << 20;
 constexpr int64_t kPage = 64 << 10;  // the largest that Linux is built with
 
@@ -18,9 +19,10 @@ constexpr int64_t kPage = 64 << 10;  // the largest that Linux is built with
 
 // Whole pages of its own, so that what is given back is the system's again and not a hole in the heap.
 void* take_pages(size_t bytes) {
-    const size_t all = bytes + kHuge;
+    const size_t all = bytes < kHuge ? bytes : bytes + kHuge;
     void* data = mmap(nullptr, all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (data == MAP_FAILED) throw std::bad_alloc();
+    if (bytes < kHuge) return data;
     auto* begin = static_cast<uint8_t*>(data);
     const size_t before = (kHuge - reinterpret_cast<uintptr_t>(data) % kHuge) % kHuge;
     if (before) munmap(begin, before);
@@ -45,12 +47,12 @@ size_t whole_pages(int64_t bytes) { return static_cast<size_t>(round_up(bytes, k
 }  // namespace
 
 Buffer::Buffer(int64_t bytes) : bytes_(bytes) {
-    if (kPages && static_cast<size_t>(bytes) >= kHuge) data_ = take_pages(whole_pages(bytes));
+    if (kPages && static_cast<size_t>(bytes) >= kOwn) data_ = take_pages(whole_pages(bytes));
     else data_ = ::operator new(static_cast<size_t>(bytes), std::align_val_t{kLine});
 }
 
 Buffer::~Buffer() {
-    if (kPages && static_cast<size_t>(bytes_) >= kHuge) give_pages(data_, whole_pages(bytes_));
+    if (kPages && static_cast<size_t>(bytes_) >= kOwn) give_pages(data_, whole_pages(bytes_));
     else ::operator delete(data_, std::align_val_t{kLine});
 }
 
@@ -87,6 +89,10 @@ uint8_t* Arena::take(int64_t bytes) {
 }
 
 // The largest idle buffers go first.
+void Arena::tidy() {
+    most_ = used_;
+    make_room(0);
+}
 void Arena::make_room(int64_t bytes) {
     for (auto size = free_.rbegin(); size != free_.rend() && held_ + bytes > most_; ++size)
         for (; !size->second.empty() && held_ + bytes > most_; held_ -= size->first) {

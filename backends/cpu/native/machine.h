@@ -45,7 +45,7 @@ class Shelf {
 };
 
 // Buffers that are used again once Python has let go of them, which saves the system from clearing fresh pages: in a plan,
-// whose replay runs its calls in the same order, and from step to step in training. If `bounded`, what lies idle is given
+// whose replay runs its calls in the same order, and from step to step in training, from layer to layer of a prompt. If `bounded`, what lies idle is given
 // back before more than ever was in use at once would be held; a plan points to its buffers for good.
 class Arena {
   public:
@@ -56,6 +56,7 @@ class Arena {
     uint8_t* take(int64_t bytes);
     bool owns(const void* data) const;
     void give(uint8_t* data);
+    void tidy();  // gives back all that lies idle
     int64_t held() const { return held_; }
 
   private:

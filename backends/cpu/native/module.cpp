@@ -603,6 +603,7 @@ NB_MODULE(_native, m) {
              "shape"_a, "An int32 array for a recorded result.");
     nb::class_<Arena>(m, "Arena", "Buffers for results that come and go.")
         .def("__init__", [](Arena* self) { new (self) Arena(true); })
+        .def("tidy", &Arena::tidy, "Give back what lies idle.")
         .def_prop_ro("held", &Arena::held, "Bytes, in use or not.")
         .def("empty", [](std::shared_ptr<Arena> self, const std::vector<size_t>& shape) { return arena_array<float>(self, shape); },
              "shape"_a, "A float32 array.");
