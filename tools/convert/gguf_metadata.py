@@ -23,7 +23,15 @@ from ...models.ropes import RopeConfig
 from ...runtime.side_files import SAMPLING
 from ...tensors import Dense, Tensor
 
-FLOATS = "epsilon", "freq_base", "freq_base_swa", "factor", "softcapping", "scale"  # how keys of such numbers end
+FLOATS = (
+    "epsilon",
+    "freq_base",
+    "freq_base_swa",
+    "factor",
+    "softcapping",
+    "scale",
+    "attn_factor",
+)  # how keys of such numbers end
 SCALINGS = ("linear", "yarn", "longrope")
 QUANTIZATION_VERSION = 2
 WINDOWED = frozenset({"gemma2", "gemma3", "cohere2", "olmo2", "gpt-oss"})  # those whose windows llama.cpp heeds
@@ -132,6 +140,8 @@ def _rope_keys(config: ModelConfig) -> dict[str, Any]:
             )
         keys |= {"rope.scaling.type": kind, "rope.scaling.factor": main.scaling.get("factor")}
         keys["rope.scaling.original_context_length"] = main.scaling.get("original_max_position_embeddings")
+    if kind == "longrope":
+        keys["rope.scaling.attn_factor"] = main.frequencies(config.context)[1]
     return keys
 
 
@@ -142,6 +152,13 @@ def rope_divisors(config: ModelConfig) -> np.ndarray | None:
         return None
     plain = type(main)(main.dim, main.base)
     return plain.frequencies()[0] / main.frequencies()[0]
+
+
+def rope_factors(config: ModelConfig) -> list[np.ndarray | None]:
+    """Longrope's factors for long texts and for short ones, as llama.cpp stores them; None for other models."""
+    rule = config.ropes["main"].scaling if "main" in config.ropes else {}
+    lists = [rule.get(f"{which}_factor") for which in ("long", "short")]
+    return [None if found is None else np.array(found) for found in lists]
 
 
 def general_keys(checkpoint: Checkpoint, specs: Sequence[Spec]) -> dict[str, Any]:

@@ -22,10 +22,19 @@ from ...runtime.tokenizer import gguf_tokenizer
 from ...schemes import take_rows, to_float
 from ...tensors import Blocks, Dense, Tensor, dense
 from .blocks import BLOCK, TYPES, Loss, nearest, to_type
-from .gguf_metadata import UNREADABLE, architecture_keys, faults, general_keys, notes, rope_divisors, sampling_keys
+from .gguf_metadata import (
+    UNREADABLE,
+    architecture_keys,
+    faults,
+    general_keys,
+    notes,
+    rope_divisors,
+    rope_factors,
+    sampling_keys,
+)
 from .planning import Format, Plan
 
-ROPE = "rope_freqs.weight"
+ROPE = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 FULL = ("router", "norm", "taps", "shared_gate")  # small: llama.cpp wants them, and every vector, in float32
 
 
@@ -123,8 +132,8 @@ def _specs(
     parameters: Parameters, family: Family, config: ModelConfig, wanted: Dense | Blocks | None, losses: dict[str, Loss]
 ) -> Iterator[tuple[Spec, Format]]:
     """What is written, each with the format that it has now."""
-    if (divisors := _divisors(parameters.checkpoint, config)) is not None:
-        yield Spec(ROPE, divisors.shape, divisors.format, lambda: divisors), divisors.format
+    for name, tensor in _rope_tensors(parameters.checkpoint, config).items():
+        yield Spec(name, tensor.shape, tensor.format, lambda tensor=tensor: tensor), tensor.format
     for name in parameters:
         source = parameters[name]
         form = _form(name, source, wanted)
@@ -168,11 +177,12 @@ def to_float64(tensor: Tensor) -> np.ndarray:
     return tensor.parts["weight"].astype(np.float64)
 
 
-def _divisors(checkpoint: Checkpoint, config: ModelConfig) -> Tensor | None:
-    if ROPE in checkpoint:  # another GGUF's, as it is
-        return checkpoint[ROPE]
-    found = rope_divisors(config)
-    return None if found is None else dense(found.astype(np.float32))
+def _rope_tensors(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Tensor]:
+    """What llama.cpp has as tensors of how positions are scaled."""
+    if found := {name: checkpoint[name] for name in ROPE if name in checkpoint}:  # another GGUF's, as they are
+        return found
+    made = zip(ROPE, (rope_divisors(config), *rope_factors(config)), strict=True)
+    return {name: dense(values.astype(np.float32)) for name, values in made if values is not None}
 
 
 # ------------------------------------------------------------------------------------------------ metadata
