@@ -178,8 +178,8 @@ static ONDEVICE_INLINE void quantize_steps(const float* x, int64_t stride, int8_
     }
     most = max(most, {_mm256_permute2f128_ps(most.v, most.v, 1)});
     most = max(most, {_mm256_permute_ps(most.v, 0xb1)});
-    const F both = max({_mm256_permute_ps(most.v, 0x4e)}, most);
-    const F rate = set(kFinest) / max(both, set(1e-30f));  // 1 / unit / 127
+    const F both = max(max({_mm256_permute_ps(most.v, 0x4e)}, most), set(1e-30f));
+    const F rate = set(kFinest) / both;  // 1 / unit / 127
     const F step = min({_mm256_ceil_ps((most * rate).v)}, set(kFinest));
     const F inverse = set(127) * rate / max(step, set(1));
     __m256i c[4];
