@@ -252,6 +252,12 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def test_time_that_others_had_is_not_counted(hurry):
+    meter = sandbox.Meter()
+    time.sleep(0.4)  # as when the process was stopped for a while, or had to wait its turn
+    meter.tick()
+
+
 @pytest.mark.parametrize("name", [*LOOPS, *REACHES])
 def test_strangers_are_stopped(name, hurry):
     messages = [{"role": "user", "content": "Hi"}]
