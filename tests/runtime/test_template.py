@@ -261,13 +261,13 @@ def test_time_that_others_had_is_not_counted(hurry):
 @pytest.mark.parametrize("name", [*LOOPS, *REACHES])
 def test_strangers_are_stopped(name, hurry):
     messages = [{"role": "user", "content": "Hi"}]
-    started, peak = time.monotonic(), peak_memory()
+    started, peak = time.thread_time(), peak_memory()
     with pytest.raises(BadFile) as told:
         ChatTemplate((LOOPS | REACHES)[name]).render(messages)
     assert "chat template" in told.value.message and told.value.hint
     assert "MemoryError" not in told.value.message
     assert "\n" not in told.value.message and len(told.value.message) < 500
-    assert time.monotonic() - started < 5
+    assert time.thread_time() - started < 5
     assert peak_memory() - peak < 500 << 20
     assert messages == [{"role": "user", "content": "Hi"}]
 
