@@ -189,12 +189,15 @@ def test_layers_are_made_up_for(tmp_path, model, prose):
 
 @pytest.mark.parametrize("shares", [(1.0,), (0.7,)])
 def test_tokens_are_made_up_for(tmp_path, model, prose, monkeypatch, shares):
-    """The embedding goes on being the head, however much of its training is worked in."""
+    """The embedding goes on being the head, however much of its training is worked in. What judges shows no more of what
+    went than is expected."""
+    often = []
     monkeypatch.setattr(healing, "SHARES", shares)
+    monkeypatch.setattr(healing, "reworded", lambda *given, **more: often.append(given[3]) or reworded(*given, **more))
     chosen = {"vocabulary": Amount(100), "calibration": prose, "length": 24}
     made = healed(model, tmp_path / "out", prose, 12, **chosen)
     assert made.after.bits_per_byte < made.before.bits_per_byte
-    assert made.after.kl is None
+    assert made.after.kl is None and made.share == shares[0] and often == [healing.OFTEN, 1.0]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 100
     with open_session(tmp_path / "out", backend="reference") as session:
         assert set(session.parameters) & {"embed", "head"} == {"embed"}
