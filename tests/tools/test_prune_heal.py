@@ -189,8 +189,8 @@ def test_layers_are_made_up_for(tmp_path, model, prose):
 
 @pytest.mark.parametrize("shares", [(1.0,), (0.7,)])
 def test_tokens_are_made_up_for(tmp_path, model, prose, monkeypatch, shares):
-    """The embedding goes on being the head, however much of its training is worked in. What judges shows no more of what
-    went than is expected."""
+    """The embedding goes on being the head, however much of its training is worked in. What judges shows what went
+    no more often than is expected."""
     often = []
     monkeypatch.setattr(healing, "SHARES", shares)
     monkeypatch.setattr(healing, "reworded", lambda *given, **more: often.append(given[3]) or reworded(*given, **more))
