@@ -226,7 +226,8 @@ class Cache(ABC):
 
     def advance(self, slots: np.ndarray, counts: np.ndarray) -> None:
         """After a forward pass: `counts[b]` more tokens are held in `slots[b]`."""
-        self.lengths[slots] += counts
+        for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
+            self.lengths[slot] += count
 
     def truncate(self, slot: int, length: int) -> int:
         """Forget everything from position `length` on; returns the length really gone back to (<= length): a ring or

@@ -24,7 +24,7 @@ def sample(
         scores = penalised(logits[row], p, None if counts is None else (counts[0][row], counts[1][row]))
         if mask is not None:
             scores = scores + mask[row]
-        ids[row] = np.argmax(scores) if p.temperature <= 0 else draw(scores, p, float(u[row]))
+        ids[row] = draw(scores, p, float(u[row]))
     n = max(p.top_logprobs for p in params)
     if n == 0:
         return ids, None, None
@@ -49,8 +49,11 @@ def penalised(logits: np.ndarray, p: SamplingParams, counts: Counts | None) -> n
 def draw_one(scores: np.ndarray, p: SamplingParams, u: float) -> int:
     """One id from scores [V]: temperature, top-k, top-p, min-p, then the first id at which the running sum exceeds u.
 
-    Each filter keeps the likelier tokens; among equals, the lower ids. The most likely token always stays.
+    Each filter keeps the likelier tokens; among equals, the lower ids. The most likely token always stays, and is the one
+    at a temperature of 0.
     """
+    if p.temperature <= 0:
+        return int(scores.argmax())
     ids = best(scores, p.top_k) if 0 < p.top_k < scores.size else np.arange(scores.size)
     logits = scores[ids].astype(np.float64) / p.temperature
     weights = np.exp(logits - logits.max())

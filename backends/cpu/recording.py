@@ -66,7 +66,7 @@ class Replayed:
         if step.cache is not None:
             step.cache.check(step)
         for kept, given in zip(self.inputs, (ids.data, step.starts, step.lengths, step.slots), strict=True):
-            np.copyto(kept, given)
+            kept[...] = given
         self.recording.refresh(step)
         self.backend.kernels.arena.tidy()  # what the prompt took is the cache's to fill
         self.backend.machine.replay(self.recording.plan)

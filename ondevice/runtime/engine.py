@@ -133,7 +133,7 @@ class Engine:
                 break
             if count < wanted:
                 if not ahead:
-                    logits = self._forward(self._ids([token.id]), 1)
+                    logits = self._forward(pending.ids.reshape(1, 1), 1)
                     self.held.append(token.id)
                 pending = ahead or draw(logits, len(prompt) + count)
         yield Finished(reason, count, time.perf_counter() - started)
@@ -154,7 +154,7 @@ class Engine:
 
     def _forward(self, ids: A, count: int, head: bool = True) -> A | None:
         """`count` more tokens through the model -> logits [1, V] behind the last, or None without the head."""
-        slots, lengths = np.zeros(1, np.int32), np.full(1, count, np.int32)
+        slots, lengths = np.array([0], np.int32), np.array([count], np.int32)
         step = Step(self.cache.lengths[:1].copy(), lengths, slots, cache=self.cache)
         try:
             if count == 1:

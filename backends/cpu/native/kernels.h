@@ -378,7 +378,7 @@ void combine(const Combine&, Pool&);
 struct Draw {
     const float* scores;
     int64_t size, top_k;
-    double temperature, top_p, min_p, u;
+    double temperature, top_p, min_p, u;  // temperature 0: the likeliest
 };
 int64_t draw(const Draw&, const Kernels&, Pool&);
 

@@ -2,6 +2,7 @@
 // have 50,000 to 260,000 words and nearly all of them are hopeless, so nothing here sorts more than it must.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "kernels.h"
@@ -75,9 +76,23 @@ std::vector<Candidate> candidates(const Draw& p, const Kernels& kernels, Pool& p
     return all;
 }
 
+// The first of the largest; 0 if none is a number. Whole lanes are compared at a time: compilers turn that into vectors.
+int64_t likeliest(const float* scores, int64_t size) {
+    constexpr int64_t kLanes = 32;
+    float lanes[kLanes];
+    std::fill(lanes, lanes + kLanes, -std::numeric_limits<float>::infinity());
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes)
+        for (int64_t j = 0; j < kLanes; j++) lanes[j] = scores[i + j] > lanes[j] ? scores[i + j] : lanes[j];
+    for (; i < size; i++) lanes[0] = scores[i] > lanes[0] ? scores[i] : lanes[0];
+    const float* found = std::find(scores, scores + size, *std::max_element(lanes, lanes + kLanes));
+    return found == scores + size ? 0 : found - scores;
+}
+
 }  // namespace
 
 int64_t draw(const Draw& p, const Kernels& kernels, Pool& pool) {
+    if (p.temperature <= 0) return likeliest(p.scores, p.size);
     std::vector<Candidate> all = candidates(p, kernels, pool);
     if (p.top_p < 1) {
         all = nucleus(all, std::max(p.top_p, 1e-9) * sum_of(all));
