@@ -49,8 +49,8 @@ def penalised(logits: np.ndarray, p: SamplingParams, counts: Counts | None) -> n
 def draw_one(scores: np.ndarray, p: SamplingParams, u: float) -> int:
     """One id from scores [V]: temperature, top-k, top-p, min-p, then the first id at which the running sum exceeds u.
 
-    Each filter keeps the likelier tokens; among equals, the lower ids. The most likely token always stays, and is the one
-    at a temperature of 0.
+    Each filter keeps the likelier tokens; among equals, the lower ids. The most likely token always stays; at a
+    temperature of 0 it is the one.
     """
     if p.temperature <= 0:
         return int(scores.argmax())
