@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import errno
-import gc
 import os
 import signal
 import sys
@@ -69,7 +68,6 @@ def group(debug: bool) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """The entry point: runs a command and turns whatever goes wrong into two clear lines and an exit status."""
-    gc.set_threshold(100_000)  # a vocabulary is hundreds of thousands of objects, and no garbage
     status: list[int] = []
     if args is None:
         args = sys.argv[1:]
