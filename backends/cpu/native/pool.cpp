@@ -7,6 +7,9 @@
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
@@ -17,7 +20,7 @@ namespace {
 constexpr uint32_t kOpen = 1u << 31;
 // Longer than what lies between two tokens (sampling and text: some 100 us), so that workers stay awake while decoding.
 constexpr std::chrono::microseconds kSpin{400};
-constexpr size_t kLine = 64;
+constexpr size_t kHuge = 2 << 20;
 
 inline void pause() {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -46,15 +49,20 @@ void watch_forks() {
 
 }  // namespace
 
-Pool::Room::~Room() { ::operator delete[](data_, std::align_val_t{kLine}); }
+Pool::Room::~Room() { ::operator delete[](data_, std::align_val_t{kHuge}); }
 
+// In huge pages if there are such: products go through a room back and forth, and would miss small pages' addresses.
 float* Pool::Room::reserve(size_t floats) {
     if (floats > size_) {
-        ::operator delete[](data_, std::align_val_t{kLine});
+        ::operator delete[](data_, std::align_val_t{kHuge});
         data_ = nullptr;
         size_ = 0;
-        data_ = static_cast<float*>(::operator new[](floats * sizeof(float), std::align_val_t{kLine}));
+        const size_t bytes = floats * sizeof(float);
+        data_ = static_cast<float*>(::operator new[](bytes, std::align_val_t{kHuge}));
         size_ = floats;
+#if defined(__linux__)
+        if (bytes >= kHuge) madvise(data_, bytes / kHuge * kHuge, MADV_HUGEPAGE);
+#endif
     }
     return data_;
 }
