@@ -23,15 +23,8 @@ from ...models.ropes import RopeConfig
 from ...runtime.side_files import SAMPLING
 from ...tensors import Dense, Tensor
 
-FLOATS = (
-    "epsilon",
-    "freq_base",
-    "freq_base_swa",
-    "factor",
-    "softcapping",
-    "scale",
-    "attn_factor",
-)  # how keys of such numbers end
+# How keys of such numbers end.
+FLOATS = "epsilon", "freq_base", "freq_base_swa", "factor", "softcapping", "scale", "attn_factor"
 SCALINGS = ("linear", "yarn", "longrope")
 QUANTIZATION_VERSION = 2
 WINDOWED = frozenset({"gemma2", "gemma3", "cohere2", "olmo2", "gpt-oss"})  # those whose windows llama.cpp heeds
