@@ -181,6 +181,7 @@ def minus_one(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
 
 
 Order = Callable[[str, int, DeltaConfig], np.ndarray]
+Change = Callable[[np.ndarray], np.ndarray]
 
 
 def memory(order: Order) -> tuple[Callable, Callable]:
@@ -188,27 +189,24 @@ def memory(order: Order) -> tuple[Callable, Callable]:
     `order` (which rows of a file, in Hugging Face's order: of a part, with so many rows, of such a layer), gains (one
     more in a file, but for the memory's own), rates (minus their exponential)."""
 
-    def moved(name: str, tensor: Tensor, config: ModelConfig, way: Callable[[np.ndarray], np.ndarray]) -> Tensor:
+    def moved(name: str, tensor: Tensor, config: ModelConfig, way: Change) -> Tensor:
         _, inside, kind = name.rpartition(".delta.")
         if not inside or kind == "norm":
             return tensor
         take, count = (take_columns, tensor.shape[-1]) if kind == "out" else (take_rows, tensor.shape[0])
         return take(tensor, way(order(kind, count, config.layers[int(name.split(".")[1])].mixer)))
 
-    def back(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-        tensor = moved(name, tensor, config, lambda rows: rows)
-        if name.endswith("delta.rate"):
-            return dense(np.log(-to_float(tensor)))
-        return tensor if name.endswith("delta.norm") else minus_one(name, tensor, config)
+    def turned(way: Change, rates: Change, step: int) -> Callable:
+        def turn(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+            tensor = moved(name, tensor, config, way)
+            if name.endswith("delta.rate"):
+                return dense(rates(to_float(tensor)))
+            gains = name.endswith("norm") and not name.endswith("delta.norm")
+            return dense(to_float(tensor) + np.float32(step)) if gains else tensor
 
-    def there(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-        tensor = moved(name, tensor, config, np.argsort)
-        if name.endswith("delta.rate"):
-            return dense(-np.exp(to_float(tensor)))
-        own = not name.endswith("norm") or name.endswith("delta.norm")
-        return tensor if own else dense(to_float(tensor) + np.float32(1))
+        return turn
 
-    return back, there
+    return turned(lambda rows: rows, lambda x: np.log(-x), -1), turned(np.argsort, lambda x: -np.exp(x), 1)
 
 
 def in_turn(kind: str, count: int, mixer: DeltaConfig) -> np.ndarray:
