@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..backends.base import Backend, W
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, release
 from ..errors import BadFile
-from ..schemes import stack, to_float
-from ..tensors import Tensor, dense
+from ..schemes import row, stack, to_float
+from ..tensors import Stack, Tensor, dense
 from .config import (
     AttentionConfig,
     ConvolutionConfig,
@@ -25,6 +26,9 @@ from .config import (
 from .families import Family, NameMap, text_part
 from .families.gguf import guessing
 from .families.views import viewed, viewed_shape
+
+if TYPE_CHECKING:
+    from ..checkpoint.quantized import AnyEntry
 
 Shapes = dict[str, tuple[int, ...]]
 AT_ONCE = 16 << 20  # bytes of the checkpoint that are read before their memory is given back
@@ -228,9 +232,32 @@ class Parameters:
         return iter(self.shapes)
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor in Hugging Face's arrangement ([out, in]), whatever file it came from."""
-        shape, views = self.shapes[name], self._views[name]
-        parts = [self.checkpoint[n] for n in self._where[name]]
+        """The tensor in Hugging Face's arrangement ([out, in]), whatever file it came from. Experts are a `Stack`."""
+        entries = [self.checkpoint.entry(n) for n in self._where[name]]
+        if not self.comes_apart(name):
+            return self._arranged(name, self.shapes[name], entries)
+        count, *one = self.shapes[name]
+
+        def entry(expert: int) -> AnyEntry:
+            return entries[expert] if len(entries) > 1 else entries[0].row(expert)
+
+        return Stack(
+            count,
+            lambda expert: row(self._arranged(name, (1, *one), [entry(expert)]), 0),
+            lambda expert: release(*(place.load() for place in entry(expert).places)),
+        )
+
+    def comes_apart(self, name: str) -> bool:
+        """Whether a parameter is the experts of a layer, of one format, which can be read one by one."""
+        shape, stored = self.shapes[name], [self.checkpoint.outline(n) for n in self._where[name]]
+        if ".moe." not in name or len(shape) != 3 or len({tensor.format for tensor in stored}) != 1:
+            return False
+        return len(stored) > 1 or (len(stored[0].shape) == 3 and stored[0].shape[0] == shape[0])
+
+    def _arranged(self, name: str, shape: tuple[int, ...], entries: Sequence[AnyEntry]) -> Tensor:
+        """Our tensor, of `shape`, from where it lies."""
+        views = self._views[name]
+        parts = [entry.load() for entry in entries]
         layer = int(name.split(".")[1]) if name.startswith("layers.") else None
         mixer = None if layer is None else self._config.layers[layer].mixer
         parts = [viewed(part, views, shape, name.endswith(".bias"), mixer) for part in parts]

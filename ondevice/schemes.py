@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import Unsupported
-from .tensors import STORAGE, Affine, Blocks, Dense, Tensor, blank, floats, store
+from .tensors import STORAGE, Affine, Blocks, Dense, Stack, Tensor, blank, floats, store
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 CHUNK = 1 << 22  # numbers converted at a time
@@ -426,6 +426,8 @@ def take_columns(tensor: Tensor, columns: np.ndarray) -> Tensor:
 
 def row(tensor: Tensor, index: int) -> Tensor:
     """One row of the first axis, without it (an expert of a stack), as a view."""
+    if isinstance(tensor, Stack):
+        return tensor.piece(index)
     return Tensor(tensor.shape[1:], tensor.format, {name: part[index] for name, part in tensor.parts.items()})
 
 

@@ -8,7 +8,10 @@ bfloat16 and float8, which NumPy lacks, are held as their bit patterns; `format.
 from __future__ import annotations
 
 import math
+import mmap
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -84,6 +87,41 @@ class Tensor:
     def nbytes(self) -> int:
         """Bytes as stored."""
         return sum(part.nbytes for part in self.parts.values())
+
+
+class Stack(Tensor):
+    """Tensors of one shape and format (a layer's experts), [E, ...], read one by one when they are asked for. They are
+    put together, in memory of their own, where somebody wants `parts`."""
+
+    def __init__(
+        self, count: int, piece: Callable[[int], Tensor], done: Callable[[int], None] = lambda index: None
+    ):  # fmt: skip
+        """piece: one of them. done: gives back the memory of the pages that were read for it."""
+        first = piece(0)
+        for name, value in (
+            ("shape", (count, *first.shape)),
+            ("format", first.format),
+            ("piece", piece),
+            ("done", done),
+        ):
+            object.__setattr__(self, name, value)
+
+    @cached_property
+    def parts(self) -> dict[str, np.ndarray]:
+        pieces = [self.piece(index).parts for index in range(self.shape[0])]
+        return {name: np.stack([parts[name] for parts in pieces]) for name in pieces[0]}
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape[0] * self.piece(0).nbytes
+
+
+def file_of(part: np.ndarray) -> tuple[mmap.mmap, int] | None:
+    """The memory map an array looks into and the map's address, or None for ordinary memory."""
+    while isinstance(part.base, np.ndarray):
+        part = part.base
+    owner = getattr(part.base, "obj", part.base)
+    return (owner, part.__array_interface__["data"][0]) if isinstance(owner, mmap.mmap) else None
 
 
 def blank(shape: tuple[int, ...], form: Dense | Affine) -> Tensor:

@@ -22,20 +22,21 @@ HEAVY = (
 )
 BOTTOM = ("errors", "tensors", "schemes", "noise")
 ALLOWED = {  # a part -> what else of ours it may import at module level or below
-    "errors": (), "tensors": (), "noise": (), "installed": (), "schemes": BOTTOM, "catalog": (),
+    "errors": (), "tensors": (), "noise": (), "installed": (), "machine": (), "schemes": BOTTOM, "catalog": (),
     "registry": (*BOTTOM, "installed"),
     "checkpoint": (*BOTTOM, "checkpoint"), "hub": (*BOTTOM, "catalog", "registry", "checkpoint", "hub"),
     "pictures": (*BOTTOM, "checkpoint"),
-    "backends": (*BOTTOM, "installed", "registry", "backends"),
+    "backends": (*BOTTOM, "installed", "machine", "registry", "backends"),
     "models": (*BOTTOM, "registry", "checkpoint", "backends.base", "models"),
     "adapters": (*BOTTOM, "checkpoint", "backends.base", "models", "adapters"),
-    "runtime": (*BOTTOM, "registry", "checkpoint", "hub", "backends.base", "models", "adapters", "runtime"),
+    "runtime": (*BOTTOM, "machine", "registry", "checkpoint", "hub", "backends.base", "models", "adapters", "runtime"),
     "train": (
-        *BOTTOM, "pictures", "registry", "checkpoint", "backends.base", "models", "adapters", "runtime", "train",
+        *BOTTOM, "machine", "pictures", "registry", "checkpoint", "backends.base", "models", "adapters", "runtime",
+        "train",
     ),
     "tools": (
-        *BOTTOM, "pictures", "registry", "checkpoint", "hub", "backends.base", "models", "adapters", "runtime", "train",
-        "tools",
+        *BOTTOM, "machine", "pictures", "registry", "checkpoint", "hub", "backends.base", "models", "adapters",
+        "runtime", "train", "tools",
     ),
     "testing": (*BOTTOM, "registry", "checkpoint", "backends", "models", "runtime", "testing"),
 }  # fmt: skip

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-CGROUP = Path("/sys/fs/cgroup")
+from ...machine import groups
 
 
 def default_threads() -> int:
@@ -51,26 +51,11 @@ def _performance_cores() -> int:
 def _quota() -> int:
     """Processors' worth of time that the control groups (version 2, then 1) grant, rounded up."""
     most = math.inf
-    for group in _groups():
+    for version, group in groups("cpu"):
+        names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
         try:
-            quota, period = (group / "cpu.max").read_text().split()
-            most = min(most, math.inf if quota == "max" else int(quota) / int(period))
+            quota, period = " ".join((group / name).read_text() for name in names).split()
+            most = min(most, int(quota) / int(period) if quota not in ("max", "-1") else math.inf)
         except (OSError, ValueError):
             continue
-    try:
-        quota, period = ((CGROUP / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        most = min(most, int(quota) / int(period) if int(quota) > 0 else math.inf)
-    except (OSError, ValueError):
-        pass
     return math.ceil(most) if most < math.inf else 1 << 30
-
-
-def _groups() -> list[Path]:
-    """This process's control group and those it lies in."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    path = next((line[3:].lstrip("/") for line in lines if line.startswith("0::")), "")
-    group = CGROUP / path
-    return [g for g in (group, *group.parents) if g == CGROUP or CGROUP in g.parents]

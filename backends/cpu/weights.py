@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 
 from ... import schemes
-from ...tensors import STORAGE, Affine, Blocks, Dense, Tensor, dense
+from ...machine import free_bytes, memory_bytes, used_bytes
+from ...tensors import STORAGE, Affine, Blocks, Dense, Stack, Tensor, dense, file_of
 from ..base import Footprint
 from . import _native
 
@@ -28,8 +30,6 @@ class NativeWeight:
     __slots__ = ("adapter", "native", "numbers", "quantized", "shape")
 
     def __init__(self, machine: _native.Machine, tensor: Tensor, exact: bool):
-        if tensor.format == schemes.FP8:
-            tensor = schemes.to_dense(tensor, fp8_dtype(exact))
         self.shape = tensor.shape
         self.numbers: np.ndarray | None = None
         self.native: _native.Weight | None = None
@@ -37,10 +37,10 @@ class NativeWeight:
         self.quantized = tensor.quantized
         if len(tensor.shape) < 2:
             self.numbers = np.ascontiguousarray(schemes.to_float(tensor))
-        elif isinstance(tensor.format, Dense):
-            self.native = _dense(tensor)
+        elif isinstance(tensor, Stack):
+            self.native = machine.stack(partial(_expert, machine, tensor, exact), tensor.shape[0])
         else:
-            self.native = _tiles(machine, tensor)
+            self.native = _matrix(machine, tensor, exact)
 
     @property
     def rows(self) -> int:
@@ -57,7 +57,14 @@ def fp8_dtype(exact: bool) -> str:
 
 
 def footprint(tensor: Tensor, exact: bool) -> Footprint:
-    """Of a NativeWeight made of it: dense matrices stay in their file, tiles hold whole rows of sixteen."""
+    """Of a NativeWeight made of it: dense matrices stay in their file, tiles hold whole rows of sixteen. Experts that
+    are fetched when they are needed can be fetched again: they are as good as mapped."""
+    if isinstance(tensor, Stack):
+        return Footprint(0, sum(_footprint(tensor, exact)))
+    return _footprint(tensor, exact)
+
+
+def _footprint(tensor: Tensor, exact: bool) -> Footprint:
     form, numbers = tensor.format, Footprint(4 * tensor.size)
     if len(tensor.shape) < 2:
         return numbers
@@ -81,31 +88,55 @@ def footprint(tensor: Tensor, exact: bool) -> Footprint:
 
 def native_array(values: np.ndarray) -> _native.Weight:
     """An array (a trainable) in a weight's place."""
-    return _native.dense(np.ascontiguousarray(values, np.float32), "float32", *values.shape[-2:])
+    return _native.dense(np.ascontiguousarray(values, np.float32), "float32", *values.shape[-2:], True)
+
+
+def _expert(machine: _native.Machine, stack: Stack, exact: bool, index: int) -> _native.Weight:
+    """One of a stack, when it is needed. Experts in memory of their own may take, together, what was used by no one a
+    moment ago, but for an eighth of what there is; those not needed for longest go (backends/cpu/native/stack.h)."""
+    residents, most = machine.residents, memory_bytes() if machine.residents.due else None
+    if most is not None:
+        free = free_bytes()
+        room = min(most - used_bytes(), most if free is None else free) - most // 8
+        residents.allow(max(0, residents.held + room))
+    weight = _matrix(machine, stack.piece(index), exact, alone=True)
+    if weight.nbytes:
+        stack.done(index)
+    return weight
+
+
+def _matrix(machine: _native.Machine, tensor: Tensor, exact: bool, alone: bool = False) -> _native.Weight:
+    """alone: in memory that is given back with it."""
+    if tensor.format == schemes.FP8:
+        tensor = schemes.to_dense(tensor, fp8_dtype(exact))
+    return _dense(tensor) if isinstance(tensor.format, Dense) else _tiles(machine, tensor, alone)
 
 
 def _dense(tensor: Tensor) -> _native.Weight:
     if tensor.format.dtype not in FLOATS:
         tensor = dense(schemes.to_float(tensor))
-    return _native.dense(np.ascontiguousarray(tensor.parts["weight"]), tensor.format.dtype, *tensor.shape[-2:])
+    numbers = np.ascontiguousarray(tensor.parts["weight"])
+    return _native.dense(numbers, tensor.format.dtype, *tensor.shape[-2:], file_of(numbers) is None)
 
 
-def _tiles(machine: _native.Machine, tensor: Tensor) -> _native.Weight:
+def _tiles(machine: _native.Machine, tensor: Tensor, alone: bool) -> _native.Weight:
     form, shape = tensor.format, _stacked(tensor.shape)
     if isinstance(form, Affine) and form.group_size % 32 == 0:
         codes, scales, biases = (_octets(tensor.parts[name]) for name in ("weight", "scales", "biases"))
         return machine.pack_affine(
-            codes, form.bits, scales, biases, form.dtype, form.bits, form.group_size, 0.0, *shape
+            codes, form.bits, scales, biases, form.dtype, form.bits, form.group_size, 0.0, *shape, alone
         )
     if isinstance(form, Blocks) and form.kind in schemes.LEGACY_BITS:
         biased = form.kind.endswith("_1")
-        return machine.pack_legacy(_octets(tensor.parts["weight"]), schemes.LEGACY_BITS[form.kind], biased, *shape)
+        return machine.pack_legacy(
+            _octets(tensor.parts["weight"]), schemes.LEGACY_BITS[form.kind], biased, *shape, alone
+        )
     if isinstance(form, Blocks) and form.kind in K_TILES:
         parts, (group, zero) = schemes.k_parts(tensor), K_TILES[form.kind]
         codes, scales = _octets(parts.codes), _octets(parts.scales)
         biases = _octets(parts.biases) if zero is None else None
         bits = schemes.CODE_BITS[form.kind]
-        return machine.pack_affine(codes, 8, scales, biases, "float32", bits, group, zero or 0.0, *shape)
+        return machine.pack_affine(codes, 8, scales, biases, "float32", bits, group, zero or 0.0, *shape, alone)
     return _dense(dense(schemes.to_float(tensor)))
 
 
@@ -143,7 +174,7 @@ def adapter(
     dtype, below = ("float32", (0, 0)) if exact else ("float16", (_magnitude(a), _magnitude(b)))
     narrow, wide = (np.ldexp(half, -n).astype(STORAGE[dtype]) for half, n in zip((a, b), below, strict=True))
     made = _native.Adapter(
-        _native.dense(np.ascontiguousarray(narrow), dtype, *a.shape),
+        _native.dense(np.ascontiguousarray(narrow), dtype, *a.shape, True),
         _native.panels(_panels(wide), dtype, len(b)),
         float(np.ldexp(scale, sum(below))),
     )

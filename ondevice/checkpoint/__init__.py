@@ -73,6 +73,10 @@ class Checkpoint:
             raise BadFile(f"{self.path} has no tensor named {name!r}.", "Its download or conversion may be incomplete.")
         return self._entries[name].load()
 
+    def entry(self, name: str) -> AnyEntry:
+        """Where it lies, for who reads of it later."""
+        return self._entries[name]
+
     def outline(self, name: str) -> Tensor:
         """A tensor of that shape and format which takes no memory: nothing is read or put in another order."""
         entry = self._entries[name]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BadFile, Unavailable
-from ..tensors import STORAGE, Blocks, Dense, Tensor
+from ..tensors import STORAGE, Blocks, Dense, Tensor, file_of
 
 HINT = "Download or convert it again."
 
@@ -89,6 +89,11 @@ class Entry:
         """What of the file it is made of."""
         return (self,)
 
+    def row(self, index: int) -> Entry:
+        """One of the first axis, which stays, of length 1."""
+        size = self.nbytes // self.shape[0]
+        return Entry(self.file, self.offset + index * size, (1, *self.shape[1:]), self.format, size)
+
     def load(self) -> Tensor:
         if isinstance(self.format, Dense):
             stored, shape = STORAGE[self.format.dtype], self.shape
@@ -113,7 +118,7 @@ def release(*tensors: Tensor) -> None:
     """
     held: dict[int, tuple[mmap.mmap, list[tuple[int, int]]]] = {}
     for part in (part for tensor in tensors for part in tensor.parts.values()):
-        root = _root(part)
+        root = file_of(part)
         if root is None or not part.nbytes or not hasattr(root[0], "madvise"):
             continue
         file, first = root
@@ -136,11 +141,3 @@ def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             joined.append((start, end))
     return joined
-
-
-def _root(part: np.ndarray) -> tuple[mmap.mmap, int] | None:
-    """The memory map an array looks into and the map's address, or None for ordinary memory."""
-    while isinstance(part.base, np.ndarray):
-        part = part.base
-    owner = getattr(part.base, "obj", part.base)
-    return (owner, part.__array_interface__["data"][0]) if isinstance(owner, mmap.mmap) else None

@@ -35,6 +35,9 @@ class AffineEntry:
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.places)
 
+    def row(self, index: int) -> AffineEntry:
+        return AffineEntry(*(place.row(index) for place in self.places), (1, *self.shape[1:]), self.format)
+
     def load(self) -> Tensor:
         loaded = {part: getattr(self, part).load().parts["weight"] for part in ("weight", "scales", "biases")}
         return Tensor(self.shape, self.format, loaded)
@@ -59,6 +62,9 @@ class Mxfp4Entry:
     @property
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.places)
+
+    def row(self, index: int) -> Mxfp4Entry:
+        return Mxfp4Entry(self.codes.row(index), self.exponents.row(index), (1, *self.shape[1:]))
 
     def load(self) -> Tensor:
         """Copied: the bytes are put in the order of a GGUF's blocks."""
@@ -94,6 +100,10 @@ class Float8Entry:
     @property
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.places)
+
+    def row(self, index: int) -> Float8Entry:
+        scales = self.scales and (self.scales.row(index) if self.scales.shape[0] > 1 else self.scales)
+        return Float8Entry(self.codes.row(index), scales, self.block)
 
     def load(self) -> Tensor:
         """Copied: every row gets its scales beside its codes, so that it can be moved alone."""

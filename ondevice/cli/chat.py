@@ -255,7 +255,7 @@ class Talk:
         return getattr(owner, field)
 
     def stats(self) -> None:
-        from ..runtime.memory import peak_memory_bytes
+        from ..machine import peak_memory_bytes
 
         conversation, last = self.conversation, self.conversation.last
         session, info = conversation.session, conversation.session.backend.info()

@@ -67,7 +67,7 @@ def _installation() -> dict:
 
 
 def _machine() -> dict:
-    from ..runtime.memory import memory_bytes
+    from ..machine import memory_bytes
 
     compilers = (os.environ.get("CXX"), *COMPILERS)
     return {

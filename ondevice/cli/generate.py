@@ -137,7 +137,7 @@ def stream(events, show: bool):
 
 def describe(session, prompt_ids, options, tokens, finished) -> dict:
     """An answer for programs: what went in, what came out, how fast."""
-    from ..runtime.memory import peak_memory_bytes
+    from ..machine import peak_memory_bytes
 
     facts = {
         "text": finished.text,

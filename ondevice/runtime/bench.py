@@ -12,10 +12,11 @@ import numpy as np
 from .. import noise
 from ..backends.base import LayerCache
 from ..errors import BadOption
+from ..machine import peak_memory_bytes
 from ..models.config import ModelConfig
 from ..tensors import Tensor
 from .engine import Engine, Finished, GenerateOptions, Prefilled
-from .memory import idle_share, peak_memory_bytes
+from .memory import idle_share
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,17 @@
-"""What a model will take of the machine's memory, worked out before it is read; what this process has used of it."""
+"""What a model will take of the machine's memory, worked out before it is read."""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..backends.base import Backend, Footprint, LayerCache, StateCache
 from ..errors import OnDeviceError
+from ..machine import free_bytes, memory_bytes, used_bytes
 from ..models.config import ModelConfig, MoEConfig
 from ..models.parameters import Parameters
-from ..schemes import outline
-from ..tensors import STORAGE, Affine, Tensor, blank
+from ..schemes import outline, row
+from ..tensors import STORAGE, Affine, Stack, Tensor, blank
 
 CHUNK = 512  # tokens that go through the model at once, at most: engine.PREFILL_CHUNK
 TOKENIZER = 12_000_000, 600  # bytes: libraries that it loads, and for each token of the vocabulary
@@ -122,8 +120,11 @@ class Planner:
 
 
 def _as_stored(parameters: Parameters, name: str) -> bool:
-    """Whether a parameter is one tensor of the file: not experts apart, not part of another, not transposed."""
+    """Whether a parameter is one tensor of the file, or read from it expert by expert: not part of another, not
+    transposed."""
     found = parameters.stored(name)
+    if parameters.comes_apart(name):
+        return True
     return len(found) == 1 and parameters.checkpoint.outline(found[0]).shape == parameters.shapes[name]
 
 
@@ -131,8 +132,15 @@ def tensors_of(parameters: Parameters) -> dict[str, Tensor]:
     """Every parameter's shape and format, without reading it."""
     found = {}
     for name, shape in parameters.shapes.items():
-        found[name] = outline(shape, parameters.checkpoint.outline(parameters.stored(name)[0]).format)
+        form = parameters.checkpoint.outline(parameters.stored(name)[0]).format
+        found[name] = _apart(outline(shape, form)) if parameters.comes_apart(name) else outline(shape, form)
     return found
+
+
+def _apart(tensor: Tensor) -> Stack:
+    """Experts that are read one by one."""
+    one = row(tensor, 0)
+    return Stack(tensor.shape[0], lambda index: one)
 
 
 def idle_share(config: ModelConfig, name: str, tensor: Tensor) -> float:
@@ -195,62 +203,9 @@ def _fewer(tensor: Tensor, bits: int) -> Tensor:
     if len(tensor.shape) < 2 or tensor.shape[-1] % GROUP:
         return tensor
     fewer = blank(tensor.shape, form)
+    fewer = _apart(fewer) if isinstance(tensor, Stack) else fewer
     return fewer if fewer.nbytes < tensor.nbytes else tensor
 
 
 def _told(nbytes: int) -> str:
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
-
-
-# ---------------------------------------------------------------------------------------------- this machine
-
-
-def used_bytes() -> int:
-    """What this process holds now; where the system does not say, the most it has held."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError, AttributeError):
-        return peak_memory_bytes()
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process has held at once, in bytes, memory-mapped files that were touched included."""
-    if sys.platform == "win32":
-        import ctypes
-        from ctypes import wintypes
-
-        class Counters(ctypes.Structure):
-            _fields_ = [("cb", wintypes.DWORD), ("faults", wintypes.DWORD)] + [
-                (name, ctypes.c_size_t) for name in ("peak", "now", "q0", "q1", "q2", "q3", "pagefile", "peak_pagefile")
-            ]
-
-        counters = Counters(cb=ctypes.sizeof(Counters))
-        process = ctypes.windll.kernel32.GetCurrentProcess()
-        ctypes.windll.psapi.GetProcessMemoryInfo(process, ctypes.byref(counters), counters.cb)
-        return int(counters.peak)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def free_bytes() -> int | None:
-    """What could be had now without swapping anybody out; None: the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, IndexError, StopIteration):
-        return None
-
-
-def memory_bytes() -> int | None:
-    """What this process may use at most: the machine's memory, or its container's if that is less; None: unknown."""
-    limits = []
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limits.append(int(Path(file).read_text()))
-        except (OSError, ValueError):  # no such container, or "max"
-            continue
-    return min(limits, default=None)

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..backends.base import A
 from ..errors import BadOption, OnDeviceError, Unsupported
-from ..runtime.memory import peak_memory_bytes
+from ..machine import peak_memory_bytes
 from ..runtime.session import Session
 from . import folder as place
 from . import state as states

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import OnDeviceError
+from ..machine import memory_bytes, used_bytes
 from ..models.config import MoEConfig
 from ..models.parameters import expected
-from ..runtime.memory import memory_bytes, used_bytes
 from ..runtime.session import Session
 from .data import Data
 from .learner import logits_bytes

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from ...backends.base import Backend
 from ...errors import BadOption, OnDeviceError
+from ...machine import memory_bytes
 from ...models.config import ConvolutionConfig, DeltaConfig, LatentConfig, LayerConfig, MoEConfig
 from ...models.parameters import Parameters, expected
-from ...runtime.memory import ROUND, Plan, Planner, memory_bytes
+from ...runtime.memory import ROUND, Plan, Planner
 from ...runtime.session import DEFAULT_CONTEXT
 from ...tensors import blank
 from .anatomy import Anatomy, anatomy, promised

@@ -87,6 +87,14 @@ struct Matrix {
     bool panels = false;  // dense numbers lie in panels [rows / 16][columns][16]: of a LowRank's `up` alone
 };
 
+// The matrices of a stack that are not all in memory at once.
+class Stack {
+  public:
+    virtual ~Stack() = default;
+    virtual void need(const int32_t* experts, int64_t count) = 0;  // sees to it that these are here, till it is called again
+    virtual const Matrix& operator[](int64_t expert) const = 0;
+};
+
 // Rows of a, those of b behind them: out [rows, a's width + b's]
 struct Join {
     const float *a, *b;
@@ -236,10 +244,11 @@ struct ExpertLinear {
     const int32_t* ids;
     int64_t tokens, k;
     bool own, exact;
-    Matrix weight;  // of the first expert
+    Matrix weight;  // of the first expert; of a `stack`, one like any
     int64_t experts;
     const float* bias;  // [experts, O] or null
     float* out;
+    Stack* stack = nullptr;  // null: all matrices lie one behind the other
 };
 
 // out [tokens, width] = sum over k of gates y; gates may be null

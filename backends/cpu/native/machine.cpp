@@ -56,13 +56,15 @@ Buffer::~Buffer() {
     else ::operator delete(data_, std::align_val_t{kLine});
 }
 
+std::shared_ptr<uint8_t> Shelf::alone(int64_t bytes) {
+    const auto own = std::make_shared<Buffer>(bytes);
+    return {own, own->as()};
+}
+
 std::shared_ptr<uint8_t> Shelf::take(int64_t bytes) {
     std::lock_guard turn(turn_);
     bytes = round_up(bytes, kLine);
-    if (bytes > kShelf / 8) {
-        const auto own = std::make_shared<Buffer>(bytes);
-        return {own, own->as()};
-    }
+    if (bytes > kShelf / 8) return alone(bytes);
     if (!open_ || used_ + bytes > kShelf) {
         open_ = std::make_shared<Buffer>(kShelf);
         used_ = 0;

@@ -10,6 +10,7 @@
 
 #include "kernels.h"
 #include "pool.h"
+#include "stack.h"
 
 namespace ondevice::cpu {
 
@@ -37,6 +38,7 @@ class Buffer {
 class Shelf {
   public:
     std::shared_ptr<uint8_t> take(int64_t bytes);
+    static std::shared_ptr<uint8_t> alone(int64_t bytes);  // given back with what lies in it
 
   private:
     std::mutex turn_;
@@ -109,6 +111,7 @@ class Machine {
     const Kernels& kernels() const { return *kernels_; }
 
     std::shared_ptr<Plan> plan;  // while recording
+    const std::shared_ptr<Residents> residents = std::make_shared<Residents>();
 
   private:
     std::shared_ptr<Pool> pool_;

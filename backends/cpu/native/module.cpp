@@ -14,6 +14,7 @@
 #include "machine.h"
 #include "moments.h"
 #include "pack.h"
+#include "stack.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -57,27 +58,61 @@ void call(Machine& machine, Kernel<Arguments> kernel, const Arguments& arguments
 
 // A matrix, or a stack of them, with the memory it lies in.
 struct Weight {
-    std::shared_ptr<uint8_t> room;  // of tiles
-    nb::object owner;               // of dense numbers
+    std::shared_ptr<uint8_t> room;    // of tiles
+    nb::object owner;                 // of dense numbers
+    std::shared_ptr<Fetching> stack;  // of matrices that come and go; `tiles` and `matrix` are then like theirs
+    int64_t bytes = 0;                // of memory of its own
     Tiles tiles{};
     Matrix matrix{};
 
-    const Matrix at(int64_t expert) const {
+    const Matrix like() const {
         Matrix m = matrix;
-        m.expert = expert;
-        if (tiles.data) m.tiles = &tiles;
-        else m.dense = static_cast<const uint8_t*>(m.dense) + expert * m.rows * m.columns * size_of(m.type);
+        if (tiled()) m.tiles = &tiles;
         return m;
     }
-    int64_t bytes() const { return room ? tiles.bytes() : 0; }
+    const Matrix at(int64_t expert) const {
+        if (stack) return (*stack)[expert];
+        Matrix m = like();
+        m.expert = expert;
+        if (!tiled()) m.dense = static_cast<const uint8_t*>(m.dense) + expert * m.rows * m.columns * size_of(m.type);
+        return m;
+    }
+    bool tiled() const { return tiles.bits != 0; }
 };
 
+// Keeps one of a weight's matrices in memory for as long as it lives, and other threads from calling the machine.
+class Keeping {
+  public:
+    Keeping(Machine& machine, const Weight& weight, int64_t expert) {
+        if (!weight.stack) return;
+        require(!machine.plan, "a plan would outlive the expert");
+        const auto id = static_cast<int32_t>(expert);
+        nb::gil_scoped_release others_may_run;
+        turn_ = std::unique_lock(machine.pool().turn);
+        weight.stack->need(&id, 1);
+    }
+
+  private:
+    std::unique_lock<std::recursive_mutex> turn_;
+};
+
+// Shares what Python made with threads that do not hold its lock.
+template <class T>
+std::shared_ptr<T> shared_with_python(T&& value) {
+    return {new T(std::move(value)), [](T* held) {
+                nb::gil_scoped_acquire turn;
+                delete held;
+            }};
+}
+
+// own: the numbers lie in memory of their own, not in a file's pages
 std::shared_ptr<Weight> dense(nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu> a, const std::string& dtype, int64_t rows,
-                              int64_t columns) {
+                              int64_t columns, bool own) {
     auto weight = std::make_shared<Weight>();
     weight->matrix = Matrix{a.data(), number(dtype), rows, columns, nullptr, 0};
     require(static_cast<int64_t>(a.nbytes()) >= rows * columns * size_of(weight->matrix.type), "too few numbers");
     weight->owner = nb::cast(a);
+    weight->bytes = own ? static_cast<int64_t>(a.nbytes()) : 0;
     return weight;
 }
 
@@ -85,16 +120,18 @@ std::shared_ptr<Weight> dense(nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>
 std::shared_ptr<Weight> panels(nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu> a, const std::string& dtype,
                                int64_t rows) {
     require(a.ndim() == 3 && a.shape(2) == kRows && static_cast<int64_t>(a.shape(0)) == (rows + kRows - 1) / kRows, "panels");
-    auto weight = dense(a, dtype, static_cast<int64_t>(a.shape(0)) * kRows, static_cast<int64_t>(a.shape(1)));
+    auto weight = dense(a, dtype, static_cast<int64_t>(a.shape(0)) * kRows, static_cast<int64_t>(a.shape(1)), true);
     weight->matrix.rows = rows;
     weight->matrix.panels = true;
     return weight;
 }
 
-std::shared_ptr<Weight> empty_tiles(Machine& machine, const Tiles& shape) {
+// alone: the memory is given back with them
+std::shared_ptr<Weight> empty_tiles(Machine& machine, const Tiles& shape, bool alone) {
     auto weight = std::make_shared<Weight>();
     weight->tiles = shape;
-    weight->room = machine.shelf().take(shape.bytes());
+    weight->bytes = shape.bytes();
+    weight->room = alone ? Shelf::alone(weight->bytes) : machine.shelf().take(weight->bytes);
     weight->tiles.data = weight->room.get();
     weight->matrix = Matrix{nullptr, Number::f32, shape.rows, shape.columns, nullptr, 0};
     return weight;
@@ -102,14 +139,14 @@ std::shared_ptr<Weight> empty_tiles(Machine& machine, const Tiles& shape) {
 
 std::shared_ptr<Weight> pack_affine(Machine& machine, Bytes codes, int stored_bits, Bytes scales,
                                     std::optional<Bytes> biases, const std::string& dtype, int bits, int group,
-                                    float zero, int64_t experts, int64_t rows, int64_t columns) {
+                                    float zero, int64_t experts, int64_t rows, int64_t columns, bool alone) {
     const Tiles shape{bits, group, number(dtype), biases.has_value(), zero, experts, rows, columns, nullptr};
     const int64_t numbers = experts * rows * (columns / group) * size_of(shape.scale_type);
     require(columns % shape.unit() == 0, "columns are no multiple of the group");
     require(static_cast<int64_t>(codes.nbytes()) == experts * rows * columns / 8 * stored_bits, "codes do not fit");
     require(static_cast<int64_t>(scales.nbytes()) == numbers, "scales do not fit");
     require(!biases || static_cast<int64_t>(biases->nbytes()) == numbers, "biases do not fit");
-    auto weight = empty_tiles(machine, shape);
+    auto weight = empty_tiles(machine, shape, alone);
     const AffineParts parts{codes.data(), stored_bits, scales.data(), biases ? biases->data() : nullptr};
     nb::gil_scoped_release others_may_run;
     machine.run([&] { pack(parts, weight->tiles, machine.pool()); });
@@ -117,15 +154,33 @@ std::shared_ptr<Weight> pack_affine(Machine& machine, Bytes codes, int stored_bi
 }
 
 std::shared_ptr<Weight> pack_legacy(Machine& machine, Bytes blocks, int bits, bool biased, int64_t experts,
-                                    int64_t rows, int64_t columns) {
+                                    int64_t rows, int64_t columns, bool alone) {
     const float zero = biased ? 0.0f : static_cast<float>(1 << (bits - 1));
     const int64_t block = 4 * bits + (biased ? 4 : 2);
     require(columns % kBlock == 0, "columns are no multiple of the block");
     require(static_cast<int64_t>(blocks.nbytes()) == experts * rows * (columns / kBlock) * block, "blocks do not fit");
-    auto weight = empty_tiles(machine, Tiles{bits, kBlock, Number::f16, biased, zero, experts, rows, columns, nullptr});
+    auto weight =
+        empty_tiles(machine, Tiles{bits, kBlock, Number::f16, biased, zero, experts, rows, columns, nullptr}, alone);
     const LegacyBlocks from{blocks.data()};
     nb::gil_scoped_release others_may_run;
     machine.run([&] { pack(from, weight->tiles, machine.pool()); });
+    return weight;
+}
+
+// Matrices that fetch(index) gives, each a Weight, when they are needed.
+std::shared_ptr<Weight> stack(Machine& machine, nb::callable fetch, int64_t experts) {
+    const auto ask = shared_with_python(std::move(fetch));
+    auto weight = std::make_shared<Weight>();
+    weight->stack = std::make_shared<Fetching>(machine.residents, experts, [ask](int64_t expert) {
+        nb::gil_scoped_acquire turn;
+        auto one = shared_with_python(nb::cast<std::shared_ptr<Weight>>((*ask)(expert)));
+        return Fetched{(*one)->at(0), (*one)->bytes, one};
+    });
+    const Keeping first(machine, *weight, 0);
+    weight->matrix = weight->at(0);
+    if (weight->matrix.tiles) weight->tiles = *weight->matrix.tiles;
+    weight->tiles.data = nullptr;
+    weight->matrix.tiles = nullptr;
     return weight;
 }
 
@@ -158,7 +213,7 @@ struct Adapter {
 
     Adapter(std::shared_ptr<Weight> narrow, std::shared_ptr<Weight> wide, float factor)
         : down(std::move(narrow)), up(std::move(wide)), scale(factor) {
-        require(!down->tiles.data && !down->matrix.panels && up->matrix.panels, "down is dense, up in panels");
+        require(!down->tiled() && !down->matrix.panels && up->matrix.panels, "down is dense, up in panels");
         require(up->matrix.columns == down->matrix.rows, "ranks differ");
     }
 
@@ -200,11 +255,12 @@ Term term(const In& x, const Weight& weight, int64_t expert, bool back, bool tur
 // A term, and a second one if x2 is given.
 void products(Machine& machine, In x, const Weight& weight, int64_t expert, bool back, bool turned, float scale, Maybe x2,
               const Weight* weight2, float scale2, Maybe bias, bool add, bool narrow, Out out) {
+    const Keeping here(machine, weight, expert);
     Products p{{term(x, weight, expert, back, turned, scale)}, 1, data(bias), out.data(), 0, 0, add, narrow};
     p.width = p.terms[0].width();
     p.tokens = static_cast<int64_t>(x.size()) / p.terms[0].depth();
     if (x2) {
-        require(weight2, "a second weight is missing");
+        require(weight2 && !weight2->stack, "a second weight is missing");
         p.terms[p.count++] = term(*x2, *weight2, 0, back, turned, scale2);
         require(p.terms[1].width() == p.width, "weights do not fit");
         require(static_cast<int64_t>(x2->size()) == p.tokens * p.terms[1].depth(), "tokens do not fit");
@@ -214,6 +270,7 @@ void products(Machine& machine, In x, const Weight& weight, int64_t expert, bool
 }
 
 void embed_rows(Machine& machine, const Weight& weight, int64_t expert, Ints ids, Out out) {
+    const Keeping here(machine, weight, expert);
     const Matrix w = weight.at(expert);
     require(out.size() == ids.size() * static_cast<size_t>(w.columns), "sizes");
     call(machine, &embed, Embed{w, ids.data(), out.data(), static_cast<int64_t>(ids.size())});
@@ -515,14 +572,15 @@ void make_gates(Machine& machine, In logits, Ints ids, int scoring, float jitter
 
 void expert_linear(Machine& machine, In x, const Weight& weight, Maybe bias, Maybe gates, Ints ids, int64_t experts,
                    bool exact, Out out) {
-    const Matrix w = weight.at(0);
+    const Matrix w = weight.stack ? weight.like() : weight.at(0);
     const bool own = x.ndim() == 3;
     const auto tokens = static_cast<int64_t>(ids.shape(0)), k = static_cast<int64_t>(ids.shape(1));
     require(last(x) == w.columns && static_cast<int64_t>(x.size()) == tokens * (own ? k : 1) * w.columns, "inputs");
     require(static_cast<int64_t>(out.size()) == tokens * k * w.rows && (!gates || gates->size() == ids.size()), "sizes");
     require(!bias || size(bias) == experts * w.rows, "bias");
     call(machine, machine.kernels().expert_linear,
-         ExpertLinear{x.data(), data(gates), ids.data(), tokens, k, own, exact, w, experts, data(bias), out.data()});
+         ExpertLinear{x.data(), data(gates), ids.data(), tokens, k, own, exact, w, experts, data(bias), out.data(),
+                      weight.stack.get()});
 }
 
 void combine_experts(Machine& machine, In y, Maybe gates, Out out) {
@@ -572,8 +630,8 @@ NB_MODULE(_native, m) {
     m.def("variants", &variant_names, "Instruction sets that this processor can run, the best first.");
 
     nb::class_<Weight>(m, "Weight")
-        .def_prop_ro("nbytes", &Weight::bytes)
-        .def_prop_ro("tiled", [](const Weight& self) { return self.room != nullptr; });
+        .def_ro("nbytes", &Weight::bytes, "Of memory of its own.")
+        .def_prop_ro("tiled", &Weight::tiled);
     nb::class_<Activations>(m, "Activations");
     nb::class_<Mask>(m, "Mask").def(nb::init<float, int64_t, int64_t, float>());
     nb::class_<Step>(m, "Step").def(
@@ -608,11 +666,15 @@ NB_MODULE(_native, m) {
         .def("empty", [](std::shared_ptr<Arena> self, const std::vector<size_t>& shape) { return arena_array<float>(self, shape); },
              "shape"_a, "A float32 array.");
 
-    m.def("dense", &dense, "array"_a.noconvert(), "dtype"_a, "rows"_a, "columns"_a);
+    m.def("dense", &dense, "array"_a.noconvert(), "dtype"_a, "rows"_a, "columns"_a, "own"_a);
     m.def("panels", &panels, "array"_a.noconvert(), "dtype"_a, "rows"_a);
     nb::class_<Adapter>(m, "Adapter")
         .def(nb::init<std::shared_ptr<Weight>, std::shared_ptr<Weight>, float>(), "down"_a, "up"_a, "scale"_a);
 
+    nb::class_<Residents>(m, "Residents", "The matrices of stacks that are in memory of their own.")
+        .def_prop_ro("held", &Residents::held, "Bytes that they take.")
+        .def("allow", &Residents::allow, "bytes"_a, "How many they may take; those not needed for longest go first.")
+        .def_prop_ro("due", &Residents::due, "Whether `allow` should be called again.");
     nb::class_<Machine>(m, "Machine")
         .def(nb::init<int, const std::string&>(), "threads"_a, "kernels"_a = "")
         .def_prop_ro("threads", [](Machine& self) { return self.pool().threads(); })
@@ -622,8 +684,11 @@ NB_MODULE(_native, m) {
         .def_rw("plan", &Machine::plan, nb::arg().none())
         .def("replay", &Machine::replay, nb::call_guard<nb::gil_scoped_release>())
         .def("pack_affine", &pack_affine, "codes"_a.noconvert(), "stored_bits"_a, "scales"_a.noconvert(),
-             "biases"_a.noconvert().none(), "dtype"_a, "bits"_a, "group"_a, "zero"_a, "experts"_a, "rows"_a, "columns"_a)
-        .def("pack_legacy", &pack_legacy, "blocks"_a.noconvert(), "bits"_a, "biased"_a, "experts"_a, "rows"_a, "columns"_a)
+             "biases"_a.noconvert().none(), "dtype"_a, "bits"_a, "group"_a, "zero"_a, "experts"_a, "rows"_a, "columns"_a, "alone"_a)
+        .def("pack_legacy", &pack_legacy, "blocks"_a.noconvert(), "bits"_a, "biased"_a, "experts"_a, "rows"_a, "columns"_a,
+             "alone"_a)
+        .def("stack", &stack, "fetch"_a, "experts"_a)
+        .def_prop_ro("residents", [](Machine& self) { return self.residents; })
         .def("quantize", &quantize, "x"_a.noconvert())
         .def("linear_int8", &linear_int8, "x"_a, "weight"_a, "bias"_a.noconvert().none(), "plain"_a.noconvert().none(),
              "adapter"_a.none(), "out"_a.noconvert())

@@ -24,7 +24,7 @@ class Pool {
     Pool& operator=(const Pool&) = delete;
 
     int threads() const { return threads_; }
-    std::mutex turn;
+    std::recursive_mutex turn;
 
     // work(task, thread) for each task. Not reentrant; one caller at a time, who holds `turn`.
     template <class Work>

@@ -38,7 +38,8 @@ static Matrix of_stack(Matrix w, int64_t expert) {
 }
 
 static Product product_of(const ExpertLinear& p, int64_t expert) {
-    return {of_stack(p.weight, expert), p.bias ? p.bias + expert * p.weight.rows : nullptr, p.out};
+    const Matrix weight = p.stack ? (*p.stack)[expert] : of_stack(p.weight, expert);
+    return {weight, p.bias ? p.bias + expert * p.weight.rows : nullptr, p.out};
 }
 
 // Calls work(expert, its pairs, how many, task within it, thread): `cuts` tasks for each expert that anyone chose.
@@ -93,6 +94,7 @@ static void experts_int8(const ExpertLinear& p, const Groups& groups, Pool& pool
 
 static void expert_linear(const ExpertLinear& p, Pool& pool) {
     const Groups groups(p, pool.shared(0, static_cast<size_t>(Groups::room(p))));
+    if (p.stack) p.stack->need(groups.chosen, groups.count);
     if (p.weight.tiles && !p.exact) experts_int8(p, groups, pool);
     else experts_float(p, groups, pool);
 }
