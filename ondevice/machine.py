@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 LIMITS = {  # of a control group's memory, by version: the most, what is in use, what of it are pages of files
     2: ("memory.max", "memory.current", ("inactive_file", "active_file")),
     1: ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
@@ -17,7 +17,7 @@ LIMITS = {  # of a control group's memory, by version: the most, what is in use,
 def groups(controller: str) -> Iterator[tuple[int, Path]]:
     """The control groups that this process is in for `controller` and those that they lie in, with their version."""
     try:
-        lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+        lines = [line.split(":", 2) for line in OWN.read_text().splitlines()]
     except OSError:
         return
     for number, controllers, path in lines:

@@ -69,5 +69,7 @@ void check_attention(const Kernels&, Pool&);
 void check_recurrence(const Kernels&, Pool&);
 void check_training(const Kernels&, Pool&);
 void check_pool();
+void check_experts_that_go(const Kernels&, Pool&);
+void check_stack();
 
 }  // namespace ondevice::cpu

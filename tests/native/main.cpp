@@ -29,6 +29,7 @@ int main(int count, char** names) {
         &kPortable,
     };
     check_pool();
+    check_stack();
     for (const Kernels* kernels : all) {
         bool wanted = count == 1;
         for (int i = 1; i < count; i++) wanted = wanted || std::strcmp(names[i], kernels->name) == 0;
@@ -41,6 +42,7 @@ int main(int count, char** names) {
             check_attention(*kernels, pool);
             check_recurrence(*kernels, pool);
             check_training(*kernels, pool);
+            check_experts_that_go(*kernels, pool);
             std::printf("%s, %d threads: done\n", kernels->name, threads);
         }
     }

@@ -47,7 +47,7 @@ def build(
     """The checking program with these variants; `own`: flags of a variant's file, instead of the usual ones."""
     defines = [f"-DONDEVICE_{v.upper()}" for v in variants if v != "portable"]
     common = ["-std=c++17", "-O2", "-g", "-Wall", "-Wextra", f"-I{NATIVE}", *defines, *(flags or [])]
-    sources = [(NATIVE / f"{name}.cpp", []) for name in ("pool", "dispatch", "pack", "common")]
+    sources = [(NATIVE / f"{name}.cpp", []) for name in ("pool", "stack", "dispatch", "pack", "common")]
     sources += [(source, []) for source in sorted(HERE.glob("*.cpp"))]
     sources += [(NATIVE / f"variant_{v}.cpp", own.get(v, FLAGS[v])) for v in variants]
 
