@@ -134,8 +134,11 @@ class Learner:
         return np.concatenate(found)
 
     def _chunks(self, count: int) -> Iterator[tuple[int, int]]:
-        for at in range(0, count, self.chunk):
-            yield at, min(at + self.chunk, count)
+        """Of like size, so that one's memory is the next one's."""
+        parts = max(1, -(-count // self.chunk))
+        step = -(-count // parts)
+        for at in range(0, count, step or 1):
+            yield at, min(at + step, count)
 
 
 def logits_bytes(remat: bool) -> int:

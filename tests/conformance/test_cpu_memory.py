@@ -27,6 +27,10 @@ def test_buffers_are_used_again_and_given_back() -> None:
     del first
     assert arena.held == 4 << 16
     assert arena.empty([1 << 16]).ctypes.data == place
+    assert arena.empty([60000]).ctypes.data == place, "a batch's lengths differ from the last one's by little"
+    small = arena.empty([40000])
+    assert small.ctypes.data != place, "nor may a large one be wasted"
+    del small
     kept = arena.empty([1 << 10])
     arena.tidy()
     assert arena.held == kept.nbytes

@@ -74,15 +74,18 @@ std::shared_ptr<uint8_t> Shelf::take(int64_t bytes) {
 }
 
 uint8_t* Arena::take(int64_t bytes) {
-    used_ += bytes;
+    // A somewhat larger one will do: lengths differ from batch to batch, and fresh pages cost more than what is computed.
+    const auto found = free_.lower_bound(bytes);
+    const bool fits = found != free_.end() && found->first <= bytes + bytes / 4;
+    used_ += fits ? found->first : bytes;
     most_ = used_ > most_ ? used_ : most_;
-    auto& free = free_[bytes];
-    if (!free.empty()) {
-        uint8_t* data = free.back();
-        free.pop_back();
+    if (fits) {
+        uint8_t* data = found->second.back();
+        found->second.pop_back();
+        if (found->second.empty()) free_.erase(found);
         return data;
     }
-    if (bounded_) make_room(bytes);
+    if (bounded_) shrink(most_ + most_ / 16 - bytes);
     auto made = std::make_unique<Buffer>(bytes);
     uint8_t* data = made->as();
     all_[data] = std::move(made);
@@ -90,17 +93,19 @@ uint8_t* Arena::take(int64_t bytes) {
     return data;
 }
 
-// The largest idle buffers go first.
 void Arena::tidy() {
     most_ = used_;
-    make_room(0);
+    shrink(used_);
 }
-void Arena::make_room(int64_t bytes) {
-    for (auto size = free_.rbegin(); size != free_.rend() && held_ + bytes > most_; ++size)
-        for (; !size->second.empty() && held_ + bytes > most_; held_ -= size->first) {
-            all_.erase(size->second.back());
-            size->second.pop_back();
-        }
+
+void Arena::shrink(int64_t most) {
+    while (!free_.empty() && held_ > most) {
+        const auto size = std::prev(free_.end());
+        all_.erase(size->second.back());
+        held_ -= size->first;
+        size->second.pop_back();
+        if (size->second.empty()) free_.erase(size);
+    }
 }
 
 void Arena::give(uint8_t* data) {

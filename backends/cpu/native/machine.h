@@ -47,8 +47,9 @@ class Shelf {
 };
 
 // Buffers that are used again once Python has let go of them, which saves the system from clearing fresh pages: in a plan,
-// whose replay runs its calls in the same order, and from step to step in training, from layer to layer of a prompt. If `bounded`, what lies idle is given
-// back before more than ever was in use at once would be held; a plan points to its buffers for good.
+// whose replay runs its calls in the same order, and from step to step in training, from layer to layer of a prompt. If
+// `bounded`, what lies idle is given back before a sixteenth more than ever was in use at once would be held; a plan points
+// to its buffers for good.
 class Arena {
   public:
     explicit Arena(bool bounded) : bounded_(bounded) {}
@@ -62,7 +63,7 @@ class Arena {
     int64_t held() const { return held_; }
 
   private:
-    void make_room(int64_t bytes);
+    void shrink(int64_t most);  // until no more than so many bytes are held, the largest idle buffers first
 
     const bool bounded_;
     std::map<uint8_t*, std::unique_ptr<Buffer>> all_;

@@ -19,6 +19,7 @@ static ONDEVICE_INLINE void multiply_panel(const float* x, int64_t x_stride, con
     F y[T][V];
     for (int t = 0; t < T; t++)
         for (int i = 0; i < V; i++) y[t][i] = add ? load(out + t * out_stride + i * N) : set(0);
+    ONDEVICE_UNROLL_SOME
     for (int64_t k = 0; k < depth; k++, panel += stride) {
         F w[V];
         load_side<V>(panel, w);

@@ -2,14 +2,12 @@
 //
 // The blocking is that of Goto and van de Geijn 2008, with as little traffic beyond the second level of cache as it allows:
 // a strip of the weight is unpacked into panels of 16 columns that stay there, deep enough that a result is not written
-// and read again too often; the tokens, woven once for all strips, pass in blocks. Of both, slices that fit the first
-// level meet. A quantized weight is never written out: only the strip that is being used. `narrow` products are of
+// and read again too often; the tokens, woven once for all strips, pass in blocks. A quantized weight is never written out: only the strip that is being used. `narrow` products are of
 // numbers rounded to bfloat16, two of them in a word, with float sums.
 
 constexpr int64_t kReach = 640;            // places of a sum whose weights are unpacked together, at most
 constexpr int64_t kHeld = 80 << 10;        // floats of an unpacked strip, about: 320 KB
 constexpr int64_t kTall = 48;              // tokens in a block, a multiple of every kTileTokens: with kReach, 120 KB
-constexpr int64_t kSlice = 6656 / (kTileTokens + kTilePanels * kRows);  // words of a tile and its panels in 26 KB
 constexpr int64_t kPass = 576;             // tokens that an unpacked strip serves at most: then unpacking is a few percent
 constexpr int64_t kMost = 2048;            // tokens that are woven at a time, at most
 constexpr int64_t kWoven = 4 << 20;        // floats of them: 16 MB
@@ -121,6 +119,7 @@ static ONDEVICE_INLINE void multiply_tile(const float* tile, const float* panel,
     F y[T][P * L];
     for (int t = 0; t < T; t++)
         for (int i = 0; i < P * L; i++) y[t][i] = set(0);
+    ONDEVICE_UNROLL_SOME
     for (int64_t k = 0; k < words; k++, panel += kRows, tile += T) {
         F w[P * L];
         for (int j = 0; j < P; j++) load16(panel + j * apart, w + j * L);
@@ -165,23 +164,16 @@ static void multiply_tiles(const Woven& x, const float* panel, int64_t apart, in
     }
 }
 
-// A block of tokens times `count` columns in panels, a slice of the sum at a time.
+// A block of tokens times `count` columns in panels.
 template <bool narrow>
 static void multiply_block(const Woven& x, const float* panels, int64_t words, int64_t count, float* out, int64_t stride,
                            bool add) {
     constexpr int64_t wide = kTilePanels * kRows;
-    const int64_t slices = (words + kSlice - 1) / kSlice, step = (words + slices - 1) / slices;
-    for (int64_t k = 0; k < words; k += step) {
-        const int64_t some = words - k < step ? words - k : step;
-        const Woven part{x.tiles + k * kTileTokens, x.apart, x.tokens};
-        const float* panel = panels + k * kRows;
-        int64_t j = 0;
-        for (; j + wide <= count; j += wide)
-            multiply_tiles<narrow, kTilePanels>(part, panel + j * words, words * kRows, some, wide, out + j, stride, add || k > 0);
-        for (; j < count; j += kRows)
-            multiply_tiles<narrow, 1>(part, panel + j * words, 0, some, count - j < kRows ? count - j : kRows, out + j, stride,
-                                      add || k > 0);
-    }
+    int64_t j = 0;
+    for (; j + wide <= count; j += wide)
+        multiply_tiles<narrow, kTilePanels>(x, panels + j * words, words * kRows, words, wide, out + j, stride, add);
+    for (; j < count; j += kRows)
+        multiply_tiles<narrow, 1>(x, panels + j * words, 0, words, count - j < kRows ? count - j : kRows, out + j, stride, add);
 }
 
 // A tile of numbers -> one of pairs, which are neighbours of a token.
