@@ -282,6 +282,7 @@ FEATURES = {
     "training": "value_and_grad, remat, dropout, token_loss, adamw",
     "trainable_scales": "quantized: a weight differentiable in its scales and biases",
     "compile": "compile makes a real difference",
+    "burst": "what compile returns can draw several tokens in a row",
 }
 
 
@@ -535,7 +536,12 @@ class Backend(ABC):
     def compile(self, fn: Callable[[A, Step], A], state: Sequence[Any] = ()) -> Callable[[A, Step], A]:
         """A faster `fn(ids, step)`, called again and again with one shape and one cache; all that changes are the
         numbers in ids, starts, lengths and slots. `state`: the cache and weights that fn reads. What comes out is
-        valid until the next call. Here: fn itself."""
+        valid until the next call. Here: fn itself.
+
+        With the feature "burst" and an fn of one row, [1, 1] -> logits [1, V], it also has `burst(ids, step, params, u,
+        stop)`: what len(u) calls in a row draw, each with one of the numbers u, as `sample` does without counts and
+        mask: int32 ids [n]. Each is the next call's input, one place further on; behind one of the ids `stop` there are
+        no more calls. The engine moves the cache's length by n. None where this fn cannot be called so."""
         return fn
 
     def _lacks(self, feature: str) -> Unsupported:

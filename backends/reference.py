@@ -437,7 +437,7 @@ class ReferenceBackend(TapedBackend):
     """The contract over NumpyKernels. Always exact."""
 
     name = "reference"
-    features = frozenset(FEATURES) - {"compile"}
+    features = frozenset(FEATURES) - {"compile", "burst"}
     exact = True
 
     def __init__(self, kernels: NumpyKernels):

@@ -63,7 +63,7 @@ class NumpyBackend(TapedBackend):
     """Where nothing was compiled. Always exact."""
 
     name = "cpu"
-    features = frozenset(FEATURES) - {"compile"}
+    features = frozenset(FEATURES) - {"compile", "burst"}
 
     def __init__(self, exact: bool):
         super().__init__(NumpyKernels())

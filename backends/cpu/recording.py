@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..base import A, Step
+from ..base import A, SamplingParams, Step
 from ..tape import Array
 from . import _native
 
@@ -55,13 +55,36 @@ class Replayed:
         self.reason = ""  # why there is no plan
 
     def __call__(self, ids: Array, step: Step) -> Array:
-        if self.reason or step.segments is not None or self.backend.recording_gradients:
+        if not self._ready(ids, step):
             return self.fn(ids, step)
+        self.backend.machine.replay(self.recording.plan)
+        return self.result
+
+    def burst(
+        self, ids: Array, step: Step, params: SamplingParams, u: np.ndarray, stop: Collection[int] = ()
+    ) -> np.ndarray | None:
+        """Without the interpreter in between; None where the host has a part in every step."""
+        if not self._ready(ids, step) or self.recording.moved or params.top_logprobs:
+            return None
+        p, (ids_read, starts_read) = params, self.inputs[:2]
+        last = Step(step.starts + np.int32(len(u) - 1), step.lengths, step.slots, cache=step.cache)
+        if step.cache is not None:
+            step.cache.check(last)
+        filters, stops = (p.temperature, p.top_k, p.top_p, p.min_p), np.fromiter(stop, np.int32, len(stop))
+        drawn = np.empty(len(u), np.int32)
+        plan, logits = self.recording.plan, self.result.data
+        count = self.backend.machine.burst(plan, ids_read, starts_read, logits, *filters, u, stops, drawn)
+        return drawn[:count]
+
+    def _ready(self, ids: Array, step: Step) -> bool:
+        """Whether there is a plan for these, which has now been given them."""
+        if self.reason or step.segments is not None or self.backend.recording_gradients:
+            return False
         key = (ids.shape, None if step.cache is None else id(step.cache), len(step.starts))
         if key != self.key:
             self._record(ids, step)
             if self.reason:
-                return self.fn(ids, step)
+                return False
             self.key = key
         if step.cache is not None:
             step.cache.check(step)
@@ -69,8 +92,7 @@ class Replayed:
             kept[...] = given
         self.recording.refresh(step)
         self.backend.kernels.arena.tidy()  # what the prompt took is the cache's to fill
-        self.backend.machine.replay(self.recording.plan)
-        return self.result
+        return True
 
     def _record(self, ids: Array, step: Step) -> None:
         """The step's arrays are replaced by copies of our own, which the kernels read again at each replay."""

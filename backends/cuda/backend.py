@@ -60,7 +60,7 @@ class CudaBackend(TorchRecurrence, TorchExperts, TorchTraining, Backend):
     def __init__(self, device: torch.device, dtype: str, exact: bool, packed: bool):
         self.device, self.dtype, self.exact, self.packed = device, TORCH[dtype], exact, packed
         self.asynchronous = device.type != "cpu"
-        self.features = frozenset(FEATURES) - (set() if device.type == "cuda" else {"compile"})
+        self.features = frozenset(FEATURES) - ({"burst"} if device.type == "cuda" else {"compile", "burst"})
         self._freqs: dict[int, tuple[np.ndarray, torch.Tensor]] = {}
         self._places: TorchPlaces | DevicePlaces | None = None  # of the step that passes through the layers just now
 

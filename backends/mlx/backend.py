@@ -78,7 +78,7 @@ class MlxBackend(MlxExperts, MlxRecurrence, MlxTraining, Backend):
     that calls a C++ compiler for each function, so there it is off."""
 
     name = "mlx"
-    features = frozenset(FEATURES) - {"compile"}
+    features = frozenset(FEATURES) - {"compile", "burst"}
     asynchronous = True
 
     def __init__(self, dtype: str, exact: bool, fused: bool):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..errors import BadOption, ContextFull
 from ..models.decoder import Decoder
 
 PREFILL_CHUNK = 512  # tokens a forward pass at most: bounds the memory of a long prompt
+LUMP, MOST = 0.02, 8  # seconds, and tokens, that an answer may come in at a time: who reads does not see it
 
 
 SENSIBLE = {  # a field of SamplingParams -> whether a value makes sense, and which do
@@ -118,25 +120,71 @@ class Engine:
         wanted = min(options.max_tokens or room, room)
         draw = _Draw(self.ops, options, prompt, self.decoder.config.vocab)
         reason = "length" if wanted == options.max_tokens else "context"
-        started, pending = 0.0, draw(logits, len(prompt))
-        for count in range(1, wanted + 1):
-            ahead = None
-            if self.ops.asynchronous and count < wanted and not draw.needs_history:
-                ahead = draw(self._forward(pending.ids.reshape(1, 1), 1), len(prompt) + count)
-            token = draw.read(pending)
-            if ahead:
-                self.held.append(token.id)  # it went through the model before anyone knew it
-            started = started or time.perf_counter()
+        started, count = 0.0, 0
+        for token in self._answer(draw, logits, wanted):
+            started, count = started or time.perf_counter(), count + 1
             yield token
             if token.id in (options.stop_ids or ()):
                 reason = "stop"
                 break
-            if count < wanted:
-                if not ahead:
-                    logits = self._forward(pending.ids.reshape(1, 1), 1)
-                    self.held.append(token.id)
-                pending = ahead or draw(logits, len(prompt) + count)
         yield Finished(reason, count, time.perf_counter() - started)
+
+    def _answer(self, draw: _Draw, logits: A, wanted: int) -> Iterator[Token]:
+        """`wanted` tokens behind these logits; where the backend can, as many at a time as come in LUMP. A state that
+        knows no way back must not run ahead: who listens may stop."""
+        count, several = 0, 1
+        if "burst" in self.ops.features and draw.alone and not self.cache.recurrent:
+            token, count = draw.read(draw(logits, 0)), 1
+            yield token
+            while count < wanted:
+                began = time.perf_counter()
+                ids = self._burst(token.id, draw, count, min(several, wanted - count))
+                if ids is None:
+                    logits = self._next(token.id, self._ids([token.id]))
+                    break
+                several = max(1, min(MOST, int(LUMP * len(ids) / (time.perf_counter() - began))))
+                for token in map(Token, ids):
+                    yield token
+                count += len(ids)
+            else:
+                return
+        yield from self._step_by_step(draw, logits, count, wanted)
+
+    def _step_by_step(self, draw: _Draw, logits: A, count: int, wanted: int) -> Iterator[Token]:
+        """The tokens from `count` on, whose logits these are."""
+        pending = draw(logits, count)
+        while True:
+            ahead, count = None, count + 1
+            if self.ops.asynchronous and count < wanted and not draw.needs_history:
+                ahead = draw(self._forward(pending.ids.reshape(1, 1), 1), count)
+            token = draw.read(pending)
+            if ahead:
+                self.held.append(token.id)  # it went through the model before anyone knew it
+            yield token
+            if count == wanted:
+                return
+            pending = ahead or draw(self._next(token.id, pending.ids.reshape(1, 1)), count)
+
+    def _next(self, token: int, ids: A) -> A:
+        """A token, `ids` on the device, through the model -> logits [1, V]"""
+        logits = self._forward(ids, 1)
+        self.held.append(token)
+        return logits
+
+    def _burst(self, token: int, draw: _Draw, count: int, several: int) -> list[int] | None:
+        """The ids behind `token`, the count-th of an answer; None where it takes step by step."""
+        slots, lengths = np.array([0], np.int32), np.array([1], np.int32)
+        step = Step(self.cache.lengths[:1].copy(), lengths, slots, cache=self.cache)
+        options = draw.options
+        with self._moving(slots, lengths * several):
+            u = draw.numbers(count, several)
+            drawn = self._decode.burst(self._ids([token]), step, options.sampling, u, options.stop_ids or ())
+            if drawn is None:
+                return None
+        ids = drawn.tolist()
+        self.cache.advance(slots, lengths * len(ids))
+        self.held += [token, *ids[:-1]]
+        return ids
 
     def prefill(self, prompt: Sequence[int]) -> tuple[A, Prefilled]:
         """Brings the cache to exactly these ids, a soft prompt's places among them; returns the logits [1, V] behind
@@ -156,7 +204,7 @@ class Engine:
         """`count` more tokens through the model -> logits [1, V] behind the last, or None without the head."""
         slots, lengths = np.array([0], np.int32), np.array([count], np.int32)
         step = Step(self.cache.lengths[:1].copy(), lengths, slots, cache=self.cache)
-        try:
+        with self._moving(slots, lengths):
             if count == 1:
                 logits = self._decode(ids, step)
             elif head:
@@ -164,13 +212,19 @@ class Engine:
             else:
                 logits, x = None, self.decoder.hidden(ids, step).reshape(-1, self.decoder.config.width)
                 self.ops.numpy(self.ops.take(x, slots))  # wait: bounds what is queued
-        except BaseException:  # interrupted: some layers have written to their places already, others have not
+        self.cache.advance(slots, lengths)
+        return logits
+
+    @contextmanager
+    def _moving(self, slots: np.ndarray, lengths: np.ndarray) -> Iterator[None]:
+        """When interrupted, some layers have written to their places of the cache already, others have not."""
+        try:
+            yield
+        except BaseException:
             self.cache.advance(slots, lengths)
             self._forget(len(self.held))
             self._compile()
             raise
-        self.cache.advance(slots, lengths)
-        return logits
 
     def _ids(self, ids: Sequence[int]) -> A:
         return self.ops.array(np.array([ids], np.int32))
@@ -200,7 +254,7 @@ class _Draw:
 
     def __init__(self, ops, options: GenerateOptions, prompt: Sequence[int], vocab: int):
         self.ops, self.options = ops, options
-        s = options.sampling
+        s, self.place = options.sampling, len(prompt)
         self.needs_history = (s.repetition, s.presence, s.frequency) != (1.0, 0.0, 0.0)
         self.counts = self.mask = None
         if self.needs_history:
@@ -210,10 +264,18 @@ class _Draw:
             for token, bias in options.logit_bias:
                 self.mask[0, token] = bias
 
-    def __call__(self, logits: A, position: int) -> Sampled:
-        greedy = self.options.sampling.temperature == 0  # nothing is drawn, and the noise would take 1 % of a token
-        u = np.zeros(1, np.float32) if greedy else noise.uniform(self.options.seed, "sample", position, (1,))
-        return self.ops.sample(logits, [self.options.sampling], u, self.counts, self.mask)
+        self.alone = not self.needs_history and self.mask is None and not s.top_logprobs  # logits are all it takes
+
+    def __call__(self, logits: A, count: int) -> Sampled:
+        """The answer's token behind `count` others."""
+        return self.ops.sample(logits, [self.options.sampling], self.numbers(count, 1), self.counts, self.mask)
+
+    def numbers(self, count: int, several: int) -> np.ndarray:
+        """Where in [0, 1) to draw that token and the next ones, float32 [several]."""
+        if self.options.sampling.temperature == 0:  # nothing is drawn, and the noise would take 1 % of a token
+            return np.zeros(several, np.float32)
+        places = range(self.place + count, self.place + count + several)
+        return np.concatenate([noise.uniform(self.options.seed, "sample", place, (1,)) for place in places])
 
     def read(self, sampled: Sampled) -> Token:
         """Waits for the token."""

@@ -105,7 +105,7 @@ class StrictBackend(Backend):
 
     def __init__(self, inner: Backend):
         self.inner = inner
-        self.name, self.features, self.exact = inner.name, inner.features, inner.exact
+        self.name, self.features, self.exact = inner.name, inner.features - {"burst"}, inner.exact
         self.asynchronous = inner.asynchronous
         self.calls: dict[str, int] = {}
 

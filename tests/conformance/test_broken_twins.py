@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from ondevice.backends.reference import NumpyKernels
 from ondevice.testing.suite import CASES, run
 from tests.conformance.broken_twins import TWINS
+from tests.conformance.broken_twins.contract import Bursting
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -14,6 +16,10 @@ def test_rejected(name: str) -> None:
     failures = run(make(), lambda case: case.name.startswith(f"{area}."), first=True)
     assert failures, f"the {area} cases accept {name}"
     assert str(failures[0].error), f"{failures[0].case.name} rejects {name} without a word"
+
+
+def test_a_right_burst_is_accepted() -> None:
+    assert not run(Bursting(NumpyKernels()), lambda case: case.name.startswith("compiled."))
 
 
 @pytest.mark.slow

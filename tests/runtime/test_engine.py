@@ -223,6 +223,96 @@ def test_closed_at_any_token_the_cache_stays_true(asynchronous):
         assert tokens(engine.generate(other, RANDOM)) == wanted
 
 
+# ---- several tokens at a time
+
+
+@pytest.fixture
+def bursting(monkeypatch):
+    """A model on the processor's kernels, whose bursts are as long as they may be; what they drew is counted."""
+    pytest.importorskip("ondevice.backends.cpu._native", reason="the kernels are not compiled")
+    from ondevice.backends.cpu.recording import Replayed
+
+    found, burst = [], Replayed.burst
+
+    def counted(self, *arguments):
+        drawn = burst(self, *arguments)
+        found.append(0 if drawn is None else len(drawn))
+        return drawn
+
+    monkeypatch.setattr(Replayed, "burst", counted)
+    monkeypatch.setattr(module, "LUMP", 60.0)
+    ops = create_backend("cpu", threads=2)
+    made = Decoder(CONFIG, ops, random_weights(CONFIG, ops, 32))
+    made.bursts = found
+    return made
+
+
+def alone(model, prompt, options, monkeypatch):
+    """The answer token by token."""
+    with monkeypatch.context() as patched:
+        patched.setattr(model.ops, "features", model.ops.features - {"burst"})
+        return answer(model, prompt, options)
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(temperature=0.0), RANDOM.sampling, SamplingParams(1.2, 7, 0.8)])
+def test_bursts_say_what_single_steps_say(bursting, sampling, monkeypatch):
+    for count in (1, 2, 3, 12, 40):
+        options = GenerateOptions(count, sampling, seed=5)
+        engine, single = Engine(bursting, 64), alone(bursting, PROMPT, options, monkeypatch)
+        bursting.bursts.clear()
+        *events, last = engine.generate(PROMPT, options)
+        assert tokens(events) == single and (last.reason, last.tokens) == ("length", count)
+        assert sum(bursting.bursts) == count - 1 and max(bursting.bursts, default=1) == min(8, max(1, count - 2))
+        assert engine.held == PROMPT + single[:-1] and engine.cache.lengths[0] == len(engine.held)
+
+
+def test_a_burst_ends_with_a_stop_id(bursting, monkeypatch):
+    said = alone(bursting, PROMPT, RANDOM, monkeypatch)
+    stop = said[6]
+    *events, last = Engine(bursting, 64).generate(PROMPT, replace(RANDOM, stop_ids=frozenset({stop})))
+    assert tokens(events) == said[: said.index(stop) + 1] and last.reason == "stop"
+
+
+def test_who_stops_listening_in_a_burst_leaves_a_true_cache(bursting, monkeypatch):
+    other = [*PROMPT, 30, 31]
+    wanted = alone(bursting, other, RANDOM, monkeypatch)
+    for place in range(14):
+        engine = Engine(bursting, 64)
+        events = engine.generate(PROMPT, RANDOM)
+        for _ in range(place):
+            next(events)
+        events.close()
+        assert engine.cache.lengths[0] == len(engine.held)
+        assert tokens(engine.generate(other, RANDOM)) == wanted
+
+
+def test_what_needs_more_than_logits_goes_step_by_step(bursting, monkeypatch):
+    for sampling in (SamplingParams(1.0, frequency=0.5), SamplingParams(0.0, top_logprobs=2)):
+        answer(bursting, PROMPT, replace(RANDOM, sampling=sampling))
+    answer(bursting, PROMPT, replace(RANDOM, logit_bias=((3, 1.0),)))
+    assert not bursting.bursts
+
+
+def test_an_interrupted_burst_leaves_a_true_cache(bursting, monkeypatch):
+    from ondevice.backends.cpu.recording import Replayed
+
+    other, burst = [*PROMPT, 30, 31], Replayed.burst
+    wanted = alone(bursting, other, RANDOM, monkeypatch)
+
+    def interrupted(self, *arguments):
+        burst(self, *arguments)
+        if len(bursting.bursts) == 2:
+            raise KeyboardInterrupt
+
+    engine = Engine(bursting, 64)
+    with monkeypatch.context() as patched:
+        patched.setattr(Replayed, "burst", interrupted)
+        bursting.bursts.append(0)
+        with pytest.raises(KeyboardInterrupt):
+            list(engine.generate(PROMPT, RANDOM))
+    assert tokens(engine.generate(other, RANDOM)) == wanted
+
+
 class Ring(HostCache):
     """Goes back two tokens at most; a longer way is a new beginning."""
 

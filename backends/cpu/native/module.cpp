@@ -7,6 +7,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <stdexcept>
@@ -598,6 +599,28 @@ int64_t draw_one(Machine& machine, In scores, double temperature, int64_t top_k,
     return id;
 }
 
+// Replays a plan that makes logits of ids and starts, both [1], as often as there are numbers u; each time the id that is
+// drawn becomes the next one's. Ends behind an id of `stop`. Returns how many were drawn.
+int64_t burst(Machine& machine, const Plan& plan, Array<int32_t> ids, Array<int32_t> starts, In logits, double temperature,
+              int64_t top_k, double top_p, double min_p, In u, Ints stop, Array<int32_t> drawn) {
+    require(ids.size() == 1 && starts.size() == 1 && drawn.size() == u.size(), "sizes");
+    const int32_t *first = stop.data(), *end = first + stop.size();
+    Draw parameters{logits.data(), static_cast<int64_t>(logits.size()), top_k, temperature, top_p, min_p, 0};
+    int64_t count = 0;
+    nb::gil_scoped_release others_may_run;
+    machine.run([&] {
+        while (count < static_cast<int64_t>(u.size())) {
+            plan.run(machine.pool());
+            parameters.u = u.data()[count];
+            const auto id = static_cast<int32_t>(draw(parameters, machine.kernels(), machine.pool()));
+            drawn.data()[count++] = ids.data()[0] = id;
+            starts.data()[0]++;
+            if (std::find(first, end, id) != end) break;
+        }
+    });
+    return count;
+}
+
 // An array in an arena; its memory is free for later calls once Python has let go of it.
 template <class T>
 nb::ndarray<nb::numpy, T> arena_array(const std::shared_ptr<Arena>& arena, const std::vector<size_t>& shape) {
@@ -682,6 +705,8 @@ NB_MODULE(_native, m) {
         .def_prop_ro("pairs", [](Machine& self) { return self.kernels().pairs; },
                      "Whether products of bfloat16 numbers are the quicker ones.")
         .def_rw("plan", &Machine::plan, nb::arg().none())
+        .def("burst", &burst, "plan"_a, "ids"_a.noconvert(), "starts"_a.noconvert(), "logits"_a.noconvert(),
+             "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "u"_a.noconvert(), "stop"_a.noconvert(), "drawn"_a.noconvert())
         .def("replay", &Machine::replay, nb::call_guard<nb::gil_scoped_release>())
         .def("pack_affine", &pack_affine, "codes"_a.noconvert(), "stored_bits"_a, "scales"_a.noconvert(),
              "biases"_a.noconvert().none(), "dtype"_a, "bits"_a, "group"_a, "zero"_a, "experts"_a, "rows"_a, "columns"_a, "alone"_a)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ...backends.base import AttentionSpec, Backend, LayerCache, Step
+from ...backends.base import AttentionSpec, Backend, LayerCache, SamplingParams, Step
+from ...errors import ContextFull
 from ...tensors import Affine, Tensor, dense
 from ..suite import Pair, case, freqs, int32
 from .weights import Format
@@ -40,8 +41,11 @@ def model(pair: Pair, quantized: bool) -> dict[str, Tensor]:
     return weights
 
 
-def decoder(ops: Backend, weights: dict[str, Tensor], windows: Sequence[int | None] = (None, 5)) -> Callable:
-    """(ids [B, T], step) -> logits [B, T, V]: everything that a dense decode step does, keys with an adapter."""
+def decoder(
+    ops: Backend, weights: dict[str, Tensor], windows: Sequence[int | None] = (None, 5), placed: bool = True
+) -> Callable:
+    """(ids [B, T], step) -> logits [B, T, V]: everything that a dense decode step does, keys with an adapter. placed:
+    with what the host makes of each step."""
     w = {name: ops.prepare(tensor) for name, tensor in weights.items()}
     turns = freqs(D // H)
 
@@ -53,8 +57,9 @@ def decoder(ops: Backend, weights: dict[str, Tensor], windows: Sequence[int | No
         k = k.reshape(rows, tokens, K, D // H)
         v = ops.linear(h, w[f"{i}.v"]).reshape(rows, tokens, K, D // H)
         q, k = ops.rope(ops.rms_norm(q, None, 1e-5), step, turns), ops.rope(k, step, turns)
-        q = q.reshape(rows, tokens, D) * ops.sharpness(step, tokens, 3, 0.4)
-        q = q.reshape(rows, tokens, H, D // H)
+        if placed:
+            q = q.reshape(rows, tokens, D) * ops.sharpness(step, tokens, 3, 0.4)
+            q = q.reshape(rows, tokens, H, D // H)
         y = ops.attention(q, k, v, None, AttentionSpec(SCALE, windows[i]), step, i)
         x = x + ops.linear(y.reshape(rows, tokens, D), w[f"{i}.o"])
         h = ops.rms_norm(x, w[f"{i}.norm2"], 1e-5)
@@ -62,7 +67,9 @@ def decoder(ops: Backend, weights: dict[str, Tensor], windows: Sequence[int | No
         return x + ops.linear(gated, w[f"{i}.down"])
 
     def forward(ids, step: Step):
-        x = ops.embed(w["embed"], ids) * 8.0 + ops.embed(w["positions"], ops.positions(step, ids.shape[1]))
+        x = ops.embed(w["embed"], ids) * 8.0
+        if placed:
+            x = x + ops.embed(w["positions"], ops.positions(step, ids.shape[1]))
         for i in range(LAYERS):
             x = block(i, x, step)
         return ops.linear(ops.rms_norm(x, w["norm"], 1e-5), w["head"])
@@ -148,8 +155,6 @@ def two_compiled_at_once(pair: Pair) -> None:
 @case("cache")
 def ids_may_come_from_the_device(pair: Pair) -> None:
     """What `sample` returned goes straight into the next step."""
-    from ...backends.base import SamplingParams
-
     ops, weights, texts = pair.backend, model(pair, False), []
     for compiled in (True, False):
         forward, cache = decoder(ops, weights), caches(ops, 1)
@@ -165,3 +170,76 @@ def ids_may_come_from_the_device(pair: Pair) -> None:
             text.append(int(ops.numpy(ids)[0]))
         texts.append(text)
     assert texts[0] == texts[1], f"compiled: {texts[0]}, plain: {texts[1]}"
+
+
+FILTERS = {
+    "likeliest": SamplingParams(temperature=0.0),
+    "all": SamplingParams(temperature=1.3),
+    "few": SamplingParams(temperature=1.7, top_k=5, top_p=0.9, min_p=0.05),
+}
+
+
+class Answer:
+    """Tokens behind `first`, by single steps or in bursts."""
+
+    def __init__(self, ops: Backend, forward: Callable, first: int, params: SamplingParams, u: np.ndarray):
+        self.ops, self.cache, self.params, self.u = ops, caches(ops, 2), params, u
+        self.run, self.ids = ops.compile(lambda ids, step: forward(ids, step).reshape(1, V), [self.cache]), [first]
+
+    def _now(self):
+        step = Step(self.cache.lengths[1:].copy(), int32(1), int32(1), cache=self.cache)
+        return self.ops.array(np.array([self.ids[-1:]], np.int32)), step
+
+    def logits(self) -> np.ndarray:
+        return self.ops.numpy(self.run(*self._now())).copy()
+
+    def step(self) -> None:
+        at = len(self.ids) - 1
+        drawn = self.ops.sample(self.run(*self._now()), [self.params], self.u[at : at + 1])
+        self.ids.append(int(self.ops.numpy(drawn.ids)[0]))
+        self.cache.advance(int32(1), int32(1))
+
+    def burst(self, count: int, stop: Sequence[int] = ()) -> int | None:
+        """How many came."""
+        at = len(self.ids) - 1
+        drawn = self.run.burst(*self._now(), self.params, self.u[at : at + count], stop)
+        if drawn is None:
+            return None
+        self.ids += drawn.tolist()
+        self.cache.advance(int32(1), int32(len(drawn)))
+        return len(drawn)
+
+
+@case("burst", placed=[False, True], filters=list(FILTERS))
+def a_burst_is_its_steps(pair: Pair, placed: bool, filters: str) -> None:
+    """The same ids and the same cache behind them; it ends where it is told to. What the host has a part in may be
+    refused."""
+    ops, u = pair.backend, pair.random.random(20, np.float32)
+    forward = decoder(ops, model(pair, False), placed=placed)
+    steps, bursts = (Answer(ops, forward, 3, FILTERS[filters], u) for _ in range(2))
+    for _ in range(16):
+        steps.step()
+    for count in (1, 4, 3):
+        if bursts.burst(count) is None:
+            assert placed, "a plain decoder must do"
+            return
+    assert bursts.ids == steps.ids[:9], f"{bursts.ids} instead of {steps.ids[:9]}"
+    last = steps.ids[11]
+    wanted = steps.ids[9:].index(last) + 1
+    assert bursts.burst(7, {last, V + 1}) == wanted, f"does not end behind {last} of {steps.ids[9:]}"
+    bursts.burst(8 - wanted)
+    assert bursts.ids == steps.ids, f"{bursts.ids} instead of {steps.ids}, behind a stop"
+    pair.alike("chain", bursts.logits(), steps.logits())
+
+
+@case("burst")
+def a_burst_stays_in_its_cache(pair: Pair) -> None:
+    """ContextFull before anything is written."""
+    forward, u = decoder(pair.backend, model(pair, False), placed=False), np.zeros(60, np.float32)
+    answer = Answer(pair.backend, forward, 3, FILTERS["likeliest"], u)
+    answer.burst(30)
+    try:
+        answer.burst(CAPACITY - 29)
+    except ContextFull:
+        return
+    raise AssertionError("tokens went beyond the cache's capacity")

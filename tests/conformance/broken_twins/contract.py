@@ -121,6 +121,89 @@ class IdsOfTheRecording(Recording):
         return self.ids.setdefault((id(first), ids.shape), ids), step
 
 
+class Bursting(ReferenceBackend):
+    """A right burst, made of steps. Twins override `next`: of a step and a token that was drawn, the next step and its
+    id; `number`: of all, the i-th; `ends`: whether an id is the last."""
+
+    features = ReferenceBackend.features | {"burst"}
+
+    def next(self, step: Step, drawn: int, first: int) -> tuple[Step, int]:
+        return replace(step, starts=step.starts + np.int32(1)), drawn
+
+    def number(self, u: np.ndarray, i: int) -> np.ndarray:
+        return u[i : i + 1]
+
+    def ends(self, drawn: int, stop) -> bool:
+        return drawn in stop
+
+    def compile(self, fn, state=()):
+        def run(ids, step):
+            return fn(ids, step)
+
+        def burst(ids, step, params, u, stop=()):
+            step.cache.check(replace(step, starts=step.starts + np.int32(len(u) - 1)))
+            first = drawn = int(self.numpy(ids)[0, 0])
+            found = []
+            for i in range(len(u)):
+                logits = fn(self.array(np.array([[drawn]], np.int32)), step)
+                found.append(int(self.numpy(self.sample(logits, [params], self.number(u, i)).ids)[0]))
+                step, drawn = self.next(step, found[-1], first)
+                if self.ends(found[-1], stop):
+                    break
+            return np.array(found, np.int32)
+
+        run.burst = burst
+        return run
+
+
+@twin("compiled")
+class BurstThatFills(Bursting):
+    """Where there is no more room it ends, without a word."""
+
+    def compile(self, fn, state=()):
+        run = super().compile(fn, state)
+        right = run.burst
+        run.burst = lambda ids, step, params, u, stop=(): right(
+            ids, step, params, u[: step.cache.capacity - int(step.starts[0])], stop
+        )
+        return run
+
+
+@twin("compiled")
+class BurstInOnePlace(Bursting):
+    def next(self, step, drawn, first):
+        return step, drawn
+
+
+@twin("compiled")
+class BurstOfOneInput(Bursting):
+    def next(self, step, drawn, first):
+        return super().next(step, first, first)
+
+
+@twin("compiled")
+class BurstOfOneNumber(Bursting):
+    def number(self, u, i):
+        return u[:1]
+
+
+@twin("compiled")
+class BurstBeyondItsEnd(Bursting):
+    def ends(self, drawn, stop):
+        return False
+
+
+@twin("compiled")
+class BurstThatEndsTooLate(Bursting):
+    """A token behind the last one."""
+
+    ended = False
+
+    def ends(self, drawn, stop):
+        before, self.ended = self.ended, drawn in stop
+        return before
+
+
 @twin("compiled")
 class OneResultForAllPlans(ReferenceBackend):
     """Every plan replays the latest recording."""
