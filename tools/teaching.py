@@ -23,6 +23,7 @@ from .evaluate.text import Evaluation, evaluate
 from .progress import Progress
 
 PROBED = 2  # steps by which the time of one is told: the first also prepares
+VALIDATIONS = 4  # of a training, at most: late in it, the last state is nearly always the best
 PASSES = 3  # over the data at most, where the number of steps is not given
 FEWEST = 8  # passages, of which one is held out
 
@@ -159,7 +160,8 @@ def taught(
         if isinstance(event, StepDone):
             yield Progress("Seeing how long a step takes", event.step, PROBED, "steps")
             seconds, last = time.perf_counter() - last, time.perf_counter()
-    settings = replace(settings, steps=max(1, min(most, int(60 * lessons.minutes / seconds))))
+    steps = max(1, min(most, int(60 * lessons.minutes / seconds)))
+    settings = replace(settings, steps=steps, validate_every=-(-steps // VALIDATIONS))
     for event in train(student, data, settings, teacher=teacher):
         if isinstance(event, StepDone):
             yield Progress("Learning from the original", event.step, settings.steps, f"steps, loss {event.loss:.3f}")

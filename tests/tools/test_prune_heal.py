@@ -20,6 +20,7 @@ from ondevice.tools.prune.rewording import reworded
 from ondevice.tools.prune.subject import Subject
 from ondevice.tools.prune.tokens import encoding, rewritten
 from ondevice.tools.prune.translation import Translation, Translator
+from ondevice.tools.teaching import VALIDATIONS
 from ondevice.train.batches import make_batch
 from ondevice.train.data import Example
 from ondevice.train.encode import encoded
@@ -168,7 +169,9 @@ def _whole(ids):
 
 def healed(source, dest, prose, steps, **options):
     *events, result = prune(source, dest, Options(heal=Lessons(prose, steps=steps, **QUICK), **options))
-    assert any(event.stage.startswith("Learning") for event in events if isinstance(event, Progress))
+    told = [event for event in events if isinstance(event, Progress)]
+    assert any(event.stage.startswith("Learning") for event in told)
+    assert 1 <= sum(event.stage.startswith("Looking") and not event.done for event in told) <= VALIDATIONS
     assert not list(dest.parent.glob(".*.partial"))
     return result.healed
 
@@ -189,18 +192,42 @@ def test_layers_are_made_up_for(tmp_path, model, prose):
 
 @pytest.mark.parametrize("shares", [(1.0,), (0.7,)])
 def test_tokens_are_made_up_for(tmp_path, model, prose, monkeypatch, shares):
-    """The embedding goes on being the head, however much of its training is worked in. What judges shows what went
-    no more often than is expected."""
-    often = []
+    """The embedding goes on being the head, however much of its training is worked in."""
     monkeypatch.setattr(healing, "SHARES", shares)
-    monkeypatch.setattr(healing, "reworded", lambda *given, **more: often.append(given[3]) or reworded(*given, **more))
     chosen = {"vocabulary": Amount(100), "calibration": prose, "length": 24}
     made = healed(model, tmp_path / "out", prose, 12, **chosen)
     assert made.after.bits_per_byte < made.before.bits_per_byte
-    assert made.after.kl is None and made.share == shares[0] and often == [healing.OFTEN, 1.0]
+    assert made.after.kl is None and made.share == shares[0]
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 100
     with open_session(tmp_path / "out", backend="reference") as session:
         assert set(session.parameters) & {"embed", "head"} == {"embed"}
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["a text", "self"])
+def test_a_text_is_learnt_as_it_stands_and_for_its_own_sake(tmp_path, model, prose, monkeypatch, given):
+    """What the original says is learnt by its predictions alone, reworded with what went; what judges shows that no
+    more often than is expected."""
+    often, teachers, shown = [], [], []
+    monkeypatch.setattr(healing, "reworded", lambda *given, **more: often.append(given[3]) or reworded(*given, **more))
+    monkeypatch.setattr(healing, "taught", _noting(healing.taught, teachers, shown))
+    lessons = Lessons(prose if given else None, steps=1, sampled=512, **QUICK)
+    options = Options(vocabulary=Amount(100), calibration=prose, length=24, heal=lessons)
+    list(prune(model, tmp_path / "out", options))
+    assert often == ([1.0] if given else [healing.OFTEN, 1.0])
+    assert [teacher.hard for teacher in teachers] == [healing.TEXT if given else 0.0]
+    with open_session(tmp_path / "out", backend="reference") as session:
+        assert not given or all(session.tokenizer.decode(e.sequences[0].ids.tolist()) in PROSE * 3 for e in shown)
+
+
+def _noting(taught, teachers, shown):
+    """`taught`, whose teacher and examples are noted."""
+
+    def noted(student, data, settings, teacher, lessons):
+        teachers.append(teacher)
+        shown.extend(data.train)
+        return (yield from taught(student, data, settings, teacher, lessons))
+
+    return noted
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 LoRA on every linear map, by the divergence from the original's predictions (Hinton et al. 2015; for pruned models
 Muralidharan et al. 2024), worked into the weights at the end, whole or in part (Wortsman et al. 2022): some of what a
 short training does is noise, whose harm grows with the square of its length, and its use with the length itself. Where
-tokens went, the embedding is trained whole, and the original speaks in the tokens that stay (see translation).
+tokens went, the embedding is trained whole, the original speaks in the tokens that stay (see translation), and a text
+is learnt by its own next tokens as well: what it loses in words it gains in what it talks about.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .translation import Translation, Translator
 
 RANK = 16
 REWORDING = 0.2  # of the time, at most: passages are learnt from far slower than they are reworded
+TEXT = 0.5  # of the loss, where tokens went: the text's own next tokens; the rest is the original's word
 EMBEDDING = ("embed",)  # trained whole where its rows are fewer
 OFTEN = 5.0  # times as likely as they are: words of tokens that went, in what is learnt from
 SHARES = (1.0, 0.7, 0.4)  # of what was learnt, as long as less is better
@@ -52,28 +54,32 @@ def heal(subject: Subject, cut: Cut, pruned: Path, dest: Path) -> Generator[Prog
         first = yield from quality(original, held, "The original")
         before = yield from quality(student, held, "Before healing", against)
         settings = settings_for(o.heal, rank=RANK, modules_to_save=() if cut.tokens is None else EMBEDDING)
-        settings, finished = yield from taught(student, data, settings, _teacher(original, translation), o.heal)
+        settings, finished = yield from taught(student, data, settings, _teacher(original, translation, o.heal), o.heal)
         adapter = as_adapter(student, make_method(student, settings), finished.parameters, settings)
         share, after = yield from _worked_in(student, adapter, dest, held, against)
     return Taught(finished.step, finished.kept, time.perf_counter() - started, first, before, after, share)
 
 
 def _rewording(lessons: Lessons, original: Session, translation: Translation) -> Reword:
-    """What is learnt from shows words of tokens that went often; what judges it, as often as they are expected."""
+    """What judges shows words of tokens that went as often as they are expected, and what the original says and is
+    learnt from, often; a text that was given is learnt as it stands, for its own sake too."""
     gone, seconds = list(translation.spelled), REWORDING * 60 * lessons.minutes
     most = lessons.steps and lessons.steps * lessons.batch_size
 
     def reword(windows: list[list[int]], learnt: bool) -> Generator[Progress, None, list[list[int]]]:
+        if learnt and lessons.data:
+            return windows
         bounds = {"most": most, "seconds": seconds} if learnt else {}
-        return reworded(original.decoder, gone, windows, OFTEN if learnt else 1.0, lessons.seed, **bounds)
+        often = OFTEN if learnt else 1.0
+        return (yield from reworded(original.decoder, gone, windows, often, lessons.seed, **bounds))
 
     return reword
 
 
-def _teacher(original: Session, translation: Translation | None) -> Teacher:
+def _teacher(original: Session, translation: Translation | None, lessons: Lessons) -> Teacher:
     if translation is None:
         return Teacher(original.decoder)
-    return Translator(original.decoder, translation=translation)
+    return Translator(original.decoder, hard=TEXT if lessons.data else 0.0, translation=translation)
 
 
 def _worked_in(

@@ -31,7 +31,7 @@ class Translation:
         self.old, self.new, self.kept = old, new, kept
         self.spelled = self._spelled()
         self.firsts = self._firsts()
-        self.order = np.flatnonzero(self.firsts >= 0)
+        self.order = np.array([id for id in self.spelled if self.firsts[id] >= 0], np.int64)
         self.order = self.order[np.argsort(self.firsts[self.order], kind="stable")]
         self.said, self.starts = np.unique(self.firsts[self.order], return_index=True)
         self.longer = self._longer()
@@ -85,8 +85,8 @@ class Translation:
 
     def spoken(self, chances: np.ndarray) -> np.ndarray:
         """The original's probabilities [N, V] as those of what stays, [N, kept]: sums over what begins alike."""
-        made = np.zeros((len(chances), len(self.kept)), np.float32)
-        made[:, self.said] = np.add.reduceat(chances[:, self.order], self.starts, axis=-1)
+        made = np.take(chances, self.kept, axis=-1)
+        made[:, self.said] += np.add.reduceat(np.take(chances, self.order, axis=-1), self.starts, axis=-1)
         return made
 
     def going_on(self, chances: np.ndarray, begun: tuple[int, ...], ended: int | None) -> tuple[np.ndarray, float]:
