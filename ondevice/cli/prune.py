@@ -115,7 +115,7 @@ def _tell(facts: dict) -> None:
     for scores in facts["scores"]:
         console.table(
             [(row["name"], f"{row['value']:.3g}", _stays(row)) for row in scores["rows"]],
-            (scores["kind"], scores["meaning"], "stays"),
+            (scores["kind"], scores["meaning"], scores["verdict"]),
         )
         console.answer()
     before, after = facts["before"], facts["after"]

@@ -49,6 +49,7 @@ def test_what_does_nothing_goes_first(tmp_path, capsys):
     assert stop.value.code == 0
     facts = json.loads(capsys.readouterr().out)
     assert sum(row["value"] for row in facts["scores"][0]["rows"] if not row["stays"]) == 0 and facts["path"] is None
+    assert [scores["verdict"] for scores in facts["scores"]] == ["left out", "stays"]  # of cuts; of layers
 
 
 def test_the_cheapest_of_all_ways_that_save_enough(tmp_path):

@@ -21,11 +21,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Scores:
-    """kind: of part (tokens, layers, …). meaning: of a score, for people. rows: as many as help; shown: of `total`."""
+    """kind: of part (tokens, layers, …). meaning: of a score, for people. rows: as many as help; verdict: what is true of those that stay."""
 
     kind: str
     meaning: str
     rows: tuple[Score, ...]
+    verdict: str = "stays"
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def choose(
         )
     named = {key: value for rung in chosen for key, value in rung.options.items()}
     rows = [Score(r.name, r.loss / max(100 * r.saved / total, 1e-9), int(r not in chosen)) for r in tried]
-    return replace(asked, target=None, **named), Scores("cut", "nats for 1 %", tuple(rows)), tuple(notes)
+    return replace(asked, target=None, **named), Scores("cut", "nats for 1 %", tuple(rows), "left out"), tuple(notes)
 
 
 def parameters(config: ModelConfig) -> int:
