@@ -21,7 +21,8 @@ class Score:
 
 @dataclass(frozen=True)
 class Scores:
-    """kind: of part (tokens, layers, …). meaning: of a score, for people. rows: as many as help; verdict: what is true of those that stay."""
+    """kind: of part (tokens, layers, …). meaning: of a score, for people. rows: as many as help; verdict: what is
+    true of those that stay."""
 
     kind: str
     meaning: str
