@@ -1,4 +1,5 @@
-"""A Hugging Face Hub on 127.0.0.1, as far as downloads need one: repo info, and files with etags and ranges."""
+"""A Hugging Face Hub on 127.0.0.1, as far as downloads need one: repo info, and files with etags and ranges; of models,
+and of datasets, whose names begin with datasets/."""
 
 import hashlib
 import json
@@ -54,9 +55,14 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
         parts = path.strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
-            return self.info("/".join(parts[2:4]), parts[4:])
-        repo, name = "/".join(parts[:2]), "/".join(parts[4:])
+        asked = parts[0] == "api"
+        parts = parts[1:] if asked else parts
+        kind = "datasets/" if parts[0] == "datasets" else ""
+        parts = parts[1:] if parts[0] in ("datasets", "models") else parts
+        repo, rest = kind + "/".join(parts[:2]), parts[2:]
+        if asked:
+            return self.info(repo, rest)
+        name = "/".join(rest[2:])
         if repo not in self.hub.repos:
             return self.refuse(404, "RepoNotFound")
         if self.locked(repo):
@@ -74,6 +80,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.locked(repo):
             return self.refuse(401, "GatedRepo")
         files = self.hub.repos[repo]
+        if rest[:1] == ["tree"] and rest[2:]:
+            return self.refuse(404, "EntryNotFound")  # there are no folders
         if rest[:1] == ["tree"]:
             found = [{"type": "file", "path": n, "size": len(d), "oid": _oid(n, d)} for n, d in files.items()]
         else:

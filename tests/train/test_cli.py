@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ondevice.cli import main
 from ondevice.runtime.session import open_session
+from tests.cli.hub_server import Hub
 
 from .conftest import chat, sums, write_lines
 
@@ -53,6 +56,30 @@ def test_what_programs_rely_on(call, tiny, data_file, tmp_path):
     call(tiny, data_file, "--out", again, "--steps", 12, "--seed", 3, "--backend", "cpu", "--max-length", 256)
     weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (out, again)]
     assert weights[0] == weights[1], "the same seed gives the same adapter"
+
+
+def test_a_dataset_of_the_hub(tiny, tmp_path):
+    """In processes of its own: the library reads HF_ENDPOINT and HF_HOME when it is imported."""
+    pytest.importorskip("datasets")
+    splits = {"train": sums(3), "validation": sums(2)}
+    files = {f"{name}.jsonl": "".join(json.dumps(row) + "\n" for row in rows) for name, rows in splits.items()}
+    hub = Hub()
+    hub.repos["datasets/owner/sums"] = {name: text.encode() for name, text in files.items()}
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub")}
+
+    def teach(name: str, out: Path) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "ondevice", "lora-train", str(tiny), f"hf:{name}", "--out", str(out)]
+        options = ["--steps", "2", "--max-length", "64", "--backend", "cpu"]
+        return subprocess.run([*command, *options], env=environment, capture_output=True, text=True, timeout=120)
+
+    try:
+        done, missing = teach("owner/sums", tmp_path / "a"), teach("owner/none", tmp_path / "b")
+    finally:
+        hub.close()
+    assert done.returncode == 0, done.stderr
+    assert "9 examples to learn from" in done.stderr and "4 for validation" in done.stderr
+    assert missing.returncode and "The dataset owner/none cannot be had" in missing.stderr
+    assert "Traceback" not in missing.stderr and not (tmp_path / "b").exists()
 
 
 def test_the_adapter_changes_what_is_said(call, tiny, tmp_path, capsys):
