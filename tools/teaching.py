@@ -6,9 +6,11 @@ the last of them are held out, and tell what came of it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +26,7 @@ from .progress import Progress
 
 PROBED = 2  # steps by which the time of one is told: the first also prepares
 VALIDATIONS = 4  # of a training, at most: late in it, the last state is nearly always the best
+WRITING = 0.5  # of the time for learning, at most, that the original writes what is learnt from
 PASSES = 3  # over the data at most, where the number of steps is not given
 FEWEST = 8  # passages, of which one is held out
 
@@ -33,9 +36,9 @@ Reword = Callable[[list[list[int]], bool], Generator[Progress, None, list[list[i
 
 @dataclass(frozen=True)
 class Lessons:
-    """data: a text or .jsonl; None: what the original says, `sampled` tokens. steps: at most as many as `minutes` have
-    room for. Of the data's passages of `length` tokens, `held_out` (but no more than `judged` tokens) are not learnt
-    from: what was gained is measured on them."""
+    """data: a text or .jsonl; None: what the original says, at most `sampled` tokens. steps: at most as many as
+    `minutes` have room for. Of the data's passages of `length` tokens, `held_out` (but no more than `judged` tokens) are not
+    learnt from: what was gained is measured on them."""
 
     data: Path | None = None
     steps: int | None = None
@@ -51,6 +54,12 @@ class Lessons:
     def __post_init__(self):
         if not self.minutes > 0:
             raise BadOption(f"{self.minutes:g} minutes are no time to learn in.", "Give more than 0.")
+
+    @property
+    def written(self) -> int:
+        """Tokens that the original writes at most: as many as the steps will show, and what is held out of them."""
+        shown = math.inf if self.steps is None else math.ceil(self.steps * self.batch_size / (1 - self.held_out))
+        return min(self.sampled, max(FEWEST, shown) * self.length)
 
 
 @dataclass(frozen=True)
@@ -133,12 +142,18 @@ def _examples(windows: Sequence[list[int]], lessons: Lessons, original: Session,
 def _windows(lessons: Lessons, original: Session) -> Generator[Progress, None, list[list[int]]]:
     """A text in windows of the original's tokens; or what it writes itself."""
     if lessons.data is None:
-        for event in samples(original, None, lessons.sampled, lessons.length, lessons.seed):
+        ends = time.perf_counter() + WRITING * 60 * lessons.minutes
+        over = partial(_over, ends)
+        for event in samples(original, None, lessons.written, lessons.length, lessons.seed, over):
             if isinstance(event, Sampling):
                 yield Progress("The original writes what it teaches by", event.done, event.total, "tokens")
         return event.tolist()
     ids = original.tokenizer.encode(read_text(lessons.data))
     return [ids[at : at + lessons.length] for at in range(0, len(ids), lessons.length)]
+
+
+def _over(ends: float) -> bool:
+    return time.perf_counter() > ends
 
 
 def _parted(passages: Sequence[T], lessons: Lessons) -> tuple[list[T], list[T]]:

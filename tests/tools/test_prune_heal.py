@@ -15,6 +15,8 @@ from ondevice.errors import OnDeviceError
 from ondevice.runtime.session import open_session
 from ondevice.runtime.tokenizer import load_tokenizer
 from ondevice.schemes import to_float
+from ondevice.tools import teaching
+from ondevice.tools.calibration import samples
 from ondevice.tools.prune import Amount, Lessons, Options, Progress, healing, prune
 from ondevice.tools.prune.rewording import reworded
 from ondevice.tools.prune.subject import Subject
@@ -217,6 +219,20 @@ def test_a_text_is_learnt_as_it_stands_and_for_its_own_sake(tmp_path, model, pro
     assert [teacher.hard for teacher in teachers] == [healing.TEXT if given else 0.0]
     with open_session(tmp_path / "out", backend="reference") as session:
         assert not given or all(session.tokenizer.decode(e.sequences[0].ids.tolist()) in PROSE * 3 for e in shown)
+
+
+@pytest.mark.parametrize(
+    ("steps", "minutes", "wanted", "written"),
+    [(None, 5.0, 2048, 2048), (1, 5.0, 8 * 128, 8 * 128), (5, 5.0, 12 * 128, 12 * 128), (None, 1e-6, 2048, 16 * 64)],
+)
+def test_the_original_writes_no_more_than_will_be_learnt_from(model, monkeypatch, steps, minutes, wanted, written):
+    """Nor for longer than half of the time."""
+    asked = []
+    monkeypatch.setattr(teaching, "samples", lambda *given: asked.append(given[2]) or samples(*given))
+    lessons = Lessons(None, steps=steps, minutes=minutes, length=128, sampled=2048)
+    with open_session(model, backend="reference") as session:
+        *_, windows = _all(teaching._windows(lessons, session))
+    assert asked == [wanted] and sum(map(len, windows)) == written
 
 
 def _noting(taught, teachers, shown):
