@@ -37,8 +37,8 @@ Reword = Callable[[list[list[int]], bool], Generator[Progress, None, list[list[i
 @dataclass(frozen=True)
 class Lessons:
     """data: a text or .jsonl; None: what the original says, at most `sampled` tokens. steps: at most as many as
-    `minutes` have room for. Of the data's passages of `length` tokens, `held_out` (but no more than `judged` tokens) are not
-    learnt from: what was gained is measured on them."""
+    `minutes` have room for. Of the data's passages of `length` tokens, `held_out` (but no more than `judged` tokens)
+    are not learnt from: what was gained is measured on them."""
 
     data: Path | None = None
     steps: int | None = None
