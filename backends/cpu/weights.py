@@ -14,13 +14,13 @@ from ..base import Footprint
 from . import _native
 
 FLOATS = ("float32", "float16", "bfloat16")
-K_TILES = {  # kind -> group, what is taken from each code (None: biases are stored)
-    "Q2_K": (16, None),
-    "Q3_K": (16, 4),
-    "Q4_K": (32, None),
-    "Q5_K": (32, None),
-    "Q6_K": (16, 32),
-    "MXFP4": (32, schemes.MXFP4_ZERO),
+K_TILES = {  # kind -> group, whether biases are stored (otherwise codes have a zero of their own)
+    "Q2_K": (16, True),
+    "Q3_K": (16, False),
+    "Q4_K": (32, True),
+    "Q5_K": (32, True),
+    "Q6_K": (16, False),
+    "MXFP4": (32, False),
 }
 
 
@@ -77,8 +77,7 @@ def _footprint(tensor: Tensor, exact: bool) -> Footprint:
     elif isinstance(form, Blocks) and form.kind in schemes.LEGACY_BITS:
         bits, group, width, biased = schemes.LEGACY_BITS[form.kind], 32, 2, form.kind.endswith("_1")
     elif isinstance(form, Blocks) and form.kind in K_TILES:
-        bits, (group, zero), width = schemes.CODE_BITS[form.kind], K_TILES[form.kind], 4
-        biased = zero is None
+        bits, (group, biased), width = schemes.CODE_BITS[form.kind], K_TILES[form.kind], 4
     else:
         return numbers
     experts, rows, columns = _stacked(tensor.shape)
@@ -132,11 +131,7 @@ def _tiles(machine: _native.Machine, tensor: Tensor, alone: bool) -> _native.Wei
             _octets(tensor.parts["weight"]), schemes.LEGACY_BITS[form.kind], biased, *shape, alone
         )
     if isinstance(form, Blocks) and form.kind in K_TILES:
-        parts, (group, zero) = schemes.k_parts(tensor), K_TILES[form.kind]
-        codes, scales = _octets(parts.codes), _octets(parts.scales)
-        biases = _octets(parts.biases) if zero is None else None
-        bits = schemes.CODE_BITS[form.kind]
-        return machine.pack_affine(codes, 8, scales, biases, "float32", bits, group, zero or 0.0, *shape, alone)
+        return machine.pack_blocks(_octets(tensor.parts["weight"]), form.kind, *shape, alone)
     return _dense(dense(schemes.to_float(tensor)))
 
 

@@ -168,6 +168,18 @@ std::shared_ptr<Weight> pack_legacy(Machine& machine, Bytes blocks, int bits, bo
     return weight;
 }
 
+std::shared_ptr<Weight> pack_blocks(Machine& machine, Bytes blocks, const std::string& name, int64_t experts, int64_t rows,
+                                    int64_t columns, bool alone) {
+    const Kind* kind = find_kind(name);
+    require(kind, "no such kind of blocks");
+    require(columns % kind->columns == 0, "columns are no multiple of the block");
+    require(static_cast<int64_t>(blocks.nbytes()) == experts * rows * (columns / kind->columns) * kind->bytes, "blocks do not fit");
+    auto weight = empty_tiles(machine, kind->tiles(experts, rows, columns), alone);
+    nb::gil_scoped_release others_may_run;
+    machine.run([&] { kind->pack(blocks.data(), weight->tiles, machine.pool()); });
+    return weight;
+}
+
 // Matrices that fetch(index) gives, each a Weight, when they are needed.
 std::shared_ptr<Weight> stack(Machine& machine, nb::callable fetch, int64_t experts) {
     const auto ask = shared_with_python(std::move(fetch));
@@ -712,6 +724,7 @@ NB_MODULE(_native, m) {
              "biases"_a.noconvert().none(), "dtype"_a, "bits"_a, "group"_a, "zero"_a, "experts"_a, "rows"_a, "columns"_a, "alone"_a)
         .def("pack_legacy", &pack_legacy, "blocks"_a.noconvert(), "bits"_a, "biased"_a, "experts"_a, "rows"_a, "columns"_a,
              "alone"_a)
+        .def("pack_blocks", &pack_blocks, "blocks"_a.noconvert(), "kind"_a, "experts"_a, "rows"_a, "columns"_a, "alone"_a)
         .def("stack", &stack, "fetch"_a, "experts"_a)
         .def_prop_ro("residents", [](Machine& self) { return self.residents; })
         .def("quantize", &quantize, "x"_a.noconvert())

@@ -2,21 +2,15 @@
 
 #include <cstring>
 
+#include "super_blocks.h"
+
 namespace ondevice::cpu {
 namespace {
-
-using Codes = uint8_t[kBlock];  // 32 neighbours of one row
 
 uint32_t load4(const uint8_t* p) {
     uint32_t four;
     std::memcpy(&four, p, 4);
     return four;
-}
-
-uint64_t load8(const uint8_t* p) {
-    uint64_t eight;
-    std::memcpy(&eight, p, 8);
-    return eight;
 }
 
 // Sources: codes(row, block, out) gives the codes of columns 32 block ...; number(row, group, which, out) the scale
@@ -107,6 +101,32 @@ struct Legacy {
     }
 };
 
+template <class Block>
+struct Blocked {
+    static constexpr bool kNibbles = Block::kNibbles;
+    static constexpr int64_t kSpan = Block::kColumns / kBlock, kGroups = Block::kColumns / Block::kGroup;
+    const Block* data;
+    int64_t blocks;  // in a row
+
+    Blocked(const uint8_t* octets, const Tiles& to)
+        : data(reinterpret_cast<const Block*>(octets)), blocks(to.columns / Block::kColumns) {
+        static_assert(alignof(Block) == 1, "blocks lie at any address");
+    }
+
+    void codes(int64_t row, int64_t block, Codes& out) const {
+        data[row * blocks + block / kSpan].codes(static_cast<int>(block % kSpan), out);
+    }
+    Nibbles nibbles(int64_t row, int64_t block) const {
+        Codes all;
+        codes(row, block, all);
+        return Nibbles{{load8(all) | load8(all + 16) << 4, load8(all + 8) | load8(all + 24) << 4}};
+    }
+    void number(int64_t row, int64_t group, int which, uint8_t* out) const {
+        const float value = data[row * blocks + group / kGroups].number(static_cast<int>(group % kGroups), which);
+        std::memcpy(out, &value, 4);
+    }
+};
+
 template <int bits>
 void put_codes(const Codes& codes, int row, uint8_t* block) {
     for (int q = 0; q < 8; q++) {
@@ -174,6 +194,24 @@ void pack_stream(const AffineParts& from, Tiles& to, Pool& pool) {
     else pack_all<bits>(Stream<8>(from, to), to, pool);
 }
 
+template <class Block>
+Tiles tiles_of(int64_t experts, int64_t rows, int64_t columns) {
+    return {Block::kBits, Block::kGroup, Number::f32, Block::kBiased, Block::kZero, experts, rows, columns, nullptr};
+}
+
+template <class Block>
+void pack_blocks(const uint8_t* blocks, Tiles& to, Pool& pool) {
+    pack_all<Block::kBits>(Blocked<Block>(blocks, to), to, pool);
+}
+
+template <class Block>
+constexpr Kind kind(const char* name) {
+    return {name, Block::kColumns, sizeof(Block), tiles_of<Block>, pack_blocks<Block>};
+}
+
+constexpr Kind kKinds[] = {kind<Q2K>("Q2_K"), kind<Q3K>("Q3_K"), kind<Q4K>("Q4_K"),
+                           kind<Q5K>("Q5_K"), kind<Q6K>("Q6_K"), kind<MXFP4>("MXFP4")};
+
 template <int bits>
 void unpack_codes(const uint8_t* block, int row, Codes& out) {
     for (int q = 0; q < 8; q++) {
@@ -228,6 +266,12 @@ void pack(const LegacyBlocks& from, Tiles& to, Pool& pool) {
         case 11: return pack_all<5>(Legacy<5, true>(from, to), to, pool);
         case 16: return pack_all<8>(Legacy<8, false>(from, to), to, pool);
     }
+}
+
+const Kind* find_kind(const std::string& name) {
+    for (const Kind& kind : kKinds)
+        if (name == kind.name) return &kind;
+    return nullptr;
 }
 
 void unpack_row(const Tiles& w, int64_t expert, int64_t row, float* out) {

@@ -1,6 +1,8 @@
 // Quantized weights from their files' layouts into tiles, and rows of tiles back into floats.
 #pragma once
 
+#include <string>
+
 #include "pool.h"
 #include "tiles.h"
 
@@ -18,6 +20,15 @@ struct AffineParts {
 struct LegacyBlocks {
     const uint8_t* data;
 };
+
+// One of GGUF's kinds of blocks that become tiles with float32 scales: the K-quants and MXFP4.
+struct Kind {
+    const char* name;
+    int64_t columns, bytes;  // of a block
+    Tiles (*tiles)(int64_t experts, int64_t rows, int64_t columns);
+    void (*pack)(const uint8_t* blocks, Tiles& to, Pool& pool);
+};
+const Kind* find_kind(const std::string& name);  // null: there is none
 
 void pack(const AffineParts& from, Tiles& to, Pool& pool);
 void pack(const LegacyBlocks& from, Tiles& to, Pool& pool);
