@@ -5,9 +5,9 @@
 // and read again too often; the tokens, woven once for all strips, pass in blocks. A quantized weight is never written out: only the strip that is being used. `narrow` products are of
 // numbers rounded to bfloat16, two of them in a word, with float sums.
 
-constexpr int64_t kReach = 640;            // places of a sum whose weights are unpacked together, at most
+constexpr int64_t kReach = 800;            // places of a sum whose weights are unpacked together, at most
 constexpr int64_t kHeld = 80 << 10;        // floats of an unpacked strip, about: 320 KB
-constexpr int64_t kTall = 48;              // tokens in a block, a multiple of every kTileTokens: with kReach, 120 KB
+constexpr int64_t kTall = 48;              // tokens in a block, a multiple of every kTileTokens: with kReach, 150 KB
 constexpr int64_t kPass = 576;             // tokens that an unpacked strip serves at most: then unpacking is a few percent
 constexpr int64_t kMost = 2048;            // tokens that are woven at a time, at most
 constexpr int64_t kWoven = 4 << 20;        // floats of them: 16 MB
