@@ -249,8 +249,11 @@ class Parameters:
 
     def comes_apart(self, name: str) -> bool:
         """Whether a parameter is the experts of a layer, of one format, which can be read one by one."""
-        shape, stored = self.shapes[name], [self.checkpoint.outline(n) for n in self._where[name]]
-        if ".moe." not in name or len(shape) != 3 or len({tensor.format for tensor in stored}) != 1:
+        shape = self.shapes[name]
+        if ".moe." not in name or len(shape) != 3:
+            return False
+        stored = [self.checkpoint.outline(n) for n in self._where[name]]
+        if len({tensor.format for tensor in stored}) != 1:
             return False
         return len(stored) > 1 or (len(stored[0].shape) == 3 and stored[0].shape[0] == shape[0])
 

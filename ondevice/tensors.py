@@ -111,7 +111,7 @@ class Stack(Tensor):
         pieces = [self.piece(index).parts for index in range(self.shape[0])]
         return {name: np.stack([parts[name] for parts in pieces]) for name in pieces[0]}
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return self.shape[0] * self.piece(0).nbytes
 

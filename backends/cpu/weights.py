@@ -14,14 +14,7 @@ from ..base import Footprint
 from . import _native
 
 FLOATS = ("float32", "float16", "bfloat16")
-K_TILES = {  # kind -> group, whether biases are stored (otherwise codes have a zero of their own)
-    "Q2_K": (16, True),
-    "Q3_K": (16, False),
-    "Q4_K": (32, True),
-    "Q5_K": (32, True),
-    "Q6_K": (16, False),
-    "MXFP4": (32, False),
-}
+BIASED = frozenset({"Q2_K", "Q4_K", "Q5_K"})  # the others' codes have a zero of their own (native/super_blocks.h)
 
 
 class NativeWeight:
@@ -76,8 +69,8 @@ def _footprint(tensor: Tensor, exact: bool) -> Footprint:
         bits, group, width, biased = form.bits, form.group_size, STORAGE[form.dtype].itemsize, True
     elif isinstance(form, Blocks) and form.kind in schemes.LEGACY_BITS:
         bits, group, width, biased = schemes.LEGACY_BITS[form.kind], 32, 2, form.kind.endswith("_1")
-    elif isinstance(form, Blocks) and form.kind in K_TILES:
-        bits, (group, biased), width = schemes.CODE_BITS[form.kind], K_TILES[form.kind], 4
+    elif isinstance(form, Blocks) and form.kind in schemes.CODE_BITS:
+        bits, group, width, biased = schemes.CODE_BITS[form.kind], schemes.k_group(form.kind), 4, form.kind in BIASED
     else:
         return numbers
     experts, rows, columns = _stacked(tensor.shape)
@@ -130,7 +123,7 @@ def _tiles(machine: _native.Machine, tensor: Tensor, alone: bool) -> _native.Wei
         return machine.pack_legacy(
             _octets(tensor.parts["weight"]), schemes.LEGACY_BITS[form.kind], biased, *shape, alone
         )
-    if isinstance(form, Blocks) and form.kind in K_TILES:
+    if isinstance(form, Blocks) and form.kind in schemes.CODE_BITS:
         return machine.pack_blocks(_octets(tensor.parts["weight"]), form.kind, *shape, alone)
     return _dense(dense(schemes.to_float(tensor)))
 

@@ -66,6 +66,16 @@ def answer(model, prompt, options=RANDOM, capacity=64):
     return tokens(Engine(model, capacity).generate(prompt, options))
 
 
+def closed_behind(model, place):
+    """An engine whose answer nobody listened to any longer behind `place` events."""
+    engine = Engine(model, 64)
+    events = engine.generate(PROMPT, RANDOM)
+    for _ in range(place):
+        next(events)
+    events.close()
+    return engine
+
+
 # ---- what is answered
 
 
@@ -215,11 +225,7 @@ def test_closed_at_any_token_the_cache_stays_true(asynchronous):
     model, other = decoder(asynchronous), [*PROMPT, 30, 31]
     wanted = answer(model, other)
     for place in range(14):
-        engine = Engine(model, 64)
-        events = engine.generate(PROMPT, RANDOM)
-        for _ in range(place):
-            next(events)
-        events.close()
+        engine = closed_behind(model, place)
         assert tokens(engine.generate(other, RANDOM)) == wanted
 
 
@@ -277,11 +283,7 @@ def test_who_stops_listening_in_a_burst_leaves_a_true_cache(bursting, monkeypatc
     other = [*PROMPT, 30, 31]
     wanted = alone(bursting, other, RANDOM, monkeypatch)
     for place in range(14):
-        engine = Engine(bursting, 64)
-        events = engine.generate(PROMPT, RANDOM)
-        for _ in range(place):
-            next(events)
-        events.close()
+        engine = closed_behind(bursting, place)
         assert engine.cache.lengths[0] == len(engine.held)
         assert tokens(engine.generate(other, RANDOM)) == wanted
 

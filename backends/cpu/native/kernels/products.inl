@@ -2,8 +2,9 @@
 //
 // The blocking is that of Goto and van de Geijn 2008, with as little traffic beyond the second level of cache as it allows:
 // a strip of the weight is unpacked into panels of 16 columns that stay there, deep enough that a result is not written
-// and read again too often; the tokens, woven once for all strips, pass in blocks. A quantized weight is never written out: only the strip that is being used. `narrow` products are of
-// numbers rounded to bfloat16, two of them in a word, with float sums.
+// and read again too often; the tokens, woven once for all strips, pass in blocks. A quantized weight is never written out:
+// only the strip that is being used. `narrow` products are of numbers rounded to bfloat16, two of them in a word, with float
+// sums.
 
 constexpr int64_t kReach = 800;            // places of a sum whose weights are unpacked together, at most
 constexpr int64_t kHeld = 80 << 10;        // floats of an unpacked strip, about: 320 KB
