@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .samples import Sampling, samples
+from .samples import Sampling, samples, spread, windows
 from .streaming import Stage, stream
 
-__all__ = ["Sampling", "Stage", "samples", "stream"]
+__all__ = ["Sampling", "Stage", "samples", "spread", "stream", "windows"]

@@ -48,19 +48,24 @@ def samples(
     if source is None:
         yield from _sampled(session, -(-tokens // length), length, seed, enough)
         return
+    yield spread(windows(session, source, length), tokens)
+
+
+def windows(session: Session, source: Path, length: int) -> np.ndarray:
+    """All of a text or .jsonl of conversations, side by side: ids [N, length] int32. Raises as `samples` does."""
     ids = _conversations(session, source) if source.suffix == ".jsonl" else _text(session, source)
-    yield _windows(ids, tokens, length, source)
-
-
-def _windows(ids: Sequence[int], tokens: int, length: int, source: Path) -> np.ndarray:
     held = len(ids) // length
     if not held:
         raise BadOption(
             f"{source} has {len(ids)} tokens, less than one calibration window of {length}.", "Give a longer text."
         )
-    wanted = min(held, -(-tokens // length))
-    cut = np.asarray(ids[: held * length], np.int32).reshape(held, length)
-    return cut[np.linspace(0, held - 1, wanted).round().astype(int)]
+    return np.asarray(ids[: held * length], np.int32).reshape(held, length)
+
+
+def spread(ids: np.ndarray, tokens: int) -> np.ndarray:
+    """As many of these windows [N, length] as hold so many tokens, evenly spread."""
+    wanted = min(len(ids), -(-tokens // ids.shape[1]))
+    return ids[np.linspace(0, len(ids) - 1, wanted).round().astype(int)]
 
 
 def read_text(source: Path) -> str:

@@ -41,7 +41,7 @@ class Subject(ExitStack):
             self.close()
             raise
         self._windows = windows
-        self.held_out = False
+        self.counted: np.ndarray | None = None
         self.expected: np.ndarray | None = None
 
     @cached_property
@@ -74,9 +74,10 @@ class Subject(ExitStack):
                     self._windows = event
         return self._windows
 
-    def calibrate_on(self, windows: np.ndarray) -> None:
-        """These alone, from now on: the rest is for judging."""
-        self._windows, self.expected, self.held_out = windows, None, True
+    def calibrate_on(self, windows: np.ndarray, counted: np.ndarray | None = None) -> None:
+        """These alone, from now on: the rest is for judging. counted: of the same text, what
+        tokens are counted in, which is cheap; else the windows."""
+        self._windows, self.expected, self.counted = windows, None, windows if counted is None else counted
 
     def check(self) -> None:
         """Whether the weights can be worked on as asked, before anything is. Raises Unsupported for quantized ones that

@@ -88,8 +88,10 @@ def expected_counts(subject: Subject) -> Generator[Progress, None, np.ndarray]:
 
 
 def _all_ids(subject: Subject, windows: np.ndarray) -> np.ndarray:
-    """Counting is cheap: all of a text, where there is one and nothing of it is held out."""
-    if subject.options.calibration is None or subject.held_out:
+    """Counting is cheap: all of a text, where there is one, but for what is held out."""
+    if subject.counted is not None:
+        return subject.counted
+    if subject.options.calibration is None:
         return windows
     *_, ids = samples(subject.session, subject.options.calibration, EVERYTHING, windows.shape[1])
     return ids

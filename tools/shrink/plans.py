@@ -41,6 +41,11 @@ class Plan:
         several = Plan(self.vocabulary), Plan(layers=self.layers), Plan(channels=self.channels)
         return [part for part in several if part != BITS_ALONE]
 
+    @property
+    def kind(self) -> str:
+        """Of a single cut: vocabulary, layers or channels."""
+        return "vocabulary" if self.vocabulary > 1 else "layers" if self.layers else "channels"
+
     def pruning(self, vocab: int, tokens: int, length: int) -> PruneOptions:
         """As prune's options, for a model of `vocab` tokens."""
         return PruneOptions(

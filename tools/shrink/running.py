@@ -1,9 +1,6 @@
 """The whole of it: bits alone first; then what single cuts lose; then the plans that promise most by that, while there
 is time; what was cut is healed if that may make it the best; the best becomes the new folder. When time is up, what is
 under way is dropped; where nothing is made by then, what is not rounded yet becomes the nearest values, in seconds.
-
-A plan should lose what its cuts lose, each alone, and what its bits do: the second-order estimate by which they are
-shared out, times how much more than foretold bits alone have lost.
 """
 
 from __future__ import annotations
@@ -18,17 +15,16 @@ from ..progress import Progress
 from ..quantize.running import fingerprint
 from ..quantize.work import Work
 from .events import Estimate, Outcome, Result
+from .foretelling import Foretold, foretold, least
 from .judging import Told
 from .options import Options
-from .plans import BITS_ALONE, Plan, cuts, together
+from .plans import BITS_ALONE, cuts, together
 from .report import write_report
 from .trial import Trial, unreachable
 
-VERSION = 1  # of the method: what an older one has left is not gone on with
+VERSION = 2  # of the method: what an older one has left is not gone on with
 WORSE = 1.15  # times the best loss: what is expected to lose more than that is not carried out
-NOISE = 0.02  # nats a token: differences that a short text does not show
-HEALING = 0.3  # of the time, kept for healing where that promises something
-HEALED = 0.5  # of what cuts lose, about, comes back by healing
+HEALING = 0.15  # of the time, at least, for healing: it is not begun with less
 SURE = 0.7  # of the time that is left is learnt in: what is around it takes time as well
 SAMPLING = 0.15  # of the time, at most, for the model's own text
 FIRST = 0.9  # of the time, at most, until there is a model: then the rest is hurried
@@ -66,9 +62,9 @@ def shrink(source: Path, dest: Path, options: Options, told: Told = lambda event
             if not trial.made and (outcome := trial.hurried()):
                 yield outcome
         if not trial.made:
-            least = min(trial.shared(plan).nbytes for plan in together(list(trial.losses)))
+            smallest = min(trial.shared(plan).nbytes for plan in together(list(trial.losses)))
             work.remove()
-            raise unreachable(options.target_bytes, least)
+            raise unreachable(options.target_bytes, smallest)
         best = min(trial.made, key=lambda o: float("inf") if o.loss is None else o.loss)
         left = tuple(_left(trial))
         found = trial.original, tuple(trial.outcomes), tuple(trial.looked.values())
@@ -106,59 +102,45 @@ class Clock:
 
 
 def _tried(trial: Trial, clock: Clock) -> Iterator[Outcome]:
-    """Bits alone, without feedback where even that would take too long; single cuts; the most promising plans; and the
-    best of those that cut, healed."""
+    """Bits alone, without feedback where even that would take too long; single cuts; then plan after plan."""
     if not trial.outcomes:
         yield trial.run(BITS_ALONE, method="gptq" if clock.allows(clock.spent) else "search")
-    longest = max(o.seconds for o in trial.outcomes)
+    longest = trial.outcomes[0].seconds
     for plan in cuts(trial.subject.config, trial.options.target_bytes):
         looks = max((o.seconds for o in trial.looked.values()), default=longest)
         if plan not in trial.looked and clock.allows(looks + longest):
             yield trial.look(plan)
-    while candidates := _promising(trial):
-        plan, expected = candidates[0]
-        longest = max(o.seconds for o in trial.outcomes)
-        if not clock.allows(longest + (HEALING * clock.limit if _worth_healing(trial) else 0)):
-            break
-        yield trial.run(plan, expected)
-    plan = _worth_healing(trial)
-    longest = max(o.seconds for o in trial.outcomes)
-    if plan and clock.allows(longest + HEALING * clock.limit / 2):
-        yield trial.run(replace(plan, healed=True), minutes=SURE * (clock.left - longest) / 60)
+    while found := _next(trial, clock):
+        rounding = max(o.seconds for o in trial.outcomes if "healed" not in o.plan)
+        yield trial.run(found.plan, found.loss, minutes=SURE * (clock.left - rounding) / 60)
 
 
-def _worth_healing(trial: Trial) -> Plan | None:
-    """Of the plans carried out, the one that should lose least once healed, if that is less than the best so far."""
-    lost = {o.plan: o.loss for o in trial.outcomes if o.loss is not None}
-    hoped = {
-        plan: lost[plan.name] - HEALED * sum(trial.losses[part] for part in plan.parts)
-        for plan in together(list(trial.losses))
-        if plan.parts and plan.name in lost and f"{plan.name}, healed" not in {o.plan for o in trial.outcomes}
-    }
-    plan = min(hoped, key=hoped.__getitem__, default=None)
-    return plan if plan and hoped[plan] < min(lost.values()) else None
+def _next(trial: Trial, clock: Clock) -> Foretold | None:
+    """What promises most of all that there is time for. Before the first healing its plan is carried out without, if
+    time allows: that takes little, and corrects what is foretold of all others."""
+    takes = max(o.seconds for o in trial.outcomes if "healed" not in o.plan)
+    for found in _promising(trial):
+        needed = takes + HEALING * clock.limit * found.plan.healed
+        if not clock.allows(needed):
+            continue
+        if found.plan.healed and len(trial.outcomes) == 1 and clock.allows(needed + takes):
+            return next(f for f in foretold(trial) if f.plan == replace(found.plan, healed=False))
+        return found
+    return None
 
 
 def _left(trial: Trial) -> Iterator[Estimate]:
-    for plan, loss in _promising(trial):
-        yield Estimate(plan.name, loss)
+    for found in _promising(trial):
+        yield Estimate(found.plan.name, found.loss)
     for plan in cuts(trial.subject.config, trial.options.target_bytes):
         if plan not in trial.looked:
             yield Estimate(plan.name, None)
 
 
-def _promising(trial: Trial) -> list[tuple[Plan, float]]:
-    """Plans not carried out yet, with the loss that is expected, the least first; none that should be much worse than
-    the best so far."""
+def _promising(trial: Trial) -> list[Foretold]:
+    """Plans that were not carried out yet, the best first; none that should be much worse than the best so far, or that
+    healing should not make better than that."""
     if trial.weighed is None:
         return []
-    done = {o.plan for o in trial.outcomes}
-    factor = max(trial.outcomes[0].loss or 0.0, 0.0) / trial.shared(BITS_ALONE).cost or 1.0
-    most = WORSE * min((max(o.loss, NOISE) for o in trial.outcomes if o.loss is not None), default=float("inf"))
-    found = []
-    for plan in together(list(trial.losses)):
-        shared = trial.shared(plan)
-        loss = sum(trial.losses[part] for part in plan.parts) + factor * shared.cost
-        if plan.name not in done and shared.nbytes <= trial.options.target_bytes and loss <= most:
-            found.append((plan, loss))
-    return sorted(found, key=lambda pair: pair[1])
+    best = least(trial)
+    return [f for f in foretold(trial) if f.loss <= best * (1.0 if f.plan.healed else WORSE)]

@@ -18,7 +18,7 @@ from ...errors import BadOption, OnDeviceError
 from ...models.parameters import expected
 from ...registry import create_backend
 from ...tensors import Affine
-from ..calibration import Sampling, samples
+from ..calibration import Sampling, samples, spread, windows
 from ..progress import Progress
 from ..prune import depth, vocabulary, width
 from ..prune.cutting import Cut
@@ -59,6 +59,7 @@ class Trial:
         self.outcomes: list[Outcome] = [Outcome(**o) for o in work.record("outcomes") or []]
         self.looked: dict[Plan, Outcome] = {Plan(**p): Outcome(**o) for p, o in work.record("looked") or []}
         self.weighed: Weighed | None = None
+        self._shared: dict[Plan, Shared] = {}
         self.method = "gptq"
         total = sum(self.subject.parameters[name].size for name in self.subject.parameters)
         self.original = Outcome("original", self.subject.checkpoint.nbytes, total, None, None, 0.0)
@@ -92,19 +93,13 @@ class Trial:
         self.subject.check()
         if not self.options.requantize:
             require_unquantized(self.subject.parameters)
-        ids = self._samples()
-        held = max(1, round(len(ids) * self.options.held_out))
-        flat = ids.reshape(-1)
-        if len(ids) < 2 or len(flat) < 4 * FLOOR:
-            raise BadOption(
-                f"{len(flat)} tokens of calibration are too few to choose by and to judge by.",
-                f"Give a text of {max(4 * FLOOR, 2 * ids.shape[1])} tokens or more.",
-            )
-        self.ids = self.subject._windows = ids[:-held]
-        decode, said = self.subject.tokenizer.decode, ids[-held:].reshape(-1)
-        self.judge = Judge(decode(said.tolist(), skip_special=False), len(said), ids.shape[1])
-        self.calibration = self.work.path / "calibration.txt"
-        self.calibration.write_text(decode(self.ids.reshape(-1).tolist(), skip_special=False), encoding="utf-8")
+        samples = self._samples()
+        self.ids, judged = samples["calibration"], samples["judged"]
+        self.subject.calibrate_on(self.ids, samples["lessons"])
+        self.judge = Judge(self._said(judged), judged.size, judged.shape[1])
+        self.calibration, self.lessons = (self.work.path / f"{name}.txt" for name in ("calibration", "lessons"))
+        self.calibration.write_text(self._said(self.ids), encoding="utf-8")
+        self.lessons.write_text(self._said(samples["lessons"]), encoding="utf-8")
         kept = self.work.record("original")
         if kept is None:
             found = self.judge.measured(self.source, "The original", self.told)
@@ -114,16 +109,35 @@ class Trial:
         self.original = Outcome(**kept)
         self.weighed = self._weighed()
 
-    def _samples(self) -> np.ndarray:
+    def _samples(self) -> dict[str, np.ndarray]:
+        """Windows of the text: those that plans are judged on, from its end; all others, which may be learnt from; and
+        some of those, to calibrate on."""
         kept = self.work.arrays("samples")
-        if kept is not None:
-            return kept["ids"]
+        if kept is None:
+            o = self.options
+            length = min(o.window, self.subject.config.context)
+            ids = windows(self.subject.session, o.calibration, length) if o.calibration else self._sampled()
+            if len(ids) < 2 or ids.size < 4 * FLOOR:
+                raise BadOption(
+                    f"{ids.size} tokens of calibration are too few to choose by and to judge by.",
+                    f"Give a text of {max(4 * FLOOR, 2 * ids.shape[1])} tokens or more.",
+                )
+            held = max(1, round(len(ids) * o.held_out))
+            lessons, judged = ids[:-held], spread(ids[-held:], round(o.tokens * o.held_out))
+            calibration = spread(lessons, round(o.tokens * (1 - o.held_out)))
+            kept = {"calibration": calibration, "judged": judged, "lessons": lessons}
+            self.work.keep("samples", kept)
+        return kept
+
+    def _sampled(self) -> np.ndarray:
         o = self.options
-        for event in samples(self.subject.session, o.calibration, o.tokens, o.window, o.seed, self.enough):
+        for event in samples(self.subject.session, None, o.tokens, o.window, o.seed, self.enough):
             if isinstance(event, Sampling):
                 self.told(Progress("The model writes its own calibration text", event.done, event.total, "tokens"))
-        self.work.keep("samples", {"ids": event})
         return event
+
+    def _said(self, ids: np.ndarray) -> str:
+        return self.subject.tokenizer.decode(ids.reshape(-1).tolist(), skip_special=False)
 
     def _weighed(self) -> Weighed:
         costs, hessians, table = self.work.arrays("costs"), self.work.arrays("hessians"), self.work.record("table")
@@ -197,12 +211,14 @@ class Trial:
         return folder
 
     def _healed(self, cut: Cut, pruned: Path, minutes: float) -> Path:
-        """Taught by the text that plans are calibrated on. Training is loaded when it is used."""
+        """Taught by all of the text but what plans are judged on; where there is none by what the original says, other
+        than what it was asked for before. Training is loaded when it is used."""
         from ..prune.healing import heal
 
         folder, subject = self.work.path / "healed", self.subject
         shutil.rmtree(folder, ignore_errors=True)
-        lessons = Lessons(self.calibration, minutes=minutes, length=min(LENGTH, self.ids.shape[1]))
+        data, length = self.lessons if self.options.calibration else None, min(LENGTH, self.ids.shape[1])
+        lessons = Lessons(data, minutes=minutes, length=length, seed=self.options.seed + 1)
         subject.options = replace(subject.options, heal=lessons)
         self._ended(heal(subject, cut, pruned, folder))
         return folder
@@ -227,8 +243,10 @@ class Trial:
         """How bits would be shared out over what the plan leaves."""
         if self.weighed is None:
             return share_out_alike(self.subject.parameters, self._matrices(), self.options.target_bytes)
-        cut = self.cut(plan, foretell=True)
-        return share_out(self.weighed, self.subject.parameters, cut, self.options.target_bytes)
+        if plan not in self._shared:
+            cut = self.cut(plan, foretell=True)
+            self._shared[plan] = share_out(self.weighed, self.subject.parameters, cut, self.options.target_bytes)
+        return self._shared[plan]
 
     def run(self, plan: Plan, expected: float | None = None, method: str = "gptq", minutes: float = 0.0) -> Outcome:
         """The plan as a model, which is kept if it is the best so far. minutes: of healing, about."""
