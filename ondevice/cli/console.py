@@ -1,4 +1,5 @@
-"""The only file that prints. Answers go to stdout, status to stderr, progress to stderr when it is a terminal."""
+"""The only file that prints. Answers go to stdout, status and progress to stderr: a line that changes on a terminal, a
+plain one now and then in a log."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from typing import Any
 from ..errors import OnDeviceError
 
 NARROW = 80  # columns below which texts do not stand side by side
+WATCHED, LOGGED = 0.1, 15.0  # seconds between two looks at progress: on a terminal, in a file or pipe
 _drawn = 0  # characters of a progress line that stands on the terminal now
 
 
@@ -159,14 +161,17 @@ def _print(parts: list[tuple[str, str]]) -> None:
 
 
 class progress:
-    """A line on stderr that shows how far long work is and how long it will take; silent where nobody watches.
+    """A line on stderr that shows how far long work is and how long it will take; where stderr is no terminal, a new
+    line every 15 seconds at most, so that short work leaves none.
 
     with progress("Fetching", unit="bytes") as p: p.update(done, total)
     """
 
-    def __init__(self, title: str, unit: str = "", every: float = 0.1):
-        self.title, self.unit, self.every = title, unit, every
-        self.started = self.shown = time.monotonic()
+    def __init__(self, title: str, unit: str = "", shown: float | None = None):
+        """shown: when a line was last shown (of the stage before); None: time counts from now."""
+        self.title, self.unit = title, unit
+        self.started = time.monotonic()
+        self.shown = self.started if shown is None else shown
         self.visible = interactive()
 
     def __enter__(self) -> progress:
@@ -174,10 +179,12 @@ class progress:
 
     def update(self, done: float, total: float | None = None) -> None:
         now = time.monotonic()
-        if not self.visible or (now - self.shown < self.every and done != total):
+        due = now - self.shown >= (WATCHED if self.visible else LOGGED)
+        if not due and not (self.visible and done == total):
             return
         self.shown = now
-        _draw(f"{self.title}: {self._amounts(done, total)}{self._left(done, total, now)}")
+        line = f"{self.title}: {self._amounts(done, total)}{self._left(done, total, now)}"
+        _draw(line) if self.visible else status(line)
 
     def _amounts(self, done: float, total: float | None) -> str:
         scale, unit = (1e6, "MB") if self.unit == "bytes" else (1, self.unit)
@@ -207,7 +214,8 @@ class stages:
     def __call__(self, event: Any) -> None:
         if event.stage != self.stage:
             self.__exit__()
-            self.stage, self.line = event.stage, progress(event.stage, event.unit)
+            shown = self.line and self.line.shown
+            self.stage, self.line = event.stage, progress(event.stage, event.unit, shown)
         self.line.update(event.done, event.total)
 
     def __exit__(self, *_: object) -> None:

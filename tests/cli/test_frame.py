@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -172,15 +173,27 @@ def test_doctor_says_what_is_installed():
     assert set(facts["catalog"]) == {"smollm2-135m"} and facts["python"] == sys.version.split()[0]
 
 
-def test_progress_is_silent_where_nobody_watches(capsys):
+def test_progress_in_a_log_is_a_line_now_and_then(monkeypatch, capsys):
+    """Nothing of short work; of long work a line every 15 seconds, across its stages."""
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     with console.progress("Fetching", unit="bytes") as progress:
-        progress.update(5e6, 1e7)
-    assert capsys.readouterr().err == ""
+        for now[0] in range(15):
+            progress.update(now[0] * 1e6, 14e6)
+    assert capsys.readouterr() == ("", "")
+    with console.stages() as show:
+        for now[0] in range(100, 160):
+            stage = "Reading" if now[0] < 110 else "Rounding"
+            show(SimpleNamespace(stage=stage, done=now[0] - 99, total=60, unit="layers"))
+    out, err = capsys.readouterr()
+    said = ["Rounding: 16 of 60 layers, 14 s left", "Rounding: 31 of 60 layers, 19 s left"]
+    assert out == "" and err.splitlines() == [*said, "Rounding: 46 of 60 layers, 11 s left"]
 
 
 def test_a_status_wipes_the_progress_line(monkeypatch, capsys):
     monkeypatch.setattr(console, "interactive", lambda: True)
-    with console.progress("Fetching", every=0) as progress:
+    monkeypatch.setattr(console, "WATCHED", 0)
+    with console.progress("Fetching") as progress:
         progress.update(1, 2)
         console.status("Hello")
         assert capsys.readouterr().err.endswith("\r" + " " * len("Fetching: 1 of 2") + "\rHello\n")
@@ -188,7 +201,8 @@ def test_a_status_wipes_the_progress_line(monkeypatch, capsys):
 
 def test_progress_says_how_long(monkeypatch, capsys):
     monkeypatch.setattr(console, "interactive", lambda: True)
-    with console.progress("Fetching", unit="bytes", every=0) as progress:
+    monkeypatch.setattr(console, "WATCHED", 0)
+    with console.progress("Fetching", unit="bytes") as progress:
         progress.started -= 10
         progress.update(5e6, 1e7)
     assert "Fetching: 5 of 10 MB, 10 s left" in capsys.readouterr().err
