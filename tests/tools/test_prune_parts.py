@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pkgutil import resolve_name
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from ondevice.cli import main
 from ondevice.errors import BadFile, BadOption, OnDeviceError
 from ondevice.schemes import to_float
-from ondevice.tools.prune import Amount, Options, Sparsity, prune
+from ondevice.tools.prune import Amount, Options, Sparsity, depth, experts, prune, sparsity, width
 from ondevice.tools.prune.cutting import Cut
 from ondevice.tools.prune.elimination import eliminate
 from ondevice.tools.prune.running import write
@@ -33,6 +34,14 @@ def text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("the and in the other hand, on a cold day; " * 60)
     return path
+
+
+def ended(work):
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
 
 
 def transformers_logits(path, ids=IDS, keep=None):
@@ -349,3 +358,36 @@ def test_the_scores_are_shown_and_drawn(tmp_path, text, capsys):
     shown = capsys.readouterr().out
     assert "influence" in shown and "nothing is written" in shown
     assert "What the model would miss" in (tmp_path / "scores.svg").read_text()
+
+
+# ---- fewer tokens, and less besides
+
+
+@pytest.mark.parametrize(
+    "choose, reads, options",
+    [
+        (width.channels, "width.stream", {"channels": Amount(4)}),
+        (depth.choose, "depth.Passes", {"layers": Amount(1)}),
+        (sparsity.choose, "sparsity.stream", {"sparsity": Sparsity(0.5), "method": "wanda"}),
+        (experts.choose, "experts.stream", {"experts": Amount(1)}),
+    ],
+)
+def test_what_else_goes_is_chosen_by_the_text_as_it_will_be_cut(choose, reads, options, tmp_path, text, monkeypatch):
+    source = write_model(tmp_path / "in", MOE if choose is experts.choose else DEEP, "float32")
+    where, shown = f"ondevice.tools.prune.{reads}", []
+    read = resolve_name(where)
+
+    def watched(*given):
+        shown.extend(each for each in given if isinstance(each, np.ndarray))
+        return read(*given)
+
+    monkeypatch.setattr(where, watched)
+    with Subject(source, Options(calibration=text, tokens=64, length=32, **options)) as subject:
+        windows = ended(subject.windows())
+        gone = max(set(windows.reshape(-1).tolist()) - set(subject.tokenizer.special_ids))
+        kept = np.setdiff1d(np.arange(subject.config.vocab), [gone])
+        ended(choose(subject, replace(Cut.nothing(subject.config, None), tokens=kept)))
+        (ids,) = shown
+        whole = subject.tokenizer.decode(windows.reshape(-1).tolist())
+        assert gone in windows and gone not in ids
+        assert whole.startswith(subject.tokenizer.decode(ids.reshape(-1).tolist()))

@@ -38,14 +38,16 @@ def choose(subject: Subject, cut: Cut) -> Choice:
     count = o.layers.of(total)
     if count >= total:
         raise BadOption(f"--layers {count}: this model has {total} layers; one must stay.", "Give a smaller number.")
-    dropped, influences = yield from dispensable(subject, count)
+    dropped, influences = yield from dispensable(subject, count, cut.tokens)
     rows = tuple(Score(str(i), influences[i], int(i not in dropped)) for i in range(total))
     return replace(cut, layers=tuple(i for i in cut.layers if i not in dropped)), Scores("layers", "influence", rows)
 
 
-def dispensable(subject: Subject, count: int) -> Generator[Progress, None, tuple[list[int], dict[int, float]]]:
-    """Layers to drop, in this order, and how much each layer of the model turns the stream."""
-    windows = yield from subject.windows()
+def dispensable(
+    subject: Subject, count: int, tokens: np.ndarray | None = None
+) -> Generator[Progress, None, tuple[list[int], dict[int, float]]]:
+    """Layers to drop, in this order, and how much each layer of the model turns the stream. tokens: those that stay."""
+    windows = yield from subject.windows(tokens)
     passes, total = Passes(subject.session.decoder, _short(windows)), len(subject.config.layers)
     influences = yield from _influences(passes, total)
     dropped: list[int] = []

@@ -34,7 +34,7 @@ def choose(subject: Subject, cut: Cut) -> Choice:
                 f" {f.per_token}.",
                 f"Give {f.experts - f.per_token} or less.",
             )
-    windows = yield from subject.windows()
+    windows = yield from subject.windows(cut.tokens)
     kept, rows = {}, []
     for stage in stream(subject.config, subject.parameters, subject.ops, windows):
         i = int(stage.prefix.rpartition(".")[2]) if "." in stage.prefix else -1

@@ -6,6 +6,7 @@ from collections.abc import Generator
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from ..progress import Progress
 from ..quantize.matrices import require_finite
 from .cutting import require_dense, require_place
 from .options import Options
+from .tokens import encoding, rewritten
 
 
 class Subject(ExitStack):
@@ -63,8 +65,10 @@ class Subject(ExitStack):
         """Everything beside config.json and the weights."""
         return side_files(self.checkpoint)
 
-    def windows(self) -> Generator[Progress, None, np.ndarray]:
-        """What to calibrate on, int32 [N, length]; made once."""
+    def windows(self, tokens: np.ndarray | None = None) -> Generator[Progress, None, np.ndarray]:
+        """What to calibrate on, int32 [N, length]; made once. tokens: those that stay, where not all do: the same text
+        as it will be cut then, so that what else goes is chosen by what will be read (as COMPACT does, arXiv
+        2509.06836, which leaves rare tokens out); the ids are still the whole vocabulary's."""
         if self._windows is None:
             o = self.options
             for event in samples(self.session, o.calibration, o.tokens, o.length, o.seed):
@@ -72,7 +76,21 @@ class Subject(ExitStack):
                     yield Progress("The model writes its own calibration text", event.done, event.total, "tokens")
                 else:
                     self._windows = event
-        return self._windows
+        return self._windows if tokens is None else self._recut(self._windows, tokens)
+
+    def _recut(self, windows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        cut, ids = self.with_tokens(tokens), []
+        for window in windows.tolist():
+            ids += cut.encode(self.tokenizer.decode(window, skip_special=False), add_special=False)
+        length = min(windows.shape[1], len(ids))
+        return tokens[ids[: len(ids) // length * length]].astype(np.int32).reshape(-1, length)
+
+    def with_tokens(self, tokens: np.ndarray) -> Tokenizer:
+        """The tokenizer that will be left where these stay."""
+        with TemporaryDirectory() as folder:
+            for name, content in rewritten(encoding(self.files), self.files, tokens).items():
+                (Path(folder) / name).write_bytes(content)
+            return load_tokenizer(folder)
 
     def calibrate_on(self, windows: np.ndarray, counted: np.ndarray | None = None) -> None:
         """These alone, from now on: the rest is for judging. counted: of the same text, what

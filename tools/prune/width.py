@@ -71,7 +71,7 @@ def _each(
     subject: Subject, cut: Cut, part: str, size: Callable[[LayerConfig], int], total: int, count: int, what: str
 ) -> Generator[Progress, None, tuple[Cut, dict[int, np.ndarray], Scores]]:
     """The same number out of every layer that has the part; size: columns of the part's matrix that go together."""
-    windows = yield from subject.windows()
+    windows = yield from subject.windows(cut.tokens)
     kept, tensors, rows = {}, dict(cut.tensors), []
     for stage in stream(subject.config, subject.parameters, subject.ops, windows):
         i = int(stage.prefix.rpartition(".")[2]) if "." in stage.prefix else -1
