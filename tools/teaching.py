@@ -7,8 +7,10 @@ the last of them are held out, and tell what came of it.
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,13 +18,15 @@ from typing import TypeVar
 
 from ..errors import BadOption
 from ..runtime.session import Session
-from ..train import Data, Example, Finished, Settings, StepDone, Validating, load_data, train
+from ..train import Data, Event, Example, Finished, Settings, StepDone, Validating, load_data, train
 from ..train.encode import encoded
+from ..train.folder import read_record
 from ..train.learner import Teacher
 from .calibration import Sampling, samples
 from .calibration.samples import read_text
 from .evaluate.text import Evaluation, evaluate
 from .progress import Progress
+from .work import Work
 
 PROBED = 2  # steps by which the time of one is told: the first also prepares
 VALIDATIONS = 4  # of a training, at most: late in it, the last state is nearly always the best
@@ -105,22 +109,32 @@ def settings_for(lessons: Lessons, **more) -> Settings:
 
 
 def passages(
-    lessons: Lessons, original: Session, student: Session, reworded: Reword | None = None
+    lessons: Lessons, original: Session, student: Session, reworded: Reword | None = None, work: Work | None = None
 ) -> Generator[Progress, None, tuple[Data, str]]:
     """Examples for the student, and a text that none of them shows. reworded: done to both parts of a text, in the
-    original's tokens, and told whether it is the part that is learnt from. Raises BadOption where there are too few,
-    BadFile for what cannot be read."""
+    original's tokens, and told whether it is the part that is learnt from. work: where they are kept. Raises BadOption
+    where there are too few, BadFile for what cannot be read."""
     if lessons.data is not None and lessons.data.suffix == ".jsonl":
         examples = load_data(lessons.data, student, lessons.length, validation=0).train
         learnt, held = _parted(_enough(examples, lessons), lessons)
     else:
-        windows = yield from _windows(lessons, original)
-        learnt, held = _parted(_enough([w for w in windows if len(w) > 1], lessons), lessons)
-        if reworded:
-            learnt, held = (yield from reworded(learnt, True)), (yield from reworded(held, False))
-        learnt, held = (list(_examples(several, lessons, original, student)) for several in (learnt, held))
+        parts = (work and work.record("passages")) or (yield from _parts(lessons, original, reworded))
+        if work:
+            work.keep_record("passages", parts)
+        learnt, held = (list(_examples(part, lessons, original, student)) for part in parts)
     text = "\n".join(student.tokenizer.decode(e.sequences[0].ids.tolist()) for e in held)
     return Data(learnt, held[: -(-len(held) // 2)]), text
+
+
+def _parts(
+    lessons: Lessons, original: Session, reworded: Reword | None
+) -> Generator[Progress, None, list[list[list[int]]]]:
+    """The passages that are learnt from, and those that are held out, in the original's tokens."""
+    windows = yield from _windows(lessons, original)
+    learnt, held = _parted(_enough([w for w in windows if len(w) > 1], lessons), lessons)
+    if reworded:
+        learnt, held = (yield from reworded(learnt, True)), (yield from reworded(held, False))
+    return [learnt, held]
 
 
 def _enough(passages: list[T], lessons: Lessons) -> list[T]:
@@ -166,23 +180,47 @@ def _parted(passages: Sequence[T], lessons: Lessons) -> tuple[list[T], list[T]]:
 
 
 def taught(
-    student: Session, data: Data, settings: Settings, teacher: Teacher, lessons: Lessons
+    student: Session, data: Data, settings: Settings, teacher: Teacher, lessons: Lessons, work: Work | None = None
 ) -> Generator[Progress, None, tuple[Settings, Finished]]:
-    """As many steps as were asked for, or as there is time and data for: two are tried before, and thrown away."""
+    """As many steps as were asked for, or as there is time and data for. work: where checkpoints and what was learnt
+    are kept, and gone on with."""
+    steps = (work and work.record("steps")) or (yield from _steps(student, data, settings, teacher, lessons))
+    settings = replace(settings, steps=steps, validate_every=-(-steps // VALIDATIONS))
+    if work is None:
+        return settings, (yield from _told(train(student, data, settings, teacher=teacher), steps))
+    work.keep_record("steps", steps)
+    learning = work.path / "learning"
+    if work.record("finished") is None:
+        if (read_record(learning) or {}).get("ended"):
+            shutil.rmtree(learning)  # ended in the moment before what it had learnt was kept
+        run = train(student, data, settings, learning, resume=True, teacher=teacher)
+        finished = yield from _told(run, steps)
+        work.keep("learnt", finished.parameters)
+        work.keep_record("finished", finished.as_dict())
+    return settings, Finished(**work.record("finished"), parameters=work.arrays("learnt"))
+
+
+def _steps(
+    student: Session, data: Data, settings: Settings, teacher: Teacher, lessons: Lessons
+) -> Generator[Progress, None, int]:
+    """How many there is time for: two are tried, and thrown away."""
     most = lessons.steps or -(-PASSES * len(data.train) // settings.batch_size)
     seconds, last = 0.0, time.perf_counter()
     for event in train(student, replace(data, valid=[]), replace(settings, steps=PROBED), teacher=teacher):
         if isinstance(event, StepDone):
             yield Progress("Seeing how long a step takes", event.step, PROBED, "steps")
             seconds, last = time.perf_counter() - last, time.perf_counter()
-    steps = max(1, min(most, int(60 * lessons.minutes / seconds)))
-    settings = replace(settings, steps=steps, validate_every=-(-steps // VALIDATIONS))
-    for event in train(student, data, settings, teacher=teacher):
-        if isinstance(event, StepDone):
-            yield Progress("Learning from the original", event.step, settings.steps, f"steps, loss {event.loss:.3f}")
-        elif isinstance(event, Validating):
-            yield Progress("Looking at what was held out", event.done, event.total, "batches")
-    return settings, event
+    return max(1, min(most, int(60 * lessons.minutes / seconds)))
+
+
+def _told(run: Iterator[Event], steps: int) -> Generator[Progress, None, Finished]:
+    with closing(run):  # Ctrl-C where progress is shown makes a checkpoint as well
+        for event in run:
+            if isinstance(event, StepDone):
+                yield Progress("Learning from the original", event.step, steps, f"steps, loss {event.loss:.3f}")
+            elif isinstance(event, Validating):
+                yield Progress("Looking at what was held out", event.done, event.total, "batches")
+    return event
 
 
 def quality(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -57,10 +58,15 @@ def command(model, dest, dry_run, plot, as_json, **given):
         require(plot)
     options = _options(given)
     source = fetch(model)
-    with console.stages() as show:
-        for event in prune(source, dest, options):
-            if hasattr(event, "stage"):
-                show(event)
+    try:
+        with console.stages() as show, closing(prune(source, dest, options)) as events:
+            for event in events:
+                if hasattr(event, "stage"):
+                    show(event)
+    except KeyboardInterrupt:
+        if options.heal and dest is not None:
+            console.status("What is finished is kept: the same command goes on from there.")
+        raise
     if plot:
         from ..tools.prune.pictures import draw
 

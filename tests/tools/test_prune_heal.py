@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -238,10 +239,10 @@ def test_the_original_writes_no_more_than_will_be_learnt_from(model, monkeypatch
 def _noting(taught, teachers, shown):
     """`taught`, whose teacher and examples are noted."""
 
-    def noted(student, data, settings, teacher, lessons):
+    def noted(student, data, settings, teacher, lessons, work):
         teachers.append(teacher)
         shown.extend(data.train)
-        return (yield from taught(student, data, settings, teacher, lessons))
+        return (yield from taught(student, data, settings, teacher, lessons, work))
 
     return noted
 
@@ -334,6 +335,42 @@ def test_the_command_heals_by_what_the_model_says(tmp_path, model, capsys, monke
     assert "bits/byte" in told and "original" in told and "2 steps in" in told
 
 
+def _files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _until(work, stage, done):
+    """What is told until then; the work is stopped there, as Ctrl-C does it."""
+    told = []
+    with closing(work):
+        for event in work:
+            told.append(event)
+            if getattr(event, "stage", "").startswith(stage) and event.done == done:
+                break
+    return told
+
+
+@pytest.mark.parametrize("stops", [[("Learning", 3)], [("Choosing", 0), ("Looking", 0), ("After", 0)]])
+@pytest.mark.parametrize("given", [True, False], ids=["a text", "self"])
+def test_what_was_interrupted_goes_on_to_the_same_bytes(tmp_path, model, prose, monkeypatch, given, stops):
+    lessons = {"steps": 6, "sampled": 512, **QUICK}
+    chosen = {"vocabulary": Amount(100), "channels": Amount(16), "calibration": prose, "length": 24}
+    options = Options(heal=Lessons(prose if given else None, **lessons), **chosen)
+    *_, whole = prune(model, tmp_path / "whole", options)
+    for stage, done in stops:
+        _until(prune(model, tmp_path / "out", options), stage, done)
+        assert not (tmp_path / "out").exists() and (tmp_path / ".out.prune").is_dir()
+    *events, result = prune(model, tmp_path / "out", options)
+    learnt = [event.done for event in events if event.stage.startswith("Learning")]
+    assert learnt == ([4, 5, 6] if stops[0][0] == "Learning" else [])
+    assert not any(event.stage.startswith(("Choosing", "The original writes", "Putting in")) for event in events)
+    assert _files(tmp_path / "out") == _files(tmp_path / "whole")
+    assert not (tmp_path / ".out.prune").exists()
+    timeless = {"seconds": 0.0, "path": None}
+    alike = [replace(r, healed=replace(r.healed, seconds=0.0), **timeless) for r in (result, whole)]
+    assert alike[0] == alike[1]
+
+
 @pytest.mark.parametrize("failing", ["fsync", "mkdir"])
 @pytest.mark.parametrize(
     "command",
@@ -357,7 +394,7 @@ def test_a_full_disk_is_said_and_nothing_is_left(tmp_path, model, prose, capsys,
     told = capsys.readouterr().err
     assert stop.value.code == 1 and "could not be written: No space left on device." in told
     assert "Traceback" not in told and len(told.strip().splitlines()) == 2
-    assert {path.name for path in tmp_path.iterdir()} <= {".out.quantize"}
+    assert {path.name for path in tmp_path.iterdir()} <= {".out.quantize", ".out.prune"}
 
 
 def _short(init):

@@ -12,7 +12,7 @@ import pytest
 from ondevice.cli import main
 from ondevice.errors import BadFile, BadOption, OnDeviceError
 from ondevice.schemes import to_float
-from ondevice.tools.prune import Amount, Options, Sparsity, depth, experts, prune, sparsity, width
+from ondevice.tools.prune import Amount, Options, Sparsity, depth, experts, prune, width
 from ondevice.tools.prune.cutting import Cut
 from ondevice.tools.prune.elimination import eliminate
 from ondevice.tools.prune.running import write
@@ -368,7 +368,6 @@ def test_the_scores_are_shown_and_drawn(tmp_path, text, capsys):
     [
         (width.channels, "width.stream", {"channels": Amount(4)}),
         (depth.choose, "depth.Passes", {"layers": Amount(1)}),
-        (sparsity.choose, "sparsity.stream", {"sparsity": Sparsity(0.5), "method": "wanda"}),
         (experts.choose, "experts.stream", {"experts": Amount(1)}),
     ],
 )

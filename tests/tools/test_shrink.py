@@ -14,11 +14,11 @@ from ondevice.errors import BadOption, OnDeviceError
 from ondevice.runtime.session import open_session
 from ondevice.tools.quantize import running as rounding
 from ondevice.tools.quantize.matrices import numbers
-from ondevice.tools.quantize.work import Work
 from ondevice.tools.shrink import Options, Outcome, Result, foretelling, plans, running, shrink, trial
 from ondevice.tools.shrink.plans import Plan, cuts, together
 from ondevice.tools.shrink.report import frontier
 from ondevice.tools.shrink.running import Clock
+from ondevice.tools.work import Work
 from tests.tools.wide_models import LLAMA, write_model
 
 

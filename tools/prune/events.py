@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..teaching import Taught
 
@@ -54,3 +55,16 @@ class Result:
     notes: tuple[str, ...] = ()
     healed: Taught | None = None
     seconds: float = 0.0
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> Result:
+        """What `asdict` made of one that is not healed yet, and JSON of that."""
+        scores = [{**kind, "rows": tuple(Score(**row) for row in kind["rows"])} for kind in record["scores"]]
+        parts = {
+            "before": Size(**record["before"]),
+            "after": Size(**record["after"]),
+            "scores": tuple(Scores(**kind) for kind in scores),
+            "sizes": {kind: tuple(counts) for kind, counts in record["sizes"].items()},
+            "notes": tuple(record["notes"]),
+        }
+        return cls(**{**record, **parts})

@@ -15,6 +15,8 @@ from collections.abc import Generator
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
+
 from ...adapters import Adapter
 from ...checkpoint import write_folder
 from ...registry import create_backend
@@ -26,7 +28,7 @@ from ...train.methods import make_method
 from ..fuse.weights import Weights
 from ..progress import Progress
 from ..teaching import Lessons, Quality, Reword, Taught, passages, quality, settings_for, taught
-from .cutting import Cut
+from ..work import Work
 from .rewording import reworded
 from .subject import Subject
 from .translation import Translation, Translator
@@ -39,22 +41,26 @@ OFTEN = 5.0  # times as likely as they are: words of tokens that went, in what i
 SHARES = (1.0, 0.7, 0.4)  # of what was learnt, as long as less is better
 
 
-def heal(subject: Subject, cut: Cut, pruned: Path, dest: Path) -> Generator[Progress, None, Taught]:
-    """The model in `pruned`, healed, as the new folder `dest`. Raises what `passages` raises, Unsupported for models
-    and backends that cannot train."""
+def heal(
+    subject: Subject, tokens: np.ndarray | None, pruned: Path, dest: Path, work: Work | None = None
+) -> Generator[Progress, None, Taught]:
+    """The model in `pruned`, healed, as the new folder `dest`. tokens: old ids of those that stayed, where not all did.
+    work: where what is done is kept, and gone on with. Raises what `passages` raises, Unsupported for models and
+    backends that cannot train."""
     started, o = time.perf_counter(), subject.options
     with ExitStack() as stack:
         ops = create_backend(o.backend)
         student = stack.enter_context(open_session(pruned, backend=ops))
         original = stack.enter_context(open_session(subject.path, backend=ops))
-        against = original if cut.tokens is None else None
-        translation = None if cut.tokens is None else Translation(original.tokenizer, student.tokenizer, cut.tokens)
+        against = original if tokens is None else None
+        translation = None if tokens is None else Translation(original.tokenizer, student.tokenizer, tokens)
         rewording = translation and _rewording(o.heal, original, translation)
-        data, held = yield from passages(o.heal, original, student, rewording)
+        data, held = yield from passages(o.heal, original, student, rewording, work)
         first = yield from quality(original, held, "The original")
         before = yield from quality(student, held, "Before healing", against)
-        settings = settings_for(o.heal, rank=RANK, modules_to_save=() if cut.tokens is None else EMBEDDING)
-        settings, finished = yield from taught(student, data, settings, _teacher(original, translation, o.heal), o.heal)
+        settings = settings_for(o.heal, rank=RANK, modules_to_save=() if tokens is None else EMBEDDING)
+        teacher = _teacher(original, translation, o.heal)
+        settings, finished = yield from taught(student, data, settings, teacher, o.heal, work)
         adapter = as_adapter(student, make_method(student, settings), finished.parameters, settings)
         share, after = yield from _worked_in(student, adapter, dest, held, against)
     return Taught(finished.step, finished.kept, time.perf_counter() - started, first, before, after, share)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ...checkpoint import Spec, write_folder
-from ...checkpoint.write import scratch
-from ...errors import OnDeviceError
+from ...errors import BadFile, BadOption, OnDeviceError, Unsupported
 from ...models.families.writing import Piece, specs
 from ...models.parameters import expected
 from ...tensors import Tensor
 from ..progress import Progress
+from ..work import Work, identity
 from . import depth, experts, sparsity, target, vocabulary, width
 from .cutting import Cut, hugging_face, sizes
 from .events import Result, Scores, Size
@@ -24,6 +26,7 @@ from .options import Options
 from .subject import Subject
 from .tokens import encoding, renamed_ids, rewritten
 
+VERSION = 1  # of the method: what an older one has left is not gone on with
 WORSE = "Healing made it worse: it was left as pruned. Give more --heal-minutes, or other data."
 
 Choice = Generator[Progress, None, tuple[Cut, Scores]]
@@ -39,15 +42,58 @@ def prune(source: Path, dest: Path | None, options: Options) -> Iterator[Progres
         raise OnDeviceError(f"There is no folder {dest.absolute().parent} to write to.", "Create it first.")
     with Subject(source, options) as subject:
         subject.check()
-        found, notes = [], ()
-        if options.target:
-            subject.options, scores, notes = yield from target.choose(subject, chosen, write, dest)
-            found.append(scores)
-        cut, scores = yield from chosen(subject)
-        make = write_healed if options.heal and dest is not None else write
-        result = yield from make(subject, cut, dest)
-        seconds, notes = time.perf_counter() - started, (*notes, *result.notes)
-        yield replace(result, scores=(*found, *scores), notes=notes, seconds=seconds)
+        if options.heal and dest is not None:
+            result = yield from _healed(subject, dest)
+        else:
+            result, _ = yield from _pruned(subject, dest)
+        yield replace(result, seconds=time.perf_counter() - started)
+
+
+def _pruned(subject: Subject, dest: Path | None) -> Generator[Progress, None, tuple[Result, Cut]]:
+    found, notes = [], ()
+    if subject.options.target:
+        subject.options, scores, notes = yield from target.choose(subject, chosen, write, dest)
+        found.append(scores)
+    cut, scores = yield from chosen(subject)
+    result = yield from write(subject, cut, dest)
+    return replace(result, scores=(*found, *scores), notes=notes), cut
+
+
+def _healed(subject: Subject, dest: Path) -> Generator[Progress, None, Result]:
+    """The same, taught by the original before it appears. What is done is kept in a hidden folder beside `dest` until
+    then, and gone on with when the same is asked for again. Training is loaded for those who use it."""
+    from .healing import heal
+
+    o = subject.options
+    work = Work(dest, _fingerprint(subject.path, o), "prune")
+    pruned, shares = work.begin() / "pruned", work.path / "shares"
+    try:
+        result, tokens = yield from _kept(subject, work, pruned)
+        subject.options = o
+        shutil.rmtree(shares, ignore_errors=True)
+        shares.mkdir()
+        found = yield from heal(subject, tokens, pruned, shares / "healed", work)
+    except (BadFile, BadOption, Unsupported):
+        work.remove()
+        raise
+    (shares / "healed" if found.better else pruned).rename(dest)
+    work.remove()
+    return replace(result, path=dest, healed=found, notes=result.notes if found.better else (*result.notes, WORSE))
+
+
+def _fingerprint(source: Path, options: Options) -> dict[str, Any]:
+    texts = options.calibration, options.keep_vocabulary, options.heal.data
+    return {"version": VERSION, "files": identity(source, *texts), **asdict(options)}
+
+
+def _kept(subject: Subject, work: Work, pruned: Path) -> Generator[Progress, None, tuple[Result, np.ndarray | None]]:
+    """What was pruned before, or is now, and the tokens that stayed."""
+    if work.record("result") is None:
+        shutil.rmtree(pruned, ignore_errors=True)
+        result, cut = yield from _pruned(subject, pruned)
+        work.keep("tokens", {} if cut.tokens is None else {"tokens": cut.tokens})
+        work.keep_record("result", asdict(replace(result, path=None)))
+    return Result.read(work.record("result")), work.arrays("tokens").get("tokens")
 
 
 def chosen(subject: Subject) -> Generator[Progress, None, tuple[Cut, list[Scores]]]:
@@ -98,19 +144,6 @@ def write(subject: Subject, cut: Cut, dest: Path | None) -> Generator[Progress, 
             replace(size, nonzero=n) for size, n in zip((before, after), _nonzero(subject, cut), strict=True)
         )
     return Result(dest, before, after, (), {k: (old[k], new[k]) for k in old if old[k]})
-
-
-def write_healed(subject: Subject, cut: Cut, dest: Path) -> Generator[Progress, None, Result]:
-    """The same, taught by the original before it appears. Training is loaded for those who use it."""
-    from .healing import heal
-
-    with scratch(dest) as folder:
-        pruned, healed = folder / "pruned", folder / "healed"
-        result = yield from write(subject, cut, pruned)
-        found = yield from heal(subject, cut, pruned, healed)
-        (healed if found.better else pruned).rename(dest)
-    notes = () if found.better else (WORSE,)
-    return replace(result, path=dest, healed=found, notes=notes)
 
 
 def _nonzero(subject: Subject, cut: Cut) -> tuple[int, int]:

@@ -29,7 +29,7 @@ Choice = Generator[Progress, None, tuple[Cut, Scores]]
 
 def choose(subject: Subject, cut: Cut) -> Choice:
     names = [name for name in matrices(subject.parameters) if name.startswith("layers.")]
-    work = _unseen(subject, names) if subject.options.method == "magnitude" else _seen(subject, cut, set(names))
+    work = _unseen(subject, names) if subject.options.method == "magnitude" else _seen(subject, set(names))
     tensors, rows = {}, []
     while True:
         try:
@@ -56,8 +56,8 @@ def _unseen(subject: Subject, names: list[str]) -> Iterator[Progress | Made]:
         yield name, values, _zeroed(values, np.abs(values), subject.options.sparsity, whole=True)
 
 
-def _seen(subject: Subject, cut: Cut, names: set[str]) -> Iterator[Progress | Made]:
-    windows = yield from subject.windows(cut.tokens)
+def _seen(subject: Subject, names: set[str]) -> Iterator[Progress | Made]:
+    windows = yield from subject.windows()
     layers = len(subject.config.layers)
     for stage in stream(subject.config, subject.parameters, subject.ops, windows):
         wanted = [name for name in stage.names if name in names]

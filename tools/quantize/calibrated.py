@@ -12,12 +12,12 @@ from ...models.parameters import Parameters
 from ...schemes import stack
 from ...tensors import Affine, Dense, Tensor
 from ..calibration import Stage, stream
+from ..work import Work
 from .awq import Scaling, scaling
 from .gptq import Feedback, feedback, gptq, search
 from .matrices import numbers
 from .parallel import side_by_side
 from .statistics import Inputs
-from .work import Work
 
 Known = Feedback | np.ndarray | None  # of the inputs of a map: for feedback, E[x_j^2] alone, or nothing
 

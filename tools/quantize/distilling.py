@@ -26,9 +26,9 @@ from ...train.learner import Teacher
 from ...train.methods import Scales
 from ..progress import Progress
 from ..teaching import Lessons, Taught, passages, quality, settings_for, taught
+from ..work import Work
 from .options import Options
 from .running import fingerprint, quantize
-from .work import Work
 from .writing import Result
 
 WORSE = "Distilling made it worse: scales were left as they began. Give more --minutes, or other text."
@@ -41,8 +41,7 @@ def distill(source: Path, dest: Path, options: Options, progress: Callable, back
     `dest`, as `quantize` keeps its work."""
     started = time.perf_counter()
     work = Work(dest, {"of": "distill", **fingerprint(source, options)})
-    work.keep_record("begun", True)
-    made = work.path / "start"
+    made = work.begin() / "start"
     first = work.record("start")
     if first is None or not made.is_dir():
         first = replace(quantize(source, made, replace(options, method=options.start), progress, backend), path=None)
@@ -54,7 +53,7 @@ def distill(source: Path, dest: Path, options: Options, progress: Callable, back
         student = stack.enter_context(open_session(made, backend=ops))
         better = work.path / "taught"
         shutil.rmtree(better, ignore_errors=True)
-        found = _heard(_taught(original, student, better, options), progress)
+        found = _heard(_taught(original, student, better, options, work), progress)
     (better if found.better else made).rename(dest)
     work.remove()
     notes = (*first.notes, *(() if found.better else (WORSE,)))
@@ -69,17 +68,19 @@ def _heard(events: Generator[Progress, None, Taught], progress: Callable) -> Tau
             return end.value
 
 
-def _taught(original: Session, student: Session, dest: Path, options: Options) -> Generator[Progress, None, Taught]:
+def _taught(
+    original: Session, student: Session, dest: Path, options: Options, work: Work
+) -> Generator[Progress, None, Taught]:
     started = time.perf_counter()
     lessons = Lessons(
         options.calibration, options.steps, options.minutes, min(LENGTH, options.window), sampled=2 * options.tokens,
         learning_rate=RATE, seed=options.seed,
     )  # fmt: skip
-    data, held = yield from passages(lessons, original, student)
+    data, held = yield from passages(lessons, original, student, work=work)
     first = yield from quality(original, held, "The original")
     before = yield from quality(student, held, "Before distilling", original)
     settings = settings_for(lessons, method="scales", remat=True)
-    _, finished = yield from taught(student, data, settings, Teacher(original.decoder), lessons)
+    _, finished = yield from taught(student, data, settings, Teacher(original.decoder), lessons, work)
     _write(student, finished, dest)
     with open_session(dest, backend=original.backend) as made:
         after = yield from quality(made, held, "After distilling", original)

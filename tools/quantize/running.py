@@ -20,6 +20,7 @@ from ...runtime.session import open_session
 from ...tensors import Affine, Blocks, Tensor
 from ..calibration import Sampling, samples
 from ..progress import Progress
+from ..work import Work, identity
 from .allocation import allocate, require_reachable
 from .calibrated import Rounding
 from .matrices import (
@@ -34,7 +35,6 @@ from .matrices import (
 from .options import Options
 from .rounding import nearest
 from .weighing import Given, weigh
-from .work import Work
 from .writing import Result, write
 
 VERSION = 1  # of the method: what an older one has left is not gone on with
@@ -167,11 +167,7 @@ class _Job:
 
 def fingerprint(source: Path, options: Options) -> dict:
     """Of all that a result depends on."""
-    files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
-    held = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    text = options.calibration
-    told = (text.stat().st_size, text.stat().st_mtime_ns) if text else None
-    return {"version": VERSION, "files": held, "text": told, **asdict(options)}
+    return {"version": VERSION, "files": identity(source, options.calibration), **asdict(options)}
 
 
 def uniform(parameters: Parameters, names: NameMap, options: Options) -> tuple[dict[str, Affine], tuple[str, ...]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from ...errors import BadFile, BadOption, OnDeviceError
 from ..progress import Progress
 from ..quantize.running import fingerprint
-from ..quantize.work import Work
+from ..work import Work
 from .events import Estimate, Outcome, Result
 from .foretelling import Foretold, foretold, least
 from .judging import Told

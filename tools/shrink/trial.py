@@ -31,8 +31,8 @@ from ..quantize.matrices import require_unquantized
 from ..quantize.running import uniform
 from ..quantize.sensitivity import Cost
 from ..quantize.weighing import Weighed, weigh
-from ..quantize.work import Work
 from ..teaching import Lessons
+from ..work import Work
 from .estimating import Shared, share_out, share_out_alike
 from .events import Outcome
 from .judging import Judge, Told
@@ -220,7 +220,7 @@ class Trial:
         data, length = self.lessons if self.options.calibration else None, min(LENGTH, self.ids.shape[1])
         lessons = Lessons(data, minutes=minutes, length=length, seed=self.options.seed + 1)
         subject.options = replace(subject.options, heal=lessons)
-        self._ended(heal(subject, cut, pruned, folder))
+        self._ended(heal(subject, cut.tokens, pruned, folder))
         return folder
 
     # ---- carrying out
