@@ -43,6 +43,23 @@ def test_scales_learn_and_codes_stay(tmp_path, prose, hf):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_what_was_interrupted_goes_on(tmp_path, prose):
+    source, seen = write_model(tmp_path / "in"), []
+    options = Options(method="distill", start="rtn", steps=6, calibration=prose, length=24, group_size=32)
+    quantize(source, tmp_path / "whole", options)
+
+    def stopped(event):
+        if event.stage.startswith("Learning") and event.done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "out", options, stopped)
+    quantize(source, tmp_path / "out", options, seen.append)
+    assert [event.done for event in seen if event.stage.startswith("Learning")] == [5, 6]
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def differ(one, other, part):
     return not np.array_equal(one.parts[part], other.parts[part])
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Generator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,11 +61,12 @@ def distill(source: Path, dest: Path, options: Options, progress: Callable, back
 
 
 def _heard(events: Generator[Progress, None, Taught], progress: Callable) -> Taught:
-    while True:
-        try:
-            progress(next(events))
-        except StopIteration as end:
-            return end.value
+    with closing(events):  # Ctrl-C where progress is shown makes a checkpoint as well
+        while True:
+            try:
+                progress(next(events))
+            except StopIteration as end:
+                return end.value
 
 
 def _taught(
