@@ -175,7 +175,7 @@ def tried(*outcomes):
     shared = {plan: SimpleNamespace(cost=cost, nbytes=1) for plan, cost in ESTIMATES.items()}
     return SimpleNamespace(
         outcomes=[Outcome(plan, 1, 1, loss, 1.0, 60.0) for plan, loss in outcomes], losses={TOKENS: 0.42, LAYERS: 0.26},
-        shared=shared.__getitem__, options=SimpleNamespace(target_bytes=1), weighed=True,
+        shared=shared.__getitem__, options=SimpleNamespace(target_bytes=1, calibration="text.txt"), weighed=True,
     )  # fmt: skip
 
 
@@ -185,11 +185,15 @@ def test_what_is_measured_corrects_what_is_foretold():
     assert before[TOKENS] == pytest.approx(0.42 + 0.454, abs=2e-3)
     after = {f.plan: f.loss for f in foretelling.foretold(tried(("bits alone", 1.11), (TOKENS.name, 1.02)))}
     assert TOKENS not in after
-    assert after[replace(TOKENS, healed=True)] == pytest.approx(1.02 - 0.8 * 0.42)
+    assert after[replace(TOKENS, healed=True)] == pytest.approx(1.02 - 0.7 * 0.42)
     nearest = (1.02 - 0.42) * (0.15 / 0.19) ** foretelling.POWER  # what rounding lost where bits are most alike
     assert before[Plan(3, 2)] + 0.1 < after[Plan(3, 2)] == pytest.approx(0.42 + 0.26 + nearest)
     assert after[LAYERS] == before[LAYERS]
     assert sorted(after.values()) == list(after.values())
+    alone = tried(("bits alone", 1.11), (TOKENS.name, 1.02))
+    alone.options.calibration = None  # the original writes the text, which takes time and teaches less
+    own = {f.plan: f.loss for f in foretelling.foretold(alone)}
+    assert 1.02 > own[replace(TOKENS, healed=True)] > after[replace(TOKENS, healed=True)] + 0.1
 
 
 def test_healing_comes_after_its_plan_without_and_only_where_it_may_win(tmp_path):
@@ -214,10 +218,13 @@ def test_all_of_a_text_but_what_judges_is_learnt_from(tmp_path, model, text):
         made.prepare()
         whole = made.subject.tokenizer.encode(text.read_text())
         learnt = made.lessons.read_text()
-        assert made.ids.size == 192 < len(made.subject.tokenizer.encode(learnt)) and made.judge.tokens == 64
+        assert len(made.subject.tokenizer.encode(learnt)) > 192 and made.judge.tokens == 64
         assert len(learnt) > 0.7 * len(text.read_text()) and text.read_text().startswith(learnt)
         at = int(0.75 * (len(whole) // 32)) * 32
         assert np.array_equal(made.subject.counted.reshape(-1), whole[:at])
+        cut = np.array(whole[:at]).reshape(-1, 32).tolist()
+        assert made.ids.shape == (6 + 3, 32) and all(row in cut for row in made.ids[:6].tolist())
+        assert not any(row in cut for row in made.ids[6:].tolist())  # its own words
         held = whole[at : len(whole) // 32 * 32]
         assert made.judge.text == made.subject.tokenizer.decode(held[:32] + held[-32:])
 

@@ -22,7 +22,7 @@ from .plans import BITS_ALONE, cuts, together
 from .report import write_report
 from .trial import Trial, unreachable
 
-VERSION = 2  # of the method: what an older one has left is not gone on with
+VERSION = 3  # of the method: what an older one has left is not gone on with
 WORSE = 1.15  # times the best loss: what is expected to lose more than that is not carried out
 HEALING = 0.15  # of the time, at least, for healing: it is not begun with less
 SURE = 0.7  # of the time that is left is learnt in: what is around it takes time as well

@@ -40,6 +40,7 @@ from .options import Options
 from .plans import BITS_ALONE, Plan
 
 HURRIED = "bits alone, hurried"  # as it is called for people
+OWN = 0.5  # as many tokens that the model says itself are calibrated on as there are of a given text
 FLOOR = 64  # tokens that judging takes at least
 LENGTH = 256  # tokens a window, at most, of text that is cut anew
 
@@ -111,12 +112,13 @@ class Trial:
 
     def _samples(self) -> dict[str, np.ndarray]:
         """Windows of the text: those that plans are judged on, from its end; all others, which may be learnt from; and
-        some of those, to calibrate on."""
+        some of those to calibrate on, beside some of the model's own words: rounded by a text alone, it keeps what that
+        needs and may forget how to answer."""
         kept = self.work.arrays("samples")
         if kept is None:
-            o = self.options
+            o, text = self.options, self.options.calibration
             length = min(o.window, self.subject.config.context)
-            ids = windows(self.subject.session, o.calibration, length) if o.calibration else self._sampled()
+            ids = windows(self.subject.session, text, length) if text else self._sampled(o.tokens, length)
             if len(ids) < 2 or ids.size < 4 * FLOOR:
                 raise BadOption(
                     f"{ids.size} tokens of calibration are too few to choose by and to judge by.",
@@ -125,13 +127,16 @@ class Trial:
             held = max(1, round(len(ids) * o.held_out))
             lessons, judged = ids[:-held], spread(ids[-held:], round(o.tokens * o.held_out))
             calibration = spread(lessons, round(o.tokens * (1 - o.held_out)))
+            if text:
+                own = self._sampled(round(OWN * calibration.size), min(length, LENGTH)).reshape(-1)
+                own = own[: len(own) // length * length].reshape(-1, length)
+                calibration = np.concatenate([calibration, own])
             kept = {"calibration": calibration, "judged": judged, "lessons": lessons}
             self.work.keep("samples", kept)
         return kept
 
-    def _sampled(self) -> np.ndarray:
-        o = self.options
-        for event in samples(self.subject.session, None, o.tokens, o.window, o.seed, self.enough):
+    def _sampled(self, tokens: int, length: int) -> np.ndarray:
+        for event in samples(self.subject.session, None, tokens, length, self.options.seed, self.enough):
             if isinstance(event, Sampling):
                 self.told(Progress("The model writes its own calibration text", event.done, event.total, "tokens"))
         return event
