@@ -67,14 +67,16 @@ def points(
 ) -> None:  # fmt: skip
     """Scattered points (x, y, label) by series; those of the series named in `joined` are joined by a line."""
     with _figure(path, title, x, y) as axes:
+        notes = []
         for name, places in series.items():
             across, up, labels = zip(*sorted(places), strict=True) if places else ((), (), ())
             axes.plot(across, up, marker="o", linestyle="-" if name in joined else "", label=name)
             for place, label in zip(zip(across, up, strict=True), labels, strict=True):
-                axes.annotate(label, place, xytext=(4, 4), textcoords="offset points", fontsize=7)
+                notes.append(axes.annotate(label, place, xytext=(4, 4), textcoords="offset points", fontsize=7))
         if log:
             axes.set_yscale("log")
         _legend(axes)
+        _apart(axes, notes)
 
 
 def heat(
@@ -91,6 +93,19 @@ def heat(
         if rows:
             axes.set_yticks(range(len(rows)), rows)
         axes.grid(False)
+
+
+def _apart(axes: Any, notes: Sequence[Any]) -> None:
+    """Moves labels up that would lie over others."""
+    axes.figure.draw_without_rendering()
+    placed: list[Any] = []
+    for box, note in sorted(((n.get_window_extent(), n) for n in notes), key=lambda pair: pair[0].y0):
+        lift = 0.0
+        for other in sorted(placed, key=lambda other: other.y0):
+            if box.translated(0, lift).overlaps(other):
+                lift = other.y1 - box.y0 + 1
+        placed.append(box.translated(0, lift))
+        note.set_position((4, 4 + lift * 72 / axes.figure.dpi))
 
 
 def _legend(axes: Any) -> None:

@@ -58,3 +58,18 @@ def test_without_matplotlib(monkeypatch, tmp_path):
 def test_nothing_is_loaded_before_it_is_needed():
     program = "import sys, ondevice.pictures; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_labels_of_points_do_not_lie_over_one_another(monkeypatch, tmp_path):
+    """Where they are when the picture is written, in pixels."""
+    apart, boxes = pictures._apart, []
+
+    def seen(axes, notes):
+        apart(axes, notes)
+        axes.figure.draw_without_rendering()
+        boxes.extend(note.get_window_extent() for note in notes)
+
+    monkeypatch.setattr(pictures, "_apart", seen)
+    near = [(50, 0.5, "vocabulary / 3"), (50, 0.51, "vocabulary / 2"), (51, 0.52, "layers -1"), (200, 3, "original")]
+    pictures.points(tmp_path / "picture.png", "Plans", {"tried": near[:2], "expected": near[2:]}, "MB", "nats")
+    assert len(boxes) == 4 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
