@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,14 +48,20 @@ def save(folder: Path, state: State, ops: Backend) -> Path:
         f"{group}:{name}": np.ascontiguousarray(ops.numpy(a)) for group, of in groups.items() for name, a in of.items()
     }
     counters = {"step": state.step, "best_step": state.best_step, "best_loss": state.best_loss, "stale": state.stale}
-    temporary, path = folder / f".{FILE}.partial", folder / FILE
+    room, path = (
+        folder / f".{FILE}.partial",
+        folder / FILE,
+    )  # a folder: the library writes beside what it is told, first
     try:
-        save_file(tensors, temporary, {"counters": json.dumps(counters)})
-        with open(temporary, "rb") as file:
+        shutil.rmtree(room, ignore_errors=True)
+        room.mkdir()
+        save_file(tensors, room / FILE, {"counters": json.dumps(counters)})
+        with open(room / FILE, "rb") as file:
             os.fsync(file.fileno())
-        temporary.replace(path)
+        (room / FILE).replace(path)
+        room.rmdir()
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(room, ignore_errors=True)
         kept = "The checkpoint before is still there: free some space and go on with --resume."
         what = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2].partition(" (os error")[0]
         raise OnDeviceError(

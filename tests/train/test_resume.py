@@ -215,6 +215,25 @@ def test_a_full_disk_keeps_the_checkpoint_before(session, data, tmp_path, monkey
     assert not [p for p in (tmp_path / "full").iterdir() if p.name.endswith(".partial")]
 
 
+class Killed(BaseException):
+    """Nothing is cleaned up behind it."""
+
+
+def test_what_a_kill_leaves_of_a_checkpoint_goes_in_the_end(session, data, tmp_path, monkeypatch):
+    """The library writes into a file of its own, beside the one that is asked for."""
+    from ondevice.train import state
+
+    def half_written(tensors, path, metadata):
+        (path.parent / ".tmpAbC123").write_bytes(b"half")
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(state, "save_file", half_written)
+        list(train(session, data, SETTINGS, tmp_path / "out", saving=Saving(steps=2)))
+    list(train(session, data, SETTINGS, tmp_path / "out", resume=True))
+    assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
 def test_an_adapter_that_cannot_be_written_is_written_later(session, data, tmp_path, monkeypatch):
     from ondevice.train import loop
 
