@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from math import inf
 from types import SimpleNamespace
 
 import numpy as np
@@ -217,7 +218,7 @@ def test_all_of_a_text_but_what_judges_is_learnt_from(tmp_path, model, text):
     with trial.Trial(model, work, Options(90_000, calibration=text, tokens=256, length=32), lambda event: None) as made:
         made.prepare()
         whole = made.subject.tokenizer.encode(text.read_text())
-        learnt = made.lessons.read_text()
+        learnt = made._said(made.lessons)
         assert len(made.subject.tokenizer.encode(learnt)) > 192 and made.judge.tokens == 64
         assert len(learnt) > 0.7 * len(text.read_text()) and text.read_text().startswith(learnt)
         at = int(0.75 * (len(whole) // 32)) * 32
@@ -227,6 +228,23 @@ def test_all_of_a_text_but_what_judges_is_learnt_from(tmp_path, model, text):
         assert not any(row in cut for row in made.ids[6:].tolist())  # its own words
         held = whole[at : len(whole) // 32 * 32]
         assert made.judge.text == made.subject.tokenizer.decode(held[:32] + held[-32:])
+
+
+def test_what_is_learnt_from_is_a_text_and_between_it_what_the_model_says(tmp_path, model, text):
+    work = Work(tmp_path / "out", {}, "shrink")
+    with trial.Trial(model, work, Options(90_000, calibration=text, tokens=256, length=32), lambda event: None) as made:
+        made.prepare()
+        began = made.work.arrays("samples")["calibration"][6:].tolist()
+        learnt = made._lessons(32, inf).read_text()
+        own = made.work.arrays("own words")["ids"]
+        assert own.size >= trial.OWN * made.lessons.size and not any(row in began for row in own.tolist())
+        found, at = [], 0
+        for part in [made._said(row) for row in made.lessons]:
+            found.append(at := learnt.index(part, at))
+            at += len(part)
+        between = np.diff([*found, len(learnt)]) - [len(made._said(row)) for row in made.lessons]
+        assert sum(between > 0) > 0.4 * len(between) and max(between) < 0.2 * sum(between)
+        assert all(made._said(row) in learnt for row in own)
 
 
 def test_the_frontier_is_what_nothing_smaller_beats():

@@ -40,7 +40,9 @@ from .options import Options
 from .plans import BITS_ALONE, Plan
 
 HURRIED = "bits alone, hurried"  # as it is called for people
-OWN = 0.5  # as many tokens that the model says itself are calibrated on as there are of a given text
+OWN = 0.5  # as many tokens that the model says itself as there are of a given text, to calibrate on and to learn from
+WRITING = 0.15  # of the time for healing, at most, that the original writes what is learnt from beside a text
+MORE = 1  # is added to the seed of what the original says for that: it is other than what is calibrated on
 FLOOR = 64  # tokens that judging takes at least
 LENGTH = 256  # tokens a window, at most, of text that is cut anew
 
@@ -98,9 +100,9 @@ class Trial:
         self.ids, judged = samples["calibration"], samples["judged"]
         self.subject.calibrate_on(self.ids, samples["lessons"])
         self.judge = Judge(self._said(judged), judged.size, judged.shape[1])
-        self.calibration, self.lessons = (self.work.path / f"{name}.txt" for name in ("calibration", "lessons"))
+        self.lessons = samples["lessons"]
+        self.calibration = self.work.path / "calibration.txt"
         self.calibration.write_text(self._said(self.ids), encoding="utf-8")
-        self.lessons.write_text(self._said(samples["lessons"]), encoding="utf-8")
         kept = self.work.record("original")
         if kept is None:
             found = self.judge.measured(self.source, "The original", self.told)
@@ -135,8 +137,10 @@ class Trial:
             self.work.keep("samples", kept)
         return kept
 
-    def _sampled(self, tokens: int, length: int) -> np.ndarray:
-        for event in samples(self.subject.session, None, tokens, length, self.options.seed, self.enough):
+    def _sampled(self, tokens: int, length: int, more: int = 0, enough: Callable[[], bool] | None = None) -> np.ndarray:
+        """Windows that the model writes. more: another number, other windows."""
+        seed = self.options.seed + more
+        for event in samples(self.subject.session, None, tokens, length, seed, enough or self.enough):
             if isinstance(event, Sampling):
                 self.told(Progress("The model writes its own calibration text", event.done, event.total, "tokens"))
         return event
@@ -216,17 +220,34 @@ class Trial:
         return folder
 
     def _healed(self, cut: Cut, pruned: Path, minutes: float) -> Path:
-        """Taught by all of the text but what plans are judged on; where there is none by what the original says, other
-        than what it was asked for before. Training is loaded when it is used."""
+        """Taught by all of the text but what plans are judged on, and by what the original says; where there is no text
+        by that alone. Training is loaded when it is used."""
         from ..prune.healing import heal
 
-        folder, subject = self.work.path / "healed", self.subject
+        folder, subject, ends = self.work.path / "healed", self.subject, time.perf_counter() + 60 * minutes
         shutil.rmtree(folder, ignore_errors=True)
-        data, length = self.lessons if self.options.calibration else None, min(LENGTH, self.ids.shape[1])
-        lessons = Lessons(data, minutes=minutes, length=length, seed=self.options.seed + 1)
+        length = min(LENGTH, self.ids.shape[1])
+        data = self._lessons(length, ends - (1 - WRITING) * 60 * minutes) if self.options.calibration else None
+        minutes = max(ends - time.perf_counter(), 1.0) / 60
+        lessons = Lessons(data, minutes=minutes, length=length, seed=self.options.seed + MORE)
         subject.options = replace(subject.options, heal=lessons)
         self._ended(heal(subject, cut.tokens, pruned, folder))
         return folder
+
+    def _lessons(self, length: int, ends: float) -> Path:
+        """The text to learn from, and evenly spread in it windows of `length` tokens that the original writes, until
+        then at most: taught by the text alone it learns what that talks about and forgets what else it could say."""
+        own = self.work.arrays("own words")
+        if own is None:
+            wanted = round(OWN * self.lessons.size)
+            own = {"ids": self._sampled(wanted, length, MORE, lambda: time.perf_counter() > ends)}
+            self.work.keep("own words", own)
+        parts, path = list(self.lessons), self.work.path / "lessons.txt"
+        places = np.linspace(0, len(parts), len(own["ids"]), endpoint=False).round().astype(int)
+        for place, words in zip(places[::-1].tolist(), own["ids"][::-1], strict=True):
+            parts.insert(place, words)
+        path.write_text(self._said(np.concatenate(parts)), encoding="utf-8")
+        return path
 
     # ---- carrying out
 
