@@ -7,7 +7,8 @@ import json as _json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import OnDeviceError
@@ -158,6 +159,17 @@ def _print(parts: list[tuple[str, str]]) -> None:
     drawn = Console(file=StringIO(), force_terminal=sys.stdout.isatty())
     drawn.print(Text.assemble(*parts), soft_wrap=True)
     answer(drawn.file.getvalue(), end="")
+
+
+@contextmanager
+def resumable(what: str = "What is finished", kept: bool = True) -> Iterator[None]:
+    """Around work that goes on where it was interrupted, which is said then; kept: whether this one does."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if kept:
+            status(f"{what} is kept: the same command goes on from there.")
+        raise
 
 
 class progress:

@@ -58,15 +58,11 @@ def command(model, dest, dry_run, plot, as_json, **given):
         require(plot)
     options = _options(given)
     source = fetch(model)
-    try:
-        with console.stages() as show, closing(prune(source, dest, options)) as events:
-            for event in events:
-                if hasattr(event, "stage"):
-                    show(event)
-    except KeyboardInterrupt:
-        if options.heal and dest is not None:
-            console.status("What is finished is kept: the same command goes on from there.")
-        raise
+    healing = bool(options.heal and dest)
+    with console.resumable(kept=healing), console.stages() as show, closing(prune(source, dest, options)) as events:
+        for event in events:
+            if hasattr(event, "stage"):
+                show(event)
     if plot:
         from ..tools.prune.pictures import draw
 

@@ -50,13 +50,8 @@ def command(model, dest, target_size, backend, requantize, as_json, **given):
         given["method"] = given["method"] or "rtn"
     options = Options(**{name: value for name, value in given.items() if value is not None}, requantize=requantize)
     source = fetch(model)
-    try:
-        with console.stages() as show:
-            result = quantize(source, dest, options, show, backend)
-    except KeyboardInterrupt:
-        if options.method != "rtn":
-            console.status("What is finished is kept: the same command goes on from there.")
-        raise
+    with console.resumable(kept=options.method != "rtn"), console.stages() as show:
+        result = quantize(source, dest, options, show, backend)
     facts = asdict(result) | {"source": str(source)}
     console.json(facts) if as_json else _tell(facts)
 

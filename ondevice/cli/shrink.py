@@ -34,14 +34,10 @@ def command(model, dest, target_size, as_json, **given):
         size("--target-size", target_size), **{name: value for name, value in given.items() if value is not None}
     )
     source = fetch(model)
-    try:
-        with console.stages() as show:
-            for event in shrink(source, dest, options, show):
-                if isinstance(event, Outcome):
-                    console.status(_line(asdict(event)))
-    except KeyboardInterrupt:
-        console.status("What is found out is kept: the same command goes on from there.")
-        raise
+    with console.resumable("What is found out"), console.stages() as show:
+        for event in shrink(source, dest, options, show):
+            if isinstance(event, Outcome):
+                console.status(_line(asdict(event)))
     facts = asdict(event) | {"source": str(source), "hurried": event.hurried}
     console.json(facts) if as_json else _tell(facts)
 

@@ -48,10 +48,8 @@ def save(folder: Path, state: State, ops: Backend) -> Path:
         f"{group}:{name}": np.ascontiguousarray(ops.numpy(a)) for group, of in groups.items() for name, a in of.items()
     }
     counters = {"step": state.step, "best_step": state.best_step, "best_loss": state.best_loss, "stale": state.stale}
-    room, path = (
-        folder / f".{FILE}.partial",
-        folder / FILE,
-    )  # a folder: the library writes beside what it is told, first
+    path = folder / FILE
+    room = folder / f".{FILE}.partial"  # a folder: the library writes beside what it is told, first
     try:
         shutil.rmtree(room, ignore_errors=True)
         room.mkdir()
