@@ -135,6 +135,7 @@ class _Run:
             self.plan.micro_batch, self.plan.remat, self.plan.memory,
         )  # fmt: skip
         if self.ended:
+            place.clear(self.dest)  # it may have been killed when only this was left to do
             yield Finished(**self.ended)
             return
         early = False

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from ondevice.errors import OnDeviceError
-from ondevice.train import Saved, Saving, Settings, StepDone, Validating, load_data, train
+from ondevice.train import Finished, Saved, Saving, Settings, Started, StepDone, Validating, load_data, train
 
 from .conftest import sums, write_lines
 
@@ -232,6 +232,24 @@ def test_what_a_kill_leaves_of_a_checkpoint_goes_in_the_end(session, data, tmp_p
         list(train(session, data, SETTINGS, tmp_path / "out", saving=Saving(steps=2)))
     list(train(session, data, SETTINGS, tmp_path / "out", resume=True))
     assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_what_a_kill_leaves_of_an_ended_run_goes_when_it_is_asked_for_again(session, data, tmp_path, monkeypatch):
+    """Killed when all was written but the checkpoint stood there still, and later, while the curves were drawn."""
+    from ondevice.train import folder
+
+    def killed(_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(folder, "clear", killed)
+        list(train(session, data, SETTINGS, tmp_path / "out", saving=Saving(steps=2)))
+    (tmp_path / "out" / ".curves.png.0123abcd.partial").write_bytes(b"half")
+    events = list(train(session, data, SETTINGS, tmp_path / "out", resume=True))
+    assert [type(event) for event in events] == [Started, Finished]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "training.json",
+    ]  # fmt: skip
 
 
 def test_an_adapter_that_cannot_be_written_is_written_later(session, data, tmp_path, monkeypatch):
