@@ -100,6 +100,27 @@ class Work:
         self._ready()
         return self.path
 
+    def room(self, name: str) -> Path:
+        """An empty folder in it; what was there by that name goes."""
+        path = self.begin() / name
+        try:
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir()
+        except OSError as error:
+            raise self._failed(error) from error
+        return path
+
+    def end(self, made: Path, dest: Path) -> None:
+        """What was made becomes `dest`, and all else goes. Raises OnDeviceError where it cannot; then all stays."""
+        try:
+            made.rename(dest)
+        except OSError as error:
+            raise OnDeviceError(
+                f"{dest} could not be made: {error.strerror or error}.",
+                f"Nothing is lost: see that nothing of that name is there, free some space, and repeat ({self.path}).",
+            ) from error
+        self.remove()
+
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 

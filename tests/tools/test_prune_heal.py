@@ -397,6 +397,20 @@ def test_a_full_disk_is_said_and_nothing_is_left(tmp_path, model, prose, capsys,
     assert {path.name for path in tmp_path.iterdir()} <= {".out.quantize", ".out.prune"}
 
 
+def test_a_folder_that_came_in_between_costs_nothing(tmp_path, model, prose):
+    options = Options(drop_layers=(1,), heal=Lessons(prose, steps=2, **QUICK))
+    with pytest.raises(OnDeviceError, match="out could not be made: ") as told:
+        for event in prune(model, tmp_path / "out", options):
+            if event.stage.startswith("Learning") and event.done == 1:
+                (tmp_path / "out").mkdir()
+                (tmp_path / "out" / "letter.txt").write_text("mine")
+    assert str(tmp_path / ".out.prune") in told.value.hint
+    (tmp_path / "out").rename(tmp_path / "letters")
+    *events, result = prune(model, tmp_path / "out", options)
+    assert result.path == tmp_path / "out" and not [e for e in events if e.stage.startswith("Learning")]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "letters"}
+
+
 def _short(init):
     """Healing whose own text is short: a small model writes nonsense all the same."""
     return lambda self, data=None, **given: init(self, data, sampled=256, length=16, **given)

@@ -132,6 +132,17 @@ def test_a_size_that_no_plan_reaches(tmp_path, model, text):
     assert {path.name for path in tmp_path.iterdir()} == {"in", "text.txt"}
 
 
+def test_a_folder_that_came_in_between_costs_nothing(tmp_path, model, text):
+    options = Options(90_000, calibration=text, tokens=512, length=32)
+    with pytest.raises(OnDeviceError, match="out could not be made: "):
+        for outcome in shrink(model, tmp_path / "out", options):
+            (tmp_path / "out" / outcome.plan).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "out").rename(tmp_path / "else")
+    *again, result = shrink(model, tmp_path / "out", options)
+    assert not again and result.path == tmp_path / "out" and (result.path / "REPORT.md").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out", "else", "text.txt"}
+
+
 def test_what_is_quantized_is_taken_when_asked(tmp_path, model, text, quantize_folder):
     source = quantize_folder(model, tmp_path / "in8", {"": (8, 32)})
     options = Options(90_000, 1e-4, calibration=text, tokens=512, length=32)

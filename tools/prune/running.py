@@ -66,18 +66,16 @@ def _healed(subject: Subject, dest: Path) -> Generator[Progress, None, Result]:
 
     o = subject.options
     work = Work(dest, _fingerprint(subject.path, o), "prune")
-    pruned, shares = work.begin() / "pruned", work.path / "shares"
+    pruned = work.begin() / "pruned"
     try:
         result, tokens = yield from _kept(subject, work, pruned)
         subject.options = o
-        shutil.rmtree(shares, ignore_errors=True)
-        shares.mkdir()
-        found = yield from heal(subject, tokens, pruned, shares / "healed", work)
+        healed = work.room("shares") / "healed"
+        found = yield from heal(subject, tokens, pruned, healed, work)
     except (BadFile, BadOption, Unsupported):
         work.remove()
         raise
-    (shares / "healed" if found.better else pruned).rename(dest)
-    work.remove()
+    work.end(healed if found.better else pruned, dest)
     return replace(result, path=dest, healed=found, notes=result.notes if found.better else (*result.notes, WORSE))
 
 

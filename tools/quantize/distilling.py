@@ -54,8 +54,7 @@ def distill(source: Path, dest: Path, options: Options, progress: Callable, back
         better = work.path / "taught"
         shutil.rmtree(better, ignore_errors=True)
         found = _heard(_taught(original, student, better, options, work), progress)
-    (better if found.better else made).rename(dest)
-    work.remove()
+    work.end(better if found.better else made, dest)
     notes = (*first.notes, *(() if found.better else (WORSE,)))
     return replace(first, path=dest, notes=notes, taught=found, seconds=time.perf_counter() - started)
 

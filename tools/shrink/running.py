@@ -70,8 +70,7 @@ def shrink(source: Path, dest: Path, options: Options, told: Told = lambda event
         found = trial.original, tuple(trial.outcomes), tuple(trial.looked.values())
         result = Result(dest, best.plan, *found, left, clock.spent)
         write_report(trial.best, result, options)
-        trial.best.rename(dest)
-    work.remove()
+        work.end(trial.best, dest)
     yield result
 
 
