@@ -132,6 +132,23 @@ def test_what_is_written_runs_everywhere(tmp_path, hf, method):
     assert np.abs(theirs - wanted).max() < 1e-3 * np.abs(wanted).max()
 
 
+ONE_NORM = {  # for attention and for the feed-forward beside it
+    "cohere": {"logit_scale": 0.25}, "phi": {"num_key_value_heads": 4, "hidden_act": "gelu_new"},
+    "stablelm": {"use_parallel_residual": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ONE_NORM)
+def test_awq_scales_all_that_read_a_norm(tmp_path, kind):
+    hf = LLAMA | {"model_type": kind, "tie_word_embeddings": kind == "cohere"} | ONE_NORM[kind]
+    original = logits(write_model(tmp_path / "in", hf, "float32"))
+    apart = {}
+    for method in ("rtn", "awq"):
+        quantize(tmp_path / "in", tmp_path / method, short(method, bits=8, group_size=32))
+        apart[method] = np.abs(logits(tmp_path / method) - original).mean()
+    assert apart["awq"] < 2 * apart["rtn"]
+
+
 FAMILIES = (
     "qwen3", "mistral", "qwen2", "phi3", "gemma", "smollm3", "olmo2", "granite", "starcoder2", "cohere", "cohere2",
     "glm4", "lfm2", "qwen3_5-wide", "lfm2_moe", "mixtral", "qwen2_moe", "granitemoe", "gpt_oss", "qwen3_moe",

@@ -19,7 +19,7 @@ class Inputs:
         self._same_as: dict[str, str] = {}
         self._routed: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         self._experts: np.ndarray | None = None  # ids [N, k], told before the input that they are for
-        self._last: tuple[str, np.ndarray] | None = None
+        self._flowing: dict[str, np.ndarray] = {}  # by map, of the batch that flows now: what no map before it has read
 
     def __call__(self, name: str, x: np.ndarray) -> None:
         name, _, kind = name.rpartition(".")
@@ -32,11 +32,13 @@ class Inputs:
             self._add(name, x.reshape(-1, x.shape[-1]))
 
     def _add(self, name: str, x: np.ndarray) -> None:
-        last = self._last
-        if last and last[1].shape == x.shape and np.array_equal(last[1], x):
-            self._same_as[name] = last[0]
+        if name in self._flowing:  # another batch begins
+            self._flowing = {}
+        same = next((first for first, read in self._flowing.items() if np.array_equal(read, x)), None)
+        if same:
+            self._same_as[name] = same
             return
-        self._last = name, x
+        self._flowing[name] = x
         if name not in self._sums:
             self._sums[name], self._sizes[name] = np.zeros((x.shape[1],) * 2), np.zeros(x.shape[1])
         self._sums[name] += x.T @ x
