@@ -81,7 +81,7 @@ def _nothing_left(reader: _Reader) -> str:
 
 def _hold_out(data: Data, share: float, seed: int) -> Data:
     """Some of the training examples as validation, the same for the same seed."""
-    count = min(round(len(data.train) * share), MOST_HELD_OUT)
+    count = min(round(len(data.train) * share), MOST_HELD_OUT, len(data.train) - 1)
     if share and not count and len(data.train) >= 8:
         count = 1
     if not count:

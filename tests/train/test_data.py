@@ -272,3 +272,10 @@ def test_datasets_without_the_package(session, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(OnDeviceError, match="need the package datasets"):
         load_data("hf:owner/name", session, 64)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_something_is_left_to_learn_from(count, session, tmp_path):
+    lines = [{"text": f"the cat {i} and on"} for i in range(count)]
+    data = load_data(write_lines(tmp_path / "data.jsonl", lines), session, 64, validation=0.9)
+    assert (len(data.train), len(data.valid)) == (1, count - 1)
