@@ -111,7 +111,7 @@ class Conversation:
 
     def _fit(self, text: str) -> tuple[int, list[int]]:
         """How many exchanges must be hidden for a message to fit, and the prompt's ids then."""
-        capacity = self.session.capacity
+        capacity = self.session.capacity - len(self.session.decoder.front)
         reserve = min(self.options.max_tokens or capacity, max(capacity // 4, 1))
         free = reserve
         for hidden in range(self.hidden, len(self.exchanges) + 1):

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ondevice.adapters import Modules, averaged, read_adapter, write_adapter
+from ondevice.adapters import Adapter, Modules, averaged, read_adapter, write_adapter
 from ondevice.errors import BadFile, BadOption, OnDeviceError, Unsupported
 from ondevice.registry import probe_backends
+from ondevice.runtime.chat import Conversation
 from ondevice.runtime.engine import GenerateOptions, Token
 from ondevice.runtime.session import open_session
+from ondevice.tensors import dense
 from ondevice.tools.evaluate import batch
 from ondevice.tools.evaluate.text import Evaluation, evaluate
 from tests.tiny_model import write_tiny_model
@@ -149,3 +151,15 @@ def test_it_takes_its_place_in_the_context(base, adapted):
         opened.adapt([(adapted[1], 1.0)])
         with pytest.raises(OnDeviceError, match="12 tokens and the context holds 10"):
             list(opened.engine.generate(IDS, GenerateOptions(max_tokens=1)))
+
+
+def test_a_conversation_makes_room_for_it(base, tmp_path):
+    """Old exchanges are hidden as soon as what is left of the context is full, not when the engine refuses."""
+    with open_session(base, backend="cpu", context=128) as opened:
+        modules = Modules(opened.family, opened.config)
+        write_adapter(tmp_path / "soft", Adapter({}, prompt=dense(np.zeros((40, 32), np.float32))), modules)
+        opened.adapt([(tmp_path / "soft", 1.0)])
+        talk = Conversation(opened, GenerateOptions(max_tokens=4, stop_ids=frozenset()))
+        for _ in range(4):
+            assert list(talk.send("the and in"))[-1].reason == "length"
+        assert talk.hidden
