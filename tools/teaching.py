@@ -190,14 +190,16 @@ def taught(
         return settings, (yield from _told(train(student, data, settings, teacher=teacher), steps))
     work.keep_record("steps", steps)
     learning = work.path / "learning"
-    if work.record("finished") is None:
+    learnt = work.arrays("learnt")
+    if learnt is None or work.record("finished") is None:
         if (read_record(learning) or {}).get("ended"):
             shutil.rmtree(learning)  # ended in the moment before what it had learnt was kept
         run = train(student, data, settings, learning, resume=True, teacher=teacher)
         finished = yield from _told(run, steps)
-        work.keep("learnt", finished.parameters)
+        learnt = finished.parameters
+        work.keep("learnt", learnt)
         work.keep_record("finished", finished.as_dict())
-    return settings, Finished(**work.record("finished"), parameters=work.arrays("learnt"))
+    return settings, Finished(**work.record("finished"), parameters=learnt)
 
 
 def _steps(

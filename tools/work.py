@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -63,11 +64,11 @@ class Work:
         write_file(self.path / f"{name}.json", json.dumps(value).encode())
 
     def arrays(self, name: str) -> dict[str, np.ndarray] | None:
-        """What `keep` kept; None where there is nothing."""
+        """What `keep` kept; None where there is nothing, or what a power cut has spoilt."""
         try:
             with np.load(self.path / f"{name}.npz", allow_pickle=False) as stored:
                 return dict(stored)
-        except (OSError, ValueError, EOFError):
+        except (OSError, ValueError, EOFError, BadZipFile):
             return None
 
     def keep(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:

@@ -86,12 +86,14 @@ def _fingerprint(source: Path, options: Options) -> dict[str, Any]:
 
 def _kept(subject: Subject, work: Work, pruned: Path) -> Generator[Progress, None, tuple[Result, np.ndarray | None]]:
     """What was pruned before, or is now, and the tokens that stayed."""
-    if work.record("result") is None:
+    tokens = work.arrays("tokens")
+    if tokens is None or work.record("result") is None:
         shutil.rmtree(pruned, ignore_errors=True)
         result, cut = yield from _pruned(subject, pruned)
-        work.keep("tokens", {} if cut.tokens is None else {"tokens": cut.tokens})
+        tokens = {} if cut.tokens is None else {"tokens": cut.tokens}
+        work.keep("tokens", tokens)
         work.keep_record("result", asdict(replace(result, path=None)))
-    return Result.read(work.record("result")), work.arrays("tokens").get("tokens")
+    return Result.read(work.record("result")), tokens.get("tokens")
 
 
 def chosen(subject: Subject) -> Generator[Progress, None, tuple[Cut, list[Scores]]]:
