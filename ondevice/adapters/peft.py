@@ -136,7 +136,7 @@ def read_settings(folder: Path) -> Settings:
     try:
         _check_kind(folder, config)
         layers = config.get("layers_to_transform")
-        return Settings(
+        made = Settings(
             rank=whole(config, "r", 8),
             alpha=number(config, "lora_alpha", 8),
             rslora=flag(config, "use_rslora"),
@@ -152,6 +152,9 @@ def read_settings(folder: Path) -> Settings:
             dropout=optional(number, config, "lora_dropout") if config.get("lora_dropout") else 0.0,
             base=str(config.get("base_model_name_or_path") or ""),
         )
+        for pattern in (*made.saved, *made.layers_pattern, *made.ranks, *made.alphas):
+            re.compile(pattern)
+        return made
     except BadFile as error:
         raise BadFile(f"{folder / CONFIG}: {error.message}", "Get the adapter again, or correct this file.") from None
     except re.error as error:

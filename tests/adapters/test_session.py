@@ -237,7 +237,8 @@ def test_kinds_that_are_not_read(change, told, broken, opened):
     [
         {"r": 0}, {"r": "8"}, {"lora_alpha": None, "r": -3}, {"lora_alpha": "x"}, {"target_modules": "q_proj("},
         {"target_modules": [3]}, {"rank_pattern": {"q_proj": 0}}, {"rank_pattern": [1]}, {"use_dora": "yes"},
-        {"layers_to_transform": ["a"]},
+        {"layers_to_transform": ["a"]}, {"rank_pattern": {"(": 4}}, {"alpha_pattern": {"q_proj)": 4}},
+        {"modules_to_save": ["lm_head("]}, {"layers_pattern": ["("], "layers_to_transform": [0]},
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense(change, broken, opened):
