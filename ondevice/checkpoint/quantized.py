@@ -189,10 +189,10 @@ def _float8(path: Path, settings: dict[str, Any], name: str, entries: dict[str, 
     if not isinstance(block, list | tuple) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
         raise damaged(path, f"its quantization has blocks of {block!r:.40}")
     *stack, rows, columns = codes.shape if len(codes.shape) > 1 else (0, 0)
-    if scales.nbytes == STORAGE[scales.format.dtype].itemsize:
+    if rows and scales.nbytes == STORAGE[scales.format.dtype].itemsize:
         one = Entry(scales.file, scales.offset, (1,) * len(codes.shape), scales.format, scales.nbytes)
         return Float8Entry(codes, one, codes.shape[-2:])
-    if scales.shape != (*stack, -(-rows // block[0]), -(-columns // block[1])):
+    if not rows or scales.shape != (*stack, -(-rows // block[0]), -(-columns // block[1])):
         shapes = f"{list(codes.shape)} in blocks of {list(block)}, scales {list(scales.shape)}"
         raise damaged(codes.file.path, f"{name!r} does not fit: {shapes}")
     return Float8Entry(codes, scales, tuple(block))

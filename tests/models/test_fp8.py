@@ -142,3 +142,11 @@ def test_what_does_not_fit_is_said(scales, rule, says, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": rule}))
     with pytest.raises(BadFile, match=says):
         open_checkpoint(tmp_path)
+
+
+def test_a_vector_has_no_blocks(tmp_path):
+    tensors = {"a.weight": torch.zeros(128, dtype=torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(1)}
+    safetensors.save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": RULE}))
+    with pytest.raises(BadFile, match="does not fit"):
+        open_checkpoint(tmp_path)
