@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from ondevice.backends.base import SamplingParams, Step
-from ondevice.errors import BadOption
+from ondevice.errors import BadOption, Unavailable
 from ondevice.runtime.engine import GenerateOptions, Token
 from ondevice.runtime.session import open_session
 from ondevice.tools.evaluate.batch import generate, score
@@ -160,6 +161,28 @@ def test_requests_are_answered_as_by_transformers(folder, session):
     asked = [Request(text, kinds[i % 2]) for i, text in enumerate(["in the", "a", "on and", "b", long])]
     assert ours.generate_until(asked) == theirs.generate_until(asked)
     assert any(ours.generate_until(asked))
+
+
+def test_an_empty_question_is_answered_as_a_text_begins(session):
+    pytest.importorskip("lm_eval")
+    from ondevice.tools.evaluate.harness import OnDeviceLM
+
+    ours = OnDeviceLM(session)
+    asked = SimpleNamespace(args=("", {"until": [], "max_gen_toks": 5}))
+    (answer,) = generate(session.decoder, [[ours.prefix_token_id]], 5, frozenset({ours.eot_token_id}))
+    assert ours.generate_until([asked]) == [session.tokenizer.decode(answer)]
+
+
+def test_what_the_harness_cannot_fetch_is_said(session, folder, monkeypatch):
+    lm_eval = pytest.importorskip("lm_eval")
+    from ondevice.tools.evaluate.tasks import run_tasks
+
+    def fails(*_, **__):
+        raise ConnectionError
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", fails)
+    with pytest.raises(Unavailable, match="cannot be had: ConnectionError"):
+        run_tasks(session, [str(folder / "choices.yaml")])
 
 
 def test_unknown_tasks_are_named(session, folder):

@@ -121,7 +121,9 @@ class OnDeviceLM(TemplateLM):
     def _continue(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         wanted = normalize_gen_kwargs(requests[0][1], MOST_NEW_TOKENS)
         room = min(wanted["max_gen_toks"], self.max_length - 1)
-        prompts = [self.tok_encode(text)[-(self.max_length - room) :] for text, _ in requests]
+        prompts = [
+            (self.tok_encode(text) or [self.prefix_token_id])[-(self.max_length - room) :] for text, _ in requests
+        ]
         stops = [stop for stop in wanted["until"] if stop]
         shown = [""] * len(prompts)
         streams = [self.tokenizer.stream() for _ in prompts]

@@ -56,9 +56,10 @@ def run_tasks(
         )  # fmt: skip
     except OnDeviceError:
         raise
-    except (OSError, ConnectionError) as error:
+    except OSError as error:
+        what = " ".join(str(error).split()) or type(error).__name__
         raise Unavailable(
-            f"The data of {', '.join(tasks)} cannot be had: {str(error).splitlines()[0]:.200}",
+            f"The data of {', '.join(tasks)} cannot be had: {what:.200}",
             "Fetch it where there is a network, or give a task of your own: --tasks FILE.yaml.",
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
