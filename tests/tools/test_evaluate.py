@@ -17,7 +17,7 @@ from ondevice.models.random import random_weights
 from ondevice.registry import create_backend
 from ondevice.tools.convert import convert, plan
 from ondevice.tools.evaluate.backends import compare
-from ondevice.tools.evaluate.text import Evaluation, Progress, evaluate, evaluate_together, windows
+from ondevice.tools.evaluate.text import Evaluation, Predictions, Progress, evaluate, evaluate_together, windows
 from tests.tiny_model import write_tiny_model
 
 HF = {
@@ -69,6 +69,12 @@ def test_equals_the_definition():
     assert result.top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean())
     scored_bytes = sum(1 for id in following if id)
     assert result.bits_per_byte == pytest.approx(198 * np.log2(result.perplexity) / scored_bytes)
+
+
+@pytest.mark.parametrize(("loss", "perplexity"), [(700.0, np.exp(700)), (800.0, np.inf), (np.nan, np.nan)])
+def test_a_model_cut_to_pieces_still_has_a_perplexity(loss, perplexity):
+    found = Predictions(np.full(4, loss, np.float32), np.zeros(4, np.int32)).perplexity
+    assert found == pytest.approx(perplexity, nan_ok=True)
 
 
 def test_the_worst_places_are_found_with_what_stands_before_them():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from ...runtime.session import Session
 
 ROWS = 64  # predictions whose logits are held at once: bounds memory whatever the vocabulary
 BLOCK = 8  # of them, looked at by one thread at a time: their numbers stay in its cache
+LARGEST = math.log(sys.float_info.max)  # a mean loss beyond it, of a model that was cut to pieces, has no power
 CONTEXT = 16  # tokens shown in front of one that went wrong
 
 
@@ -44,7 +46,8 @@ class Predictions:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.losses.mean(dtype=np.float64))
+        loss = float(self.losses.mean(dtype=np.float64))
+        return math.exp(loss) if loss < LARGEST or math.isnan(loss) else math.inf
 
 
 @dataclass(frozen=True)
