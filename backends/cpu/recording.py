@@ -80,8 +80,9 @@ class Replayed:
         """Whether there is a plan for these, which has now been given them."""
         if self.reason or step.segments is not None or self.backend.recording_gradients:
             return False
-        key = (ids.shape, None if step.cache is None else id(step.cache), len(step.starts))
+        key = (ids.shape, step.cache, len(step.starts))  # the cache itself: nothing else can come to have its id
         if key != self.key:
+            self.key = None
             self._record(ids, step)
             if self.reason:
                 return False
