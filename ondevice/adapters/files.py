@@ -16,12 +16,11 @@ from ..errors import BadFile, OnDeviceError
 from ..tensors import STORAGE, Dense, Tensor
 
 CONFIG = "adapter_config.json"
-MAX_CONFIG = 16 << 20
 FLOATS = ("float32", "float16", "bfloat16")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    return read_object(folder / CONFIG, MAX_CONFIG)
+    return read_object(folder / CONFIG)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

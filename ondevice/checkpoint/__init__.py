@@ -16,7 +16,7 @@ from ..errors import BadFile, Unavailable
 from ..schemes import label, outline
 from ..tensors import Tensor
 from . import gguf
-from .files import release
+from .files import read_object, release
 
 if TYPE_CHECKING:
     from .quantized import AnyEntry
@@ -72,6 +72,10 @@ class Checkpoint:
         if name not in self._entries:
             raise BadFile(f"{self.path} has no tensor named {name!r}.", "Its download or conversion may be incomplete.")
         return self._entries[name].load()
+
+    def described(self, name: str) -> dict[str, Any]:
+        """A side file that is a JSON object, such as generation_config.json; {} where there is none. Raises BadFile."""
+        return read_object(self.files[name]) if name in self.files else {}
 
     def entry(self, name: str) -> AnyEntry:
         """Where it lies, for who reads of it later."""

@@ -17,6 +17,7 @@ from ..errors import BadFile, Unavailable
 from ..tensors import STORAGE, Blocks, Dense, Tensor, file_of
 
 HINT = "Download or convert it again."
+MAX_CONFIG = 16 << 20  # bytes
 
 
 def damaged(path: Path, what: str, hint: str = HINT) -> BadFile:
@@ -39,7 +40,7 @@ def parse_object(raw: bytes, path: Path, what: str, hook: Callable | None = None
     return value
 
 
-def read_object(path: Path, most: int) -> dict[str, Any]:
+def read_object(path: Path, most: int = MAX_CONFIG) -> dict[str, Any]:
     """The JSON object in a file of at most `most` bytes."""
     try:
         with open(path, "rb") as file:

@@ -12,7 +12,6 @@ from .files import Entry, Mapped, damaged, read_object
 from .quantized import AnyEntry, join
 
 INDEX = "model.safetensors.index.json"
-MAX_CONFIG = 16 << 20
 MAX_INDEX = 128 << 20
 SIDE_FILES = {".json", ".jinja", ".model", ".txt"}  # never code: what a model folder says is data
 PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
@@ -26,7 +25,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, AnyEntry]]:
     config_path = path / "config.json"
     if not config_path.is_file():
         raise BadFile(f"{path} has no config.json.", _what_else(path))
-    config = read_object(config_path, MAX_CONFIG)
+    config = read_object(config_path)
     entries: dict[str, Entry] = {}
     for shard, names in _shards(path):
         found = safetensors.read(Mapped(shard))

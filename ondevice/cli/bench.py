@@ -118,7 +118,7 @@ def _open(model: str, random_shape: tuple[int, int] | None, context: int, adapte
     from ..registry import create_backend
 
     path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
-    hf = text_part(read_object(path, 1 << 20))
+    hf = text_part(read_object(path))
     config = family_for(hf, path).config(hf)
     ops = create_backend(options["backend"], exact=options["exact"], threads=options["threads"])
     needed = work(config, blank_weights(config, *random_shape), bytes_per_token(config, ops, kept))

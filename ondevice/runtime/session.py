@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -102,16 +102,7 @@ class Session:
     @cached_property
     def generation_config(self) -> Mapping:
         """generation_config.json, {} where there is none."""
-        path = self.checkpoint.path / "generation_config.json"
-        if self.checkpoint.kind == "gguf" or not path.is_file():
-            return {}
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise BadFile(f"{path} cannot be read: {error}.", "Fetch the model again.") from None
-        if not isinstance(found, dict):
-            raise BadFile(f"{path} is not a JSON object.", "Fetch the model again.")
-        return found
+        return self.checkpoint.described("generation_config.json")
 
     def default_sampling(self) -> SamplingParams:
         """How the model's authors sample from it; greedy where they say so or say nothing."""
@@ -131,7 +122,7 @@ class Session:
         value = self.generation_config.get(name)
         if value is None:
             return neutral
-        if type(value) not in (int, float):
+        if type(value) not in (int, float) or not math.isfinite(value):
             raise BadFile(f"{self.path}: generation_config.json has {name} = {value!r:.60}.", "Fetch the model again.")
         return value
 

@@ -22,7 +22,6 @@ from ..runtime.side_files import side_files
 from ..tensors import Dense, Tensor, dense
 
 DEVIATION = 0.02  # of matrices; gains begin as 1, biases as 0 (GPT-2's choice, Radford et al. 2019)
-MAX_CONFIG = 16 << 20
 RATE = 1e-3  # the learning rate, where none is given: random weights bear more than trained ones
 
 
@@ -46,7 +45,7 @@ def untrained(source: Path, seed: int) -> Iterator[Path]:
 
 def _described(source: Path) -> tuple[Family, dict, dict[str, bytes]]:
     if source.is_dir() and not any(source.glob("*.safetensors")):
-        hf = dict(text_part(read_object(source / "config.json", MAX_CONFIG)))
+        hf = dict(text_part(read_object(source / "config.json")))
         files = {name: path.read_bytes() for name, path in folder.side_files(source).items()}
         return family_for(hf, source), hf, files
     checkpoint = open_checkpoint(source)

@@ -256,6 +256,13 @@ def test_a_template_that_is_wrong_is_said(tmp_path, template, wrong):
     assert checks[wrong] is False
 
 
+def test_what_lies_beside_a_gguf_is_not_its_own(tmp_path, smollm2_gguf):
+    (tmp_path / "model.gguf").symlink_to(smollm2_gguf)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}')
+    with open_source(str(tmp_path / "model.gguf")) as source:
+        assert source.eos() is None
+
+
 def test_a_model_that_does_not_fit_is_told_what_would(tmp_path, monkeypatch):
     with open_source(str(write_tiny_model(tmp_path / "tiny"))) as source:
         ops = create_backend("cpu")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +12,7 @@ import numpy as np
 
 from ...checkpoint import Checkpoint, Spec, open_checkpoint
 from ...checkpoint.write_gguf import ARCHITECTURE, write_gguf
-from ...errors import BadFile, BadOption, OnDeviceError, Unsupported
+from ...errors import BadOption, OnDeviceError, Unsupported
 from ...models.config import ModelConfig
 from ...models.families import Family, family_of
 from ...models.parameters import Parameters
@@ -193,7 +192,7 @@ def _metadata(
 ) -> dict[str, Any]:
     metadata = general_keys(checkpoint, specs) | {ARCHITECTURE: family.gguf.architecture}
     if checkpoint.kind != "gguf":
-        metadata |= sampling_keys(_generation(checkpoint))
+        metadata |= sampling_keys(checkpoint.described("generation_config.json"))
     return metadata | architecture_keys(family, config, hf)
 
 
@@ -201,12 +200,3 @@ def _tokenizer(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Any]:
     if checkpoint.kind == "gguf":
         return {key: checkpoint.metadata[key] for key in checkpoint.metadata if key.startswith("tokenizer.")}
     return gguf_tokenizer(checkpoint.path, config.vocab)
-
-
-def _generation(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    path = checkpoint.files.get("generation_config.json")
-    try:
-        found = json.loads(path.read_bytes()) if path else {}
-    except ValueError:
-        raise BadFile(f"{path} is not JSON.", "Fetch the model again.") from None
-    return found if isinstance(found, dict) else {}

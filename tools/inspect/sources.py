@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from ...models.config import ModelConfig
 from ...models.families import Family, family_for, family_of, text_part
 from ...runtime.tokenizer import Tokenizer, load_tokenizer
 
-MAX_CONFIG = 16 << 20
 STORED = ("dtype", "torch_dtype", "quantization")  # how a config says that all of a model is kept
 MAX_CARD = 1 << 20  # of a README that is looked through for the licence
 
@@ -55,11 +53,10 @@ class Source:
 
     def eos(self) -> Any:
         """What generation_config.json names as the end of an answer."""
-        try:
-            found = json.loads(_text(self._folder / "generation_config.json") or "{}")
-        except ValueError:
-            return None
-        return found.get("eos_token_id") if isinstance(found, dict) else None
+        name = "generation_config.json"
+        if self.checkpoint is not None:
+            return self.checkpoint.described(name).get("eos_token_id")
+        return read_object(self._folder / name).get("eos_token_id") if (self._folder / name).is_file() else None
 
     @property
     def _folder(self) -> Path:
@@ -86,7 +83,7 @@ def open_source(model: str, say: hub.Say = lambda text: None, progress: hub.Prog
         except BaseException:
             checkpoint.close()
             raise
-    whole = read_object(alone, MAX_CONFIG)
+    whole = read_object(alone)
     hf = dict(text_part(whole))
     hf |= {key: whole[key] for key in STORED if whole.get(key) and not hf.get(key)}
     family = family_for(hf, alone)
