@@ -200,6 +200,19 @@ def test_idle_channels_and_heads_go_without_a_trace(tmp_path, text, hf, repair):
     assert close(made, logits(source, IDS))
 
 
+@pytest.mark.parametrize("repair", [True, False])
+@pytest.mark.parametrize("first", [{"drop_layers": (0,)}, {"heads": Amount(count=1)}], ids=["layer", "heads"])
+def test_what_goes_later_is_chosen_by_what_is_left(tmp_path, text, first, repair):
+    """Two kinds of cuts at once are those two, one after the other."""
+    model, then = write_model(tmp_path / "in", DEEP, "float32"), {"channels": Amount(count=64)}
+    common = {"calibration": text, "repair": repair, "tokens": 512, "length": 64}
+    pruned(model, tmp_path / "both", **first, **then, **common)
+    pruned(model, tmp_path / "first", **first, **common)
+    pruned(tmp_path / "first", tmp_path / "then", **then, **common)
+    both, apart = parameters(tmp_path / "both"), parameters(tmp_path / "then")
+    assert all(close(to_float(both[name]), to_float(apart[name]), 1e-3) for name in both)
+
+
 def test_repair_makes_up_for_what_goes():
     draw = np.random.default_rng(5)
     x = draw.normal(size=(500, 6)) @ draw.normal(size=(6, 24)) + 0.3 * draw.normal(size=(500, 24))

@@ -58,6 +58,10 @@ class Stage:
         self._weights[name] = ops.prepare(tensor)
         self._outputs = None
 
+    def skip(self) -> None:
+        """As if the stage were not there: what flows in flows out."""
+        self._outputs = self.inputs
+
     def outputs(self) -> list[np.ndarray]:
         """What the stage makes of its inputs with the weights it has now; computed once. Not kept for the head, whose
         logits are as many as the vocabulary."""

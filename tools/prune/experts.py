@@ -38,6 +38,8 @@ def choose(subject: Subject, cut: Cut) -> Choice:
     kept, rows = {}, []
     for stage in stream(subject.config, subject.parameters, subject.ops, windows):
         i = int(stage.prefix.rpartition(".")[2]) if "." in stage.prefix else -1
+        if i >= 0 and i not in cut.layers:
+            stage.skip()
         if i not in mixtures or i not in cut.layers:
             continue
         yield Progress("Choosing experts", i, len(cut.config.layers), "layers")

@@ -75,11 +75,14 @@ def _each(
     kept, tensors, rows = {}, dict(cut.tensors), []
     for stage in stream(subject.config, subject.parameters, subject.ops, windows):
         i = int(stage.prefix.rpartition(".")[2]) if "." in stage.prefix else -1
+        if i >= 0 and i not in cut.layers:
+            stage.skip()
+            continue
         for name in stage.names:
             if name in tensors:
                 stage.replace(name, tensors[name])
         name = f"{stage.prefix}.{part}"
-        if name not in stage.names or i not in cut.layers:
+        if name not in stage.names:
             continue
         yield Progress(f"Choosing {what}", i, len(cut.config.layers), "layers")
         found = _eliminated(subject, stage, name, size(cut.config.layers[i]), count)
@@ -87,8 +90,6 @@ def _each(
         stage.replace(name, tensors[name])
         kept[i] = found.kept
         rows.append(Score(f"layer {i}", found.loss, len(found.kept), total))
-    if not subject.options.repair:
-        tensors = dict(cut.tensors)
     return replace(cut, tensors=tensors), kept, Scores(what, "share of output lost", tuple(rows))
 
 
