@@ -101,11 +101,7 @@ def write_folder(
 def appearing(dest: Path, nbytes: int) -> Iterator[Path]:
     """A temporary path beside `dest`: the folder or file that the block makes there becomes `dest` if the block ends
     well and vanishes if not. Raises OnDeviceError as `write_folder` does."""
-    if dest.exists() or dest.is_symlink():
-        raise OnDeviceError(f"{dest} exists already.", "Choose another name, or remove it first.")
-    parent = dest.absolute().parent
-    if not parent.is_dir():
-        raise OnDeviceError(f"There is no folder {parent} to write to.", "Create it first.")
+    parent = require_new(dest)
     free = shutil.disk_usage(parent).free
     if free < nbytes:
         raise OnDeviceError(
@@ -127,6 +123,16 @@ def appearing(dest: Path, nbytes: int) -> Iterator[Path]:
                 "Nothing was left behind. Free space or check rights, then repeat.",
             ) from error
         raise
+
+
+def require_new(dest: Path) -> Path:
+    """The folder in which `dest` is to appear. Raises OnDeviceError where something is at `dest`, or no such folder."""
+    if dest.exists() or dest.is_symlink():
+        raise OnDeviceError(f"{dest} exists already.", "Choose another name, or remove it first.")
+    parent = dest.absolute().parent
+    if not parent.is_dir():
+        raise OnDeviceError(f"There is no folder {parent} to write to.", "Create it first.")
+    return parent
 
 
 @contextmanager

@@ -25,11 +25,10 @@ def command(model, adapters, dest, exact, as_json):
     from .. import hub
     from ..adapters import Modules, averaged, read_adapter, stacked, write_adapter
     from ..checkpoint import open_checkpoint
-    from ..errors import BadOption
+    from ..checkpoint.write import require_new
     from ..models.families import family_of
 
-    if dest.exists():
-        raise BadOption(f"{dest} exists already.", "Choose another name, or remove it first.")
+    require_new(dest)
     with open_checkpoint(hub.resolve(model, console.status)) as checkpoint:
         family, hf = family_of(checkpoint)
         modules = Modules(family, family.config(hf))
@@ -37,7 +36,7 @@ def command(model, adapters, dest, exact, as_json):
     shares = [(read_adapter(path, modules), weight) for path, weight in chosen]
     mean = stacked(shares) if exact else averaged(shares)
     write_adapter(dest, mean, modules)
-    total, rank = sum(weight for _, weight in chosen), max(u.rank for u in mean.updates.values())
+    total, rank = sum(weight for _, weight in chosen), max((u.rank for u in mean.updates.values()), default=0)
     facts = {
         "path": str(dest),
         "adapters": {path: weight / total for path, weight in chosen},

@@ -74,13 +74,12 @@ def _refuse_for_adapters(options: dict) -> None:
 def _convert_adapter(source: str, dest: Path, to: str, model: str | None) -> dict:
     from ..adapters import Modules, base_of, read_adapter, write_adapter
     from ..checkpoint import open_checkpoint
-    from ..errors import OnDeviceError
+    from ..checkpoint.write import require_new
     from ..models.families import family_of
 
     if to not in ("peft", "mlx"):
         raise BadOption(f"An adapter cannot go to {to}.", "Give --to peft or --to mlx, or fuse it: ondevice fuse.")
-    if dest.exists():
-        raise OnDeviceError(f"{dest} exists already.", "Choose another name, or remove it first.")
+    require_new(dest)
     model = model or base_of(source)
     if not model:
         raise BadOption(f"{source} does not name the model that it is for.", "Add --model MODEL.")

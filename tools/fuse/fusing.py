@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ...checkpoint import write_folder
+from ...checkpoint.write import require_new
 from ...errors import BadOption, OnDeviceError
 from ...models.decoder import Decoder
 from ...runtime.session import Session
@@ -88,10 +89,7 @@ def fuse(session: Session, dest: Path, options: Options) -> Iterator[Progress | 
     lost than `share` allows.
     """
     started = time.perf_counter()
-    if dest.exists() or dest.is_symlink():
-        raise OnDeviceError(f"{dest} exists already.", "Choose another name, or remove it first.")
-    if not dest.absolute().parent.is_dir():
-        raise OnDeviceError(f"There is no folder {dest.absolute().parent} to write to.", "Create it first.")
+    require_new(dest)
     if not session.attached:
         raise BadOption("There is no adapter to fuse.", "Give one.")
     weights = Weights(session.parameters, session.config, [(a.adapter, a.weight) for a in session.attached])

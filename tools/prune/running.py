@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ...checkpoint import Spec, write_folder
-from ...errors import BadFile, BadOption, OnDeviceError, Unsupported
+from ...checkpoint.write import require_new
+from ...errors import BadFile, BadOption, Unsupported
 from ...models.families.writing import Piece, specs
 from ...models.parameters import expected
 from ...tensors import Tensor
@@ -36,10 +37,8 @@ def prune(source: Path, dest: Path | None, options: Options) -> Iterator[Progres
     """Ends with the Result. dest: a new folder, which appears complete or not at all; None: a rehearsal, nothing is
     written. Raises OnDeviceError's children."""
     started = time.perf_counter()
-    if dest is not None and (dest.exists() or dest.is_symlink()):
-        raise OnDeviceError(f"{dest} exists already.", "Choose another name, or remove it first.")
-    if dest is not None and not dest.absolute().parent.is_dir():
-        raise OnDeviceError(f"There is no folder {dest.absolute().parent} to write to.", "Create it first.")
+    if dest is not None:
+        require_new(dest)
     with Subject(source, options) as subject:
         subject.check()
         if options.heal and dest is not None:

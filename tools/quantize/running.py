@@ -12,7 +12,8 @@ import numpy as np
 
 from ...backends.base import Backend
 from ...checkpoint import Checkpoint, open_checkpoint
-from ...errors import OnDeviceError, Unsupported
+from ...checkpoint.write import require_new
+from ...errors import Unsupported
 from ...models.families import NameMap, family_of
 from ...models.parameters import Parameters
 from ...registry import create_backend
@@ -50,10 +51,7 @@ def quantize(
     """A checkpoint as the new folder `dest`, which appears complete or not at all. Long work is kept in a hidden folder
     beside it as it is done, and gone on with when the same is asked for again. Raises OnDeviceError's children."""
     started = time.perf_counter()
-    if dest.exists() or dest.is_symlink():
-        raise OnDeviceError(f"{dest} exists already.", "Choose another name, or remove it first.")
-    if not dest.absolute().parent.is_dir():
-        raise OnDeviceError(f"There is no folder {dest.absolute().parent} to write to.", "Create it first.")
+    require_new(dest)
     if options.method == "distill":
         from .distilling import distill  # training is loaded for those who use it
 
