@@ -61,13 +61,14 @@ def _check(text_file: Path | None, tasks: str | None, given: dict[str, Any]) -> 
 
 def _text(models, text_file, given, adapters, exact, opening, as_json) -> None:
     from ..pictures import require
+    from ..tools.calibration.samples import read_text
     from ..tools.evaluate.pictures import draw
 
     against, plot, worst = given["against"], given["plot"], given["worst"]
     window, tokens = given["window"] or 512, given["tokens"]
     if plot:
         require(plot)
-    text = _read(text_file)
+    text = read_text(text_file)
     facts: list[dict[str, Any]] = []
     results: dict[str, Evaluation] = {}
     with ExitStack() as stack:
@@ -115,15 +116,6 @@ def _task_row(facts: dict[str, Any]) -> tuple[str, ...]:
     error = "" if facts["error"] is None else f"{facts['error']:.4f}"
     counts = (str(facts["documents"]), str(facts["fewshot"]))
     return (facts["model"], facts["task"], facts["metric"], f"{facts['value']:.4f}", error, *counts)
-
-
-def _read(path: Path) -> str:
-    from ..errors import BadFile
-
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise BadFile(f"{path} is not UTF-8 text.", "Convert it first: iconv -t utf-8.") from None
 
 
 def _evaluated(sessions: list[Session], text: str, window: int, tokens: int | None, reference: Session | None):

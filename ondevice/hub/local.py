@@ -53,18 +53,16 @@ def _cached_repos() -> Iterator[tuple[str, Path]]:
 
 
 def _quantization(path: Path) -> str:
-    """How most of the weights are stored: "Q4_1", "4-bit, groups of 64", "bfloat16"."""
+    """How most of the weights are stored: "Q4_1", "4-bit (groups of 64)", "bfloat16"."""
     from ..checkpoint import open_checkpoint
-    from ..tensors import Affine, Blocks
+    from ..schemes import label
 
     try:
         with open_checkpoint(path) as checkpoint:
             sizes: dict[str, int] = {}
             for name in checkpoint.names:
                 tensor = checkpoint.outline(name)
-                f = tensor.format
-                kind = f.kind if isinstance(f, Blocks) else f.dtype
-                kind = f"{f.bits}-bit, groups of {f.group_size}" if isinstance(f, Affine) else kind
+                kind = label(tensor.format)
                 sizes[kind] = sizes.get(kind, 0) + tensor.nbytes
             return max(sizes, key=sizes.__getitem__, default="empty")
     except OnDeviceError as error:

@@ -190,7 +190,7 @@ class Engine:
         """Brings the cache to exactly these ids, a soft prompt's places among them; returns the logits [1, V] behind
         the last one."""
         started = time.perf_counter()
-        same = _common_prefix(self.held, prompt)
+        same = common_prefix(self.held, prompt)
         self._forget(min(same, len(prompt) - 1))  # one token at least goes through the model, for its logits
         reused = len(self.held)
         for at in range(reused, len(prompt), PREFILL_CHUNK):
@@ -289,8 +289,6 @@ class _Draw:
         return Token(token, logprob, tuple((int(i), float(p)) for i, p in zip(ids, logprobs, strict=True)))
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import BadFile, OnDeviceError, Unsupported
 from ..registry import did_you_mean
+from ..runtime.engine import common_prefix
 from ..runtime.session import Session
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -132,7 +133,7 @@ def _turn(session: Session, before: Sequence[Mapping], answer: Sequence[Mapping]
     if not before:
         return whole, 0
     prompt = _ids(session, before, tools, True)
-    start = _agreement(whole, prompt)
+    start = common_prefix(whole, prompt)
     # A prompt may end in what an answer in the past does not show (an opened thought): that is not learnt.
     if start < len(prompt) and start < len(_ids(session, before, tools, False)):
         raise Unsupported(
@@ -159,11 +160,6 @@ def _mute(session: Session, messages: Sequence[Mapping], tools: Any) -> list[int
         return _ids(session, [{k: v for k, v in m.items() if k != "tool_calls"} for m in messages], tools, False)
     except OnDeviceError:
         return None
-
-
-def _agreement(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids both begin with."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _ids(session: Session, messages: Sequence[Mapping], tools: Any, prompt: bool) -> list[int]:

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...models.decoder import Decoder
+from ..quantize.gptq import DAMPING, inverse_factor
 from .drift import hidden
 
 Grid = tuple[np.ndarray, np.ndarray]  # scales and biases, [rows, groups]
 BLOCK = 512  # columns that make up for one another
-DAMPING = 0.01  # of the mean of H's diagonal, added to it: what was not seen may still come
 
 
 class Inputs:
@@ -54,10 +54,7 @@ class Inputs:
 
 
 def _inverse_factor(x: np.ndarray) -> np.ndarray:
-    gram = (x.T @ x).astype(np.float64) / len(x)
-    mean = np.diag(gram).mean() or 1.0
-    gram[np.diag_indices_from(gram)] += DAMPING * mean
-    return np.linalg.cholesky(np.linalg.inv(gram)).T.astype(np.float32)
+    return inverse_factor((x.T @ x).astype(np.float64) / len(x), DAMPING).astype(np.float32)
 
 
 def fed_back(values: np.ndarray, grid: Grid, bits: int, factors: Sequence[np.ndarray]) -> np.ndarray:

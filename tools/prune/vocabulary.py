@@ -14,6 +14,7 @@ from ...backends.base import Step
 from ...errors import BadOption
 from ...runtime.session import Session
 from ..calibration import samples
+from ..calibration.samples import read_text
 from ..evaluate.text import log_softmax
 from ..progress import Progress
 from .events import Score, Scores
@@ -59,13 +60,7 @@ def _wanted(subject: Subject, needed: set[int]) -> int:
 
 def _needed_by_text(subject: Subject, how: Encoding, needed: set[int]) -> tuple[set[int], np.ndarray]:
     path = subject.options.keep_vocabulary
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise BadOption(f"{path} is not UTF-8 text.", "Convert it first: iconv -t utf-8.") from None
-    except OSError as error:
-        raise BadOption(f"{path} cannot be read: {error.strerror}.", "Check the path and its rights.") from None
-    ids = np.array(subject.tokenizer.encode(text), np.int64)
+    ids = np.array(subject.tokenizer.encode(read_text(path)), np.int64)
     if not len(ids):
         raise BadOption(f"{path} is empty: no token would stay but those that every text needs.", "Give a text.")
     kept = needed | closed(how, set(ids.tolist()))
