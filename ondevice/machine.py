@@ -1,4 +1,5 @@
-"""This machine's memory: how much there is, how much is free, how much this process has; and its control groups."""
+"""This machine's processors and memory: how much there is, how much is free, how much this process has; and its control
+groups."""
 
 from __future__ import annotations
 
@@ -27,6 +28,12 @@ def groups(controller: str) -> Iterator[tuple[int, Path]]:
         root = CGROUP if version == 2 else CGROUP / controller
         group = root / path.lstrip("/")
         yield from ((version, each) for each in (group, *group.parents) if each == root or root in each.parents)
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def memory_bytes() -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -76,9 +75,7 @@ def command(
     for model in models:
         for name in (backend or "").split(","):
             runtime = {"backend": name or None, "exact": exact, "threads": threads, "kv_dtype": kv_dtype}
-            opened = _open(model, shape, context or options.context, adapters, **runtime)
-            limit = _limits(opened.decoder.ops, limits)
-            facts = _facts(model, opened, options, _measure(model, opened, options), limit)
+            facts = _benched(model, shape, context or options.context, adapters, options, limits, runtime)
             results.append(facts | {"adapters": [{"path": path, "weight": weight} for path, weight in adapters]})
     if plot:
         _draw(plot, results)
@@ -87,6 +84,13 @@ def command(
         return
     for result in results:
         _print(result)
+
+
+def _benched(model: str, shape, context: int, adapters, options: BenchOptions, limits: dict, runtime: dict) -> dict:
+    """One model on one backend, which is gone when the next one comes: each has the memory for itself."""
+    opened = _open(model, shape, context, adapters, **runtime)
+    limit = _limits(opened.decoder.ops, limits)
+    return _facts(model, opened, options, _measure(model, opened, options), limit)
 
 
 def _measure(model: str, opened: Opened, options: BenchOptions) -> Measured:
@@ -129,11 +133,12 @@ def _open(model: str, random_shape: tuple[int, int] | None, context: int, adapte
 
 def _limits(ops, known: dict[int, Limits]) -> Limits | None:
     """Of the processor, measured once for each number of threads; None for a backend that computes elsewhere."""
+    from ..machine import cores
     from ..runtime.limits import measure
 
     if ops.asynchronous or ops.device_memory() is not None:
         return None
-    threads = ops.info().details.get("threads") or os.cpu_count() or 1
+    threads = ops.info().details.get("threads") or cores()
     if threads not in known:
         console.status("Measuring what this machine can do at most")
         known[threads] = measure(threads)

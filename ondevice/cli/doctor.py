@@ -67,12 +67,12 @@ def _installation() -> dict:
 
 
 def _machine() -> dict:
-    from ..machine import memory_bytes
+    from ..machine import cores, memory_bytes
 
     compilers = (os.environ.get("CXX"), *COMPILERS)
     return {
         "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "memory_bytes": memory_bytes(),
         "compiler": next((found for name in compilers if name and (found := shutil.which(name))), None),
     }

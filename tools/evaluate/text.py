@@ -9,7 +9,6 @@ The reference's predictions are made once, a few rows at a time, and every model
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ import numpy as np
 
 from ...backends.base import A, Step
 from ...errors import BadOption
+from ...machine import cores
 from ...models.decoder import Decoder
 from ...runtime.session import Session
 
@@ -169,7 +169,7 @@ def evaluate_together(
     if not cut:
         raise BadOption("The text has fewer than two tokens.", "Give a longer --text.")
     scored: list[list[tuple]] = [[] for _ in everyone]
-    with ThreadPoolExecutor(_workers()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for done, window in enumerate(cut):
             yield Progress(done, len(cut))
             for found in _score(sessions, against, window, pool):
@@ -180,11 +180,6 @@ def evaluate_together(
     count = sum(len(tokenizer.bytes_of(id)) for window in cut for id in window[1:])
     yield Progress(len(cut), len(cut))
     yield [Evaluation(cut, count, own, reference) for own in made]
-
-
-def _workers() -> int:
-    allowed = getattr(os, "sched_getaffinity", None)
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 # ------------------------------------------------------------------------------------------------ one window

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+from ...machine import cores
 
 T, R = TypeVar("T"), TypeVar("R")
 
 
 def side_by_side(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """work of each, on all the cores that this process may use."""
-    with ThreadPoolExecutor(workers()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         return list(pool.map(work, items))
-
-
-def workers() -> int:
-    allowed = getattr(os, "sched_getaffinity", None)
-    return len(allowed(0)) if allowed else os.cpu_count() or 1

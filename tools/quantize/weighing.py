@@ -10,12 +10,12 @@ import numpy as np
 
 from ... import noise
 from ...backends.base import Backend
+from ...machine import cores
 from ...models.config import ModelConfig
 from ...models.parameters import Parameters
 from ...tensors import Affine
 from ..progress import Progress
 from .allocation import Choice, choices
-from .parallel import workers
 from .sensitivity import Cost, measure
 
 TOKENS = 2048  # that errors are weighed on, at most
@@ -53,7 +53,7 @@ def weigh(
         if isinstance(event, tuple):
             told(Progress("Measuring", *event, "steps"))
     table = {}
-    with ThreadPoolExecutor(workers()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         tried = pool.map(lambda name: choices(parameters, name, event.costs[name]), names)
         for name, several in zip(names, tried, strict=True):
             table[name] = several
