@@ -9,7 +9,7 @@ from functools import lru_cache, partial
 from ...checkpoint import Spec
 from ...errors import Unsupported
 from ...schemes import row, to_dense
-from ...tensors import Affine, Blocks, Dense, Tensor
+from ...tensors import STORAGE, Affine, Blocks, Dense, Tensor
 from ..config import Mixer, ModelConfig
 from . import NameMap
 from .views import ROWS, stored, stored_shape
@@ -91,10 +91,12 @@ def _together(spelled: str, pieces: Sequence[Piece], views: Sequence[Sequence[st
 
 
 def _common(pieces: Sequence[Piece]) -> Format:
-    """The format of several in one: dense, where they differ."""
-    forms = {piece.form for piece in pieces}
-    plain = [form for form in forms if isinstance(form, Dense)]
-    return forms.pop() if len(forms) == 1 else plain[0] if plain else Dense("bfloat16")
+    """The format of several in one: dense where they differ, in the widest type that one of them has."""
+    first, *others = (piece.form for piece in pieces)
+    plain = [form for form in (first, *others) if isinstance(form, Dense)]
+    if all(form == first for form in others):
+        return first
+    return max(plain, key=lambda form: STORAGE[form.dtype].itemsize) if plain else Dense("bfloat16")
 
 
 def _load(
