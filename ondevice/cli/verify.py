@@ -25,7 +25,7 @@ def command(model, prompt, names, layers, as_json):
     from ..models.families import family_of
     from ..models.parameters import Parameters
     from ..registry import create_backend, probe_backends
-    from ..runtime.tokenizer import load_tokenizer
+    from ..runtime.side_files import tokenizer_of
     from ..tools.evaluate.backends import TOLERANCE, compare, observe
 
     names = names or [n for n, probe in probe_backends().items() if probe.ready and n != "reference"]
@@ -34,7 +34,7 @@ def command(model, prompt, names, layers, as_json):
         family, hf = family_of(checkpoint)
         config = family.config(hf)
         parameters = Parameters(family, config, checkpoint)
-        ids = load_tokenizer(checkpoint.metadata if checkpoint.kind == "gguf" else checkpoint.path).encode(prompt)
+        ids = tokenizer_of(checkpoint).encode(prompt)
         console.status(f"{len(ids)} tokens through reference …")
         wanted = observe(config, parameters, create_backend("reference", exact=True), ids)
         results = []

@@ -22,8 +22,9 @@ from ..registry import create_backend
 from ..tensors import Tensor
 from . import memory
 from .engine import Engine, GenerateOptions
+from .side_files import tokenizer_of
 from .text import Piece, TextFinished, stream_text
-from .tokenizer import Tokenizer, load_tokenizer
+from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from ..adapters import Adapter
@@ -81,8 +82,7 @@ class Session:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        gguf = self.checkpoint.kind == "gguf"
-        return load_tokenizer(self.checkpoint.metadata if gguf else self.checkpoint.path)
+        return tokenizer_of(self.checkpoint)
 
     @cached_property
     def template(self) -> ChatTemplate:

@@ -14,6 +14,11 @@ SAMPLING = {  # GGUF's general.sampling.… -> Hugging Face's generation_config.
 }  # fmt: skip
 
 
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
+    """A folder's, or the one inside a GGUF. Raises what `load_tokenizer` raises."""
+    return load_tokenizer(checkpoint.metadata if checkpoint.kind == "gguf" else checkpoint.path)
+
+
 def side_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     """Name -> content of every file beside config.json and the weights: a folder's own, or a GGUF's translated.
 
@@ -21,7 +26,7 @@ def side_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     """
     if checkpoint.kind != "gguf":
         return {name: path.read_bytes() for name, path in checkpoint.files.items()}
-    tokenizer = load_tokenizer(checkpoint.metadata)
+    tokenizer = tokenizer_of(checkpoint)
     generation = json.dumps(generation_config(checkpoint.metadata, tokenizer), indent=2) + "\n"
     return {**tokenizer.files(), "generation_config.json": generation.encode()}
 

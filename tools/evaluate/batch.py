@@ -10,7 +10,7 @@ import numpy as np
 from ... import noise
 from ...backends.base import SamplingParams, Step
 from ...models.decoder import Decoder
-from .text import log_softmax
+from .text import log_softmax, logits_of
 
 BATCH_TOKENS = 2048  # of one forward pass, padding included
 HEAD_ROWS = 128  # predictions whose logits are held at once
@@ -71,10 +71,10 @@ def _hidden(decoder: Decoder, batch: list[tuple[int, ...]]) -> tuple:
 
 def _targets(decoder: Decoder, flat, rows: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each row: the log-probability of the wanted id, and whether it is the likeliest."""
-    ops, logprobs, likeliest = decoder.ops, np.empty(len(rows), np.float32), np.empty(len(rows), bool)
+    logprobs, likeliest = np.empty(len(rows), np.float32), np.empty(len(rows), bool)
     for at in range(0, len(rows), HEAD_ROWS):
         part = slice(at, at + HEAD_ROWS)
-        found = log_softmax(ops.numpy(decoder.head(decoder.scope(), ops.take(flat, rows[part]))))
+        found = log_softmax(logits_of(decoder, flat, rows[part]))
         logprobs[part] = found[np.arange(len(found)), wanted[part]]
         likeliest[part] = found.argmax(-1) == wanted[part]
     return logprobs, likeliest

@@ -189,7 +189,7 @@ def _score(
     sessions: Sequence[Session], against: Session | None, window: Sequence[int], pool: ThreadPoolExecutor
 ) -> Iterator[list[tuple]]:
     """For a few rows at a time: (losses, likeliest, divergences) of every model, the reference's last."""
-    hidden = [_hidden(session, window) for session in sessions]
+    held = [_hidden(session, window) for session in sessions]
     reference = _hidden(against, window) if against else None
     for at in range(0, len(window) - 1, ROWS):
         rows = np.arange(at, min(at + ROWS, len(window) - 1), dtype=np.int32)
@@ -197,11 +197,11 @@ def _score(
         blocks = np.array_split(np.arange(len(rows)), -(-len(rows) // BLOCK))
         wanted = None
         if against:
-            logits = _logits(against.decoder, reference, rows)
+            logits = logits_of(against.decoder, reference, rows)
             wanted = list(pool.map(lambda block, logits=logits: log_softmax(logits[block]), blocks))
         found = []
-        for session, states in zip(sessions, hidden, strict=True):
-            logits = _logits(session.decoder, states, rows)
+        for session, states in zip(sessions, held, strict=True):
+            logits = logits_of(session.decoder, states, rows)
             work = [(logits[b], targets[b], wanted[i] if wanted else None) for i, b in enumerate(blocks)]
             found.append(_together(pool.map(lambda job: _compare(*job), work)))
         if wanted:
@@ -222,7 +222,14 @@ def _hidden(session: Session, window: Sequence[int]) -> A:
     return decoder.ops.take(states, np.arange(front, len(ids), dtype=np.int32)) if front else states
 
 
-def _logits(decoder: Decoder, states: A, rows: np.ndarray) -> np.ndarray:
+def hidden(decoder: Decoder, ids: Sequence[int]) -> A:
+    """ids [T], a text from its beginning -> what the last block says, [T, D]"""
+    states = decoder.hidden(decoder.ops.array(np.array([ids], np.int32)), Step.whole(1, len(ids)))
+    return states.reshape(-1, decoder.config.width)
+
+
+def logits_of(decoder: Decoder, states: A, rows: np.ndarray) -> np.ndarray:
+    """What the head makes of some of these rows [N, D], on the host: [len(rows), V]"""
     return decoder.ops.numpy(decoder.head(decoder.scope(), decoder.ops.take(states, rows)))
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ...backends.base import A, Step
 from ...models.decoder import Decoder
-from ..evaluate.text import log_softmax
+from ..evaluate.text import hidden, log_softmax, logits_of
 
 ROWS = 64  # predictions whose logits are held at once
 
@@ -37,19 +35,9 @@ def _of_window(reference: Decoder, model: Decoder, window: np.ndarray) -> tuple[
     for at in range(0, len(window), ROWS):
         rows = np.arange(at, min(at + ROWS, len(window)), dtype=np.int32)
         wanted, got = (
-            log_softmax(_logits(decoder, state, rows))
+            log_softmax(logits_of(decoder, state, rows))
             for decoder, state in zip((reference, model), states, strict=True)
         )
         kl.append(np.maximum((np.exp(wanted) * (wanted - got)).sum(-1, dtype=np.float64), 0))
         same.append(wanted.argmax(-1) == got.argmax(-1))
     return np.concatenate(kl), np.concatenate(same)
-
-
-def hidden(decoder: Decoder, window: np.ndarray) -> A:
-    """ids [T] -> what the last block says, [T, D]."""
-    states = decoder.hidden(decoder.ops.array(window[None].astype(np.int32)), Step.whole(1, len(window)))
-    return states.reshape(-1, decoder.config.width)
-
-
-def _logits(decoder: Decoder, states: A, rows: Sequence[int]) -> np.ndarray:
-    return decoder.ops.numpy(decoder.head(decoder.scope(), decoder.ops.take(states, rows)))

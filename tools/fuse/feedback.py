@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...models.decoder import Decoder
+from ..evaluate.text import hidden
 from ..quantize.gptq import DAMPING, inverse_factor
-from .drift import hidden
 
 Grid = tuple[np.ndarray, np.ndarray]  # scales and biases, [rows, groups]
 BLOCK = 512  # columns that make up for one another

@@ -11,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 from ...schemes import LEGACY_BITS, pack, parts, quantize_affine
-from ...tensors import Affine, Tensor, floats, store
+from ...tensors import Affine, Tensor, store
+from ..quantize.fitting import stored
 from .feedback import Grid, fed_back
 
 ROWS = 1 << 20  # numbers rounded at once
@@ -48,11 +49,7 @@ def _known(base: Tensor, form: Affine) -> list[Grid]:
     scales = (found.scales / np.float32(1 << (form.bits - bits_of(base)))).reshape(-1, found.scales.shape[-1])
     biases = found.biases.reshape(scales.shape)
     free = (1 << (form.bits - bits_of(base))) - 1
-    return [(_stored(scales, form), _stored(biases - np.float32(at) * scales, form)) for at in {0, free // 2}]
-
-
-def _stored(values: np.ndarray, form: Affine) -> np.ndarray:
-    return floats(store(values, form.dtype), form.dtype)
+    return [(stored(scales, form), stored(biases - np.float32(at) * scales, form)) for at in {0, free // 2}]
 
 
 def _on_best(values: np.ndarray, grids: list[Grid], form: Affine, factors: Factors) -> dict[str, np.ndarray]:

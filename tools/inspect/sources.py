@@ -14,6 +14,7 @@ from ...checkpoint.files import read_object
 from ...errors import BadFile
 from ...models.config import ModelConfig
 from ...models.families import Family, family_for, family_of, text_part
+from ...runtime.side_files import tokenizer_of
 from ...runtime.tokenizer import Tokenizer, load_tokenizer
 
 STORED = ("dtype", "torch_dtype", "quantization")  # how a config says that all of a model is kept
@@ -34,8 +35,7 @@ class Source:
 
     def tokenizer(self) -> Tokenizer:
         """Raises BadFile where none is here."""
-        gguf = self.checkpoint is not None and self.checkpoint.kind == "gguf"
-        return load_tokenizer(self.checkpoint.metadata if gguf else self._folder)
+        return load_tokenizer(self._folder) if self.checkpoint is None else tokenizer_of(self.checkpoint)
 
     def licence(self) -> str | None:
         """What the model's files say of it: GGUF's metadata, the model card, the first line of a LICENSE."""

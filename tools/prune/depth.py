@@ -15,7 +15,7 @@ import numpy as np
 from ...backends.base import A, Step
 from ...errors import BadOption
 from ...models.decoder import Decoder
-from ..evaluate.text import log_softmax
+from ..evaluate.text import log_softmax, logits_of
 from ..progress import Progress
 from .cutting import Cut
 from .events import Score, Scores
@@ -94,9 +94,7 @@ class Passes:
 
     def predictions(self, x: A) -> np.ndarray:
         """Log probabilities [places, V]."""
-        ops = self.decoder.ops
-        rows = ops.take(x.reshape(-1, self.decoder.config.width), self.places)
-        return log_softmax(np.array(ops.numpy(self.decoder.head(self.decoder.scope(), rows))))
+        return log_softmax(logits_of(self.decoder, x.reshape(-1, self.decoder.config.width), self.places))
 
 
 def _influences(passes: Passes, total: int) -> Generator[Progress, None, dict[int, float]]:

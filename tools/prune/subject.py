@@ -15,7 +15,7 @@ from ...models.families import family_of
 from ...models.parameters import Parameters
 from ...registry import create_backend
 from ...runtime.session import Session, open_session
-from ...runtime.side_files import side_files
+from ...runtime.side_files import side_files, tokenizer_of
 from ...runtime.tokenizer import Tokenizer, load_tokenizer
 from ...schemes import to_float
 from ...tensors import Dense
@@ -57,8 +57,7 @@ class Subject(ExitStack):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        gguf = self.checkpoint.kind == "gguf"
-        return load_tokenizer(self.checkpoint.metadata if gguf else self.checkpoint.path)
+        return tokenizer_of(self.checkpoint)
 
     @cached_property
     def files(self) -> dict[str, bytes]:

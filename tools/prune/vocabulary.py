@@ -10,12 +10,11 @@ from collections.abc import Generator
 
 import numpy as np
 
-from ...backends.base import Step
 from ...errors import BadOption
 from ...runtime.session import Session
 from ..calibration import samples
 from ..calibration.samples import read_text
-from ..evaluate.text import log_softmax
+from ..evaluate.text import hidden, log_softmax, logits_of
 from ..progress import Progress
 from .events import Score, Scores
 from .subject import Subject
@@ -94,13 +93,10 @@ def _all_ids(subject: Subject, windows: np.ndarray) -> np.ndarray:
 
 def _expected(session: Session, window: np.ndarray) -> np.ndarray:
     """The probabilities of the next token, summed over a window [T] -> float64 [V]."""
-    decoder, total = session.decoder, 0
-    states = decoder.hidden(decoder.ops.array(window[None]), Step.whole(1, len(window)))
-    states = states.reshape(-1, session.config.width)
+    states, total = hidden(session.decoder, window), 0
     for at in range(0, len(window), ROWS):
         rows = np.arange(at, min(at + ROWS, len(window)), dtype=np.int32)
-        logits = decoder.ops.numpy(decoder.head(decoder.scope(), decoder.ops.take(states, rows)))
-        total = total + np.exp(log_softmax(logits)).sum(0, dtype=np.float64)
+        total = total + np.exp(log_softmax(logits_of(session.decoder, states, rows))).sum(0, dtype=np.float64)
     return total
 
 
