@@ -94,7 +94,7 @@ struct Running {
 
 static inline void hide(const Attention& p, const Part& part, int64_t t, int64_t at, int64_t count, float* scores) {
     const int64_t place = part.first + t, from = earliest(p, place + part.base, part.base);
-    const float never = -__builtin_inff();
+    const float never = -INFINITY;
     for (int64_t j = 0; j < count && at + j < from; j++) scores[j] = never;
     for (int64_t j = place + 1 > at ? place + 1 - at : 0; j < count; j++) scores[j] = never;
     if (!p.segments) return;
@@ -108,7 +108,7 @@ static inline float soften(float* scores, int64_t count, Running& row) {
     F most = load(scores);
     for (int64_t j = N; j < count; j += N) most = max(load(scores + j), most);
     const float block = top(most), largest = block <= row.largest ? row.largest : block;  // not-a-number stays
-    if (largest == -__builtin_inff()) {  // nothing seen yet
+    if (largest == -INFINITY) {  // nothing seen yet
         for (int64_t j = 0; j < count; j += N) store(scores + j, set(0));
         return 1.0f;
     }
@@ -251,7 +251,7 @@ static void attend(const Attention& p, const Heads<E>& heads, const Part& part, 
                                 : heads.value_scales ? heads.value_scales + part.head * heads.places
                                                      : nullptr;
     gather_queries(p, part, group, room);
-    for (int64_t r = 0; r < rows; r++) room.rows[r] = {-__builtin_inff(), 0};
+    for (int64_t r = 0; r < rows; r++) room.rows[r] = {-INFINITY, 0};
     std::memset(room.out, 0, sizeof(float) * rows * width);
     const int64_t low = part.first + part.token, high = low + part.tokens - 1;  // places of the queries
     for (int64_t at = part.begin; at < part.end; at += kKeys) {

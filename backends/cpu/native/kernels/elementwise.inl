@@ -88,7 +88,7 @@ static void gated(const Gated& p, Pool& pool) {
 }
 
 static void weigh(const Weigh& p, Pool& pool) {
-    F most = set(-__builtin_inff());
+    F most = set(-INFINITY);
     int64_t i = 0;
     for (; i + N <= p.size; i += N) most = max(load(p.scores + i), most);
     float largest = top(most);

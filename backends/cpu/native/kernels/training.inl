@@ -126,7 +126,7 @@ static void norm_back(const NormBack& p, Pool& pool) {
 }
 
 static inline float largest_of(const float* x, int64_t size) {
-    F most = set(-__builtin_inff());
+    F most = set(-INFINITY);
     int64_t i = 0;
     for (; i + N <= size; i += N) most = max(load(x + i), most);
     float largest = top(most);
