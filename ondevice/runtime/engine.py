@@ -236,8 +236,7 @@ class Engine:
         prompt, vocab = [int(i) for i in prompt], self.decoder.config.vocab
         if not prompt:
             raise BadOption("The prompt is empty.", "Give at least one token of text.")
-        if not all(0 <= i < vocab for i in prompt):
-            raise BadOption(f"The prompt has token ids outside 0 … {vocab - 1}.", "Use the model's own tokenizer.")
+        require_known(prompt, vocab, "The prompt")
         if not all(0 <= i < vocab for i, _ in options.logit_bias):
             raise BadOption(f"A logit bias is for an id outside 0 … {vocab - 1}.", "Use the model's own tokenizer.")
         count = len(self.decoder.front) + len(prompt)
@@ -287,6 +286,12 @@ class _Draw:
             return Token(token, logprob)
         ids, logprobs = (self.ops.numpy(a)[0] for a in sampled.top)
         return Token(token, logprob, tuple((int(i), float(p)) for i, p in zip(ids, logprobs, strict=True)))
+
+
+def require_known(ids: Sequence[int], vocab: int, what: str = "The text") -> None:
+    """Some tokenizers know more tokens than their model. Raises BadOption for ids that it has no embedding of."""
+    if not all(0 <= i < vocab for i in ids):
+        raise BadOption(f"{what} has token ids outside 0 … {vocab - 1}.", "Use the model's own tokenizer.")
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

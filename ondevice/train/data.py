@@ -19,6 +19,7 @@ from typing import Any
 
 from .. import noise
 from ..errors import BadFile, OnDeviceError
+from ..runtime.engine import require_known
 from ..runtime.session import Session
 from . import encode
 from .encode import Encoded
@@ -118,8 +119,13 @@ class _Reader:
         try:
             value = _object(line)
             if self.preference:
-                return [encode.preference(self.session, value)]
-            return [(s,) for s in encode.example(self.session, value, self.max_length)]
+                made = [encode.preference(self.session, value)]
+            else:
+                made = [(s,) for s in encode.example(self.session, value, self.max_length)]
+            for sequences in made:
+                for sequence in sequences:
+                    require_known(sequence.ids.tolist(), self.session.config.vocab)
+            return made
         except OnDeviceError as error:
             raise BadFile(f"{source}: {error.message}", error.hint or "Correct or remove this line.") from None
 

@@ -16,6 +16,7 @@ import numpy as np
 from ... import noise
 from ...backends.base import SamplingParams, Step
 from ...errors import BadFile, BadOption, OnDeviceError
+from ...runtime.engine import require_known
 from ...runtime.session import Session
 
 ROWS = 32  # texts sampled side by side
@@ -54,6 +55,7 @@ def samples(
 def windows(session: Session, source: Path, length: int) -> np.ndarray:
     """All of a text or .jsonl of conversations, side by side: ids [N, length] int32. Raises as `samples` does."""
     ids = _conversations(session, source) if source.suffix == ".jsonl" else _text(session, source)
+    require_known(ids, session.config.vocab, str(source))
     held = len(ids) // length
     if not held:
         raise BadOption(

@@ -21,6 +21,7 @@ from ...backends.base import A, Step
 from ...errors import BadOption
 from ...machine import cores
 from ...models.decoder import Decoder
+from ...runtime.engine import require_known
 from ...runtime.session import Session
 
 ROWS = 64  # predictions whose logits are held at once: bounds memory whatever the vocabulary
@@ -163,6 +164,7 @@ def evaluate_together(
     """
     tokenizer, everyone = sessions[0].tokenizer, [*sessions, *([against] if against else [])]
     ids = tokenizer.encode(text)
+    require_known(ids, sessions[0].config.vocab)
     for other in everyone[1:]:
         _same_tokens(sessions[0], other, ids, text)
     cut = windows(ids, _checked(context, everyone), tokens)

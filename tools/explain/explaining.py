@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...errors import BadOption, ContextFull
+from ...runtime.engine import require_known
 from ...runtime.session import Session
 from ...runtime.tokenizer import Tokenizer
 from ...schemes import rows, take_rows, to_float
@@ -134,10 +135,7 @@ def _check(session: Session, ids: Sequence[int]) -> None:
         raise ContextFull(
             f"The text has {len(ids)} tokens and {most} can be explained at once.", "Give a shorter text."
         )
-    if not all(0 <= id < session.config.vocab for id in ids):
-        raise BadOption(
-            f"The text has token ids outside 0 … {session.config.vocab - 1}.", "Use the model's own tokenizer."
-        )
+    require_known(ids, session.config.vocab)
 
 
 class _Lens:

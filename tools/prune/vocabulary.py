@@ -33,6 +33,7 @@ def choose(subject: Subject) -> Choice:
     the model to speak at all, or no smaller than what there is, Unsupported for tokenizers that can't be cut."""
     how = encoding(subject.files)
     needed = required(how, subject.tokenizer, subject.files, subject.hf_config)
+    needed = {id for id in needed if id < subject.config.vocab}  # some tokenizers know more than their model
     if subject.options.keep_vocabulary:
         kept, weights = _needed_by_text(subject, how, needed)
     else:
@@ -60,6 +61,7 @@ def _wanted(subject: Subject, needed: set[int]) -> int:
 def _needed_by_text(subject: Subject, how: Encoding, needed: set[int]) -> tuple[set[int], np.ndarray]:
     path = subject.options.keep_vocabulary
     ids = np.array(subject.tokenizer.encode(read_text(path)), np.int64)
+    ids = ids[ids < subject.config.vocab]
     if not len(ids):
         raise BadOption(f"{path} is empty: no token would stay but those that every text needs.", "Give a text.")
     kept = needed | closed(how, set(ids.tolist()))
