@@ -16,12 +16,20 @@ if TYPE_CHECKING:
     from ..runtime.session import Session
     from ..tools.evaluate.text import Evaluation, Miss
 
+WINDOW = 512  # tokens
+
 
 @click.command("eval")
 @click.argument("models", metavar="MODEL…", nargs=-1, required=True)
 @click.option("--text", "text_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="UTF-8 text.")
 @click.option("--against", metavar="REFERENCE", help="A model to compare with; it always runs exact.")
-@click.option("--window", "--context", "window", type=click.IntRange(2), help="Tokens a window; default: 512.")
+@click.option(
+    "--window",
+    "--context",
+    "window",
+    type=click.IntRange(2),
+    help=f"Tokens a window; default: {WINDOW}, or what the model holds.",
+)
 @click.option("--tokens", type=click.IntRange(2), help="Only the first N tokens of the text.")
 @click.option("--worst", type=click.IntRange(0), default=0, metavar="N", help="Show the N places that went worst.")
 @click.option(
@@ -65,7 +73,7 @@ def _text(models, text_file, given, adapters, exact, opening, as_json) -> None:
     from ..tools.evaluate.pictures import draw
 
     against, plot, worst = given["against"], given["plot"], given["worst"]
-    window, tokens = given["window"] or 512, given["tokens"]
+    tokens = given["tokens"]
     if plot:
         require(plot)
     text = read_text(text_file)
@@ -77,11 +85,13 @@ def _text(models, text_file, given, adapters, exact, opening, as_json) -> None:
             with ExitStack() as opened:
                 own = opening | {"exact": exact, "kv_dtype": given["kv_dtype"]}
                 sessions = [opened.enter_context(open_model(m, adapters, **own)) for m in group]
+                everyone = [*sessions, *([reference] if reference else [])]
+                window = given["window"] or min(WINDOW, *(s.config.context for s in everyone))
                 found = _evaluated(sessions, text, window, tokens, reference)
                 for model, session, result in zip(group, sessions, found, strict=True):
                     results[model] = result
-                    facts.append(_facts(model, session, result, worst))
-        common = {"against": against, "exact": exact, "context": window, "kv_dtype": given["kv_dtype"]}
+                    facts.append(_facts(model, session, result, worst) | {"context": window})
+        common = {"against": against, "exact": exact, "kv_dtype": given["kv_dtype"]}
         if reference:
             common["reference"] = {"bytes": reference.checkpoint.nbytes, "bits_per_weight": _bits(reference)}
     if plot:

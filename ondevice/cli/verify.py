@@ -21,7 +21,7 @@ def command(model, prompt, names, layers, as_json):
     """Run one prompt through every backend in one process, in exact mode, and compare each layer's output and the
     logits with the reference backend's. Exit status 1 when one differs by more than the tolerance."""
     from ..checkpoint import open_checkpoint
-    from ..errors import OnDeviceError
+    from ..errors import BadOption, OnDeviceError
     from ..models.families import family_of
     from ..models.parameters import Parameters
     from ..registry import create_backend, probe_backends
@@ -35,6 +35,8 @@ def command(model, prompt, names, layers, as_json):
         config = family.config(hf)
         parameters = Parameters(family, config, checkpoint)
         ids = tokenizer_of(checkpoint).encode(prompt)
+        if not ids:
+            raise BadOption("The prompt has no tokens.", "Give some text.")
         console.status(f"{len(ids)} tokens through reference …")
         wanted = observe(config, parameters, create_backend("reference", exact=True), ids)
         results = []

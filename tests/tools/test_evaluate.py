@@ -203,3 +203,17 @@ def test_one_model_with_its_worst_places_and_a_picture(folders):
 def test_a_picture_without_a_name_for_it_is_refused_before_work(folders):
     done = ondevice(folders, "rounded", "--plot", "loss.doc")
     assert done.returncode == 2 and ".png" in done.stderr and done.stdout == ""
+
+
+def test_a_window_fits_the_model_where_none_is_asked_for(folders):
+    small = write_tiny_model(folders / "small", context=64)
+    done = ondevice(folders, small, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["context"] == 64, done.stderr
+    asked = ondevice(folders, small, "--window", "65")
+    assert asked.returncode == 2 and "A window of 65 tokens is more than the model's 64" in asked.stderr
+
+
+def test_nothing_to_verify_by(folders):
+    command = [sys.executable, "-m", "ondevice", "verify", str(folders / "whole"), "--prompt", "", "--backend", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and "The prompt has no tokens." in done.stderr

@@ -272,7 +272,9 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def _checked(context: int, sessions: Sequence[Session]) -> int:
     most = min(s.config.context for s in sessions)
     if context > most:
-        raise BadOption(f"--context {context} is more than the model's {most} tokens.", f"Give {most} or less.")
+        raise BadOption(
+            f"A window of {context} tokens is more than the model's {most} tokens.", f"Give {most} or less."
+        )
     return context
 
 
