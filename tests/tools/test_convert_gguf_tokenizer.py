@@ -88,3 +88,12 @@ def test_words_that_no_rule_cuts_so_are_refused(tmp_path):
 def test_a_vocabulary_beyond_the_models_is_refused(tmp_path):
     with pytest.raises(BadFile, match="its model knows 100"):
         gguf_tokenizer(folder(tmp_path / "in", small_tokenizers.byte_level()), 100)
+
+
+def test_tokens_added_beyond_the_models_are_left_out(tmp_path):
+    path = folder(tmp_path / "in", small_tokenizers.byte_level(), {"eos_token": "<|im_end|>"})
+    known = gguf_tokenizer(path, load_tokenizer(path).vocab_size)
+    described = {"eos_token": "<|im_end|>", "additional_special_tokens": ["<image>"]}
+    (path / "tokenizer_config.json").write_text(json.dumps(described))
+    assert "<image>" in load_tokenizer(path).special_texts
+    assert gguf_tokenizer(path, len(known["tokenizer.ggml.tokens"])) == known

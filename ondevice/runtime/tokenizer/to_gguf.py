@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,25 @@ WORDS = (
 def gguf_tokenizer(folder: Path, vocab: int) -> dict[str, Any]:
     """`tokenizer.…` keys and values for a model of `vocab` token ids.
 
-    Raises Unsupported for a tokenizer that llama.cpp has no like of, BadFile for one that is damaged or larger than the
-    model.
+    Tokens that were added beyond those (Gemma 3's of 1B has one for pictures) are left out, as llama.cpp's converter
+    does. Raises Unsupported for a tokenizer that llama.cpp has no like of, BadFile for one that is damaged or larger
+    than the model.
     """
-    tokenizer = from_folder(folder)
-    if tokenizer.vocab_size > vocab:
-        raise BadFile(f"{folder} has {tokenizer.vocab_size} tokens, but its model knows {vocab}.", HINT)
+    tokenizer = _within(folder, from_folder(folder), vocab)
     described = _byte_level if tokenizer.vocabulary.byte_level else _sentencepiece
     keys = described(folder, tokenizer, vocab) | _facts(tokenizer)
     _check(folder, tokenizer, keys)
     return keys
+
+
+def _within(folder: Path, tokenizer: Tokenizer, vocab: int) -> Tokenizer:
+    """Without the tokens that the model does not know."""
+    held = tokenizer.vocabulary
+    if not set(held.kinds[vocab:]) <= {Kind.CONTROL, Kind.USER_DEFINED}:
+        raise BadFile(f"{folder} has {len(held)} tokens, but its model knows {vocab}.", HINT)
+    named = {role: id for role, id in tokenizer.named_ids.items() if id < vocab}
+    kept = Vocabulary(held.texts[:vocab], held.kinds[:vocab], held.byte_level)
+    return replace(tokenizer, vocabulary=kept, named_ids=named)
 
 
 def _facts(tokenizer: Tokenizer) -> dict[str, Any]:
