@@ -197,6 +197,21 @@ class NativeGradients:
         self.machine.adamw(*given, step, rate, *betas, eps, decay, *out)
         return tuple(out)
 
+    def affine(
+        self, scales: np.ndarray, biases: np.ndarray, codes: np.ndarray, bits: int, group_size: int
+    ) -> np.ndarray:
+        shape = (*scales.shape[:-1], scales.shape[-1] * group_size)
+        given = self.plain(scales), self.plain(biases), np.ascontiguousarray(codes), bits, group_size
+        return self.call(self.machine.affine, *given, shape=shape)
+
+    def affine_vjp(
+        self, grad: np.ndarray, need: Need, scales: np.ndarray, biases: np.ndarray, codes: np.ndarray, bits: int,
+        group_size: int,
+    ) -> Gradients:  # fmt: skip
+        found = np.empty(scales.shape, np.float32), np.empty(scales.shape, np.float32)
+        self.machine.affine_back(self.plain(grad), np.ascontiguousarray(codes), bits, group_size, *found)
+        return found
+
     def adamw8(
         self, param: np.ndarray, grad: np.ndarray, m: np.ndarray | None, m_scale: np.ndarray | None,
         r: np.ndarray | None, r_scale: np.ndarray | None, step: int, rate: float, betas: tuple[float, float],

@@ -12,6 +12,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "affine.h"
 #include "machine.h"
 #include "moments.h"
 #include "pack.h"
@@ -355,6 +356,30 @@ void adamw(Machine& machine, In param, In grad, Maybe m, Maybe v, int step, floa
     call(machine, machine.kernels().adamw,
          AdamW{param.data(), grad.data(), data(m), data(v), new_param.data(), new_m.data(), new_v.data(),
                static_cast<int64_t>(count), rate, beta1, beta2, eps, decay, fix(beta1), fix(beta2)});
+}
+
+// Codes as MLX packs them, in groups that share a scale: the last axis of `scales`.
+template <class Scales>
+PackedCodes packed_codes(const Array<const uint32_t>& codes, const Scales& scales, int bits, int group_size) {
+    require((bits >= 2 && bits <= 6) || bits == 8, "bits");
+    require(group_size > 0 && group_size % 8 == 0 && scales.ndim() > 0 && scales.size() > 0, "groups");
+    const auto groups = static_cast<int64_t>(scales.shape(scales.ndim() - 1)), rows = static_cast<int64_t>(scales.size()) / groups;
+    const PackedCodes found{reinterpret_cast<const uint8_t*>(codes.data()), rows, groups, group_size, bits};
+    require(static_cast<int64_t>(codes.nbytes()) == rows * found.row_bytes(), "codes do not fit");
+    return found;
+}
+
+void affine_weight(Machine& machine, In scales, In biases, Array<const uint32_t> codes, int bits, int group_size, Out out) {
+    require(biases.size() == scales.size() && out.size() == scales.size() * group_size, "sizes");
+    const auto packed = packed_codes(codes, scales, bits, group_size);
+    call(machine, affine, Affine{packed, scales.data(), biases.data(), out.data()});
+}
+
+void affine_weight_back(Machine& machine, In grad, Array<const uint32_t> codes, int bits, int group_size, Out to_scales,
+                        Out to_biases) {
+    require(to_biases.size() == to_scales.size() && grad.size() == to_scales.size() * group_size, "sizes");
+    const auto packed = packed_codes(codes, to_scales, bits, group_size);
+    call(machine, affine_back, AffineBack{packed, grad.data(), to_scales.data(), to_biases.data()});
 }
 
 // A table of backends/moments.py: levels, edges, starts.
@@ -752,6 +777,10 @@ NB_MODULE(_native, m) {
              "of_root"_a, "step"_a, "rate"_a, "beta1"_a, "beta2"_a, "eps"_a, "decay"_a, "new_param"_a.noconvert(),
              "new_m"_a.noconvert(), "new_m_scale"_a.noconvert(), "new_root"_a.noconvert(),
              "new_root_scale"_a.noconvert())
+        .def("affine", &affine_weight, "scales"_a.noconvert(), "biases"_a.noconvert(), "codes"_a.noconvert(), "bits"_a,
+             "group_size"_a, "out"_a.noconvert())
+        .def("affine_back", &affine_weight_back, "grad"_a.noconvert(), "codes"_a.noconvert(), "bits"_a, "group_size"_a,
+             "to_scales"_a.noconvert(), "to_biases"_a.noconvert())
         .def("embed", &embed_rows, "weight"_a, "expert"_a, "ids"_a.noconvert(), "out"_a.noconvert())
         .def("add", [](Machine& self, In a, In b, Out out) { pairwise(self, self.kernels().add, a, b, out); },
              "a"_a.noconvert(), "b"_a.noconvert(), "out"_a.noconvert())

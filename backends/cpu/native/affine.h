@@ -1,0 +1,36 @@
+// Quantized weights whose scales are trained (base.quantized): codes as numbers, and their gradient.
+#pragma once
+
+#include <cstdint>
+
+#include "pool.h"
+
+namespace ondevice::cpu {
+
+// MLX's packed codes: `rows` rows of `groups` groups of `size` (a multiple of 8) codes of `bits` bits.
+struct PackedCodes {
+    const uint8_t* data;
+    int64_t rows, groups, size;
+    int bits;
+
+    int64_t row_bytes() const { return groups * size * bits / 8; }
+};
+
+// out[r, g, i] = code[r, g, i] * scales[r, g] + biases[r, g]
+struct Affine {
+    PackedCodes codes;
+    const float *scales, *biases;
+    float* out;
+};
+
+// to_scales[r, g] = sum over i of grad * code, to_biases[r, g] = sum of grad
+struct AffineBack {
+    PackedCodes codes;
+    const float* grad;
+    float *to_scales, *to_biases;
+};
+
+void affine(const Affine& p, Pool& pool);
+void affine_back(const AffineBack& p, Pool& pool);
+
+}  // namespace ondevice::cpu
