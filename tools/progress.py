@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -13,3 +18,14 @@ class Progress:
     done: float
     total: float
     unit: str = ""
+
+
+def ended(work: Generator[Progress, None, T], told: Callable[[Progress], None]) -> T:
+    """What the work comes to; `told` hears of it on the way. Where that raises, as for Ctrl-C, the work is closed."""
+    with closing(work):
+        while True:
+            try:
+                event = next(work)
+            except StopIteration as end:
+                return end.value
+            told(event)

@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..errors import BadOption
-from ..runtime.session import Session
+from ..runtime.session import Session, open_session
 from ..train import Data, Event, Example, Finished, Settings, StepDone, Validating, load_data, train
 from ..train.encode import encoded
 from ..train.folder import read_record
@@ -26,6 +26,7 @@ from .calibration import Sampling, samples
 from .calibration.samples import read_text
 from .evaluate.text import Evaluation, evaluate
 from .progress import Progress
+from .translation import Translation, Translator
 from .work import Work
 
 PROBED = 2  # steps by which the time of one is told: the first also prepares
@@ -33,16 +34,19 @@ VALIDATIONS = 4  # of a training, at most: late in it, the last state is nearly 
 WRITING = 0.5  # of the time for learning, at most, that the original writes what is learnt from
 PASSES = 3  # over the data at most, where the number of steps is not given
 FEWEST = 8  # passages, of which one is held out
+TEXT = 0.5  # of the loss, where tokens went: the text's own next tokens; the rest is the original's word
+SHARES = (1.0, 0.7, 0.4)  # of what was learnt, as long as less is better
 
 T = TypeVar("T")
 Reword = Callable[[list[list[int]], bool], Generator[Progress, None, list[list[int]]]]
+Write = Callable[[Settings, Finished, float, Path], None]  # the model with a share of what was learnt, as a new folder
 
 
 @dataclass(frozen=True)
 class Lessons:
-    """data: a text or .jsonl; None: what the original says, at most `sampled` tokens. steps: at most as many as
-    `minutes` have room for. Of the data's passages of `length` tokens, `held_out` (but no more than `judged` tokens)
-    are not learnt from: what was gained is measured on them."""
+    """data: a text or .jsonl; None: what the original says, at most `sampled` tokens. own: data is what it has said
+    before. steps: at most as many as `minutes` have room for. Of the data's passages of `length` tokens, `held_out`
+    (but no more than `judged` tokens) are not learnt from: what was gained is measured on them."""
 
     data: Path | None = None
     steps: int | None = None
@@ -54,10 +58,16 @@ class Lessons:
     held_out: float = 0.1
     judged: int = 2048
     seed: int = 0
+    own: bool = False
 
     def __post_init__(self):
         if not self.minutes > 0:
             raise BadOption(f"{self.minutes:g} minutes are no time to learn in.", "Give more than 0.")
+
+    @property
+    def given(self) -> bool:
+        """There is a text that is learnt for its own sake."""
+        return self.data is not None and not self.own
 
     @property
     def written(self) -> int:
@@ -98,11 +108,72 @@ class Taught:
         return self.after.loss <= self.before.loss
 
 
-def settings_for(lessons: Lessons, **more) -> Settings:
-    return Settings(
-        objective="distill", batch_size=lessons.batch_size, max_length=lessons.length, seed=lessons.seed,
-        learning_rate=lessons.learning_rate, schedule="cosine", warmup=0.1, **more,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Teaching:
+    """What is taught how: `student` by `original`, as the settings `method` say; `write` makes a model of what was
+    learnt. name: of it all, for people. translation: where the student knows fewer tokens. reworded: see `passages`."""
+
+    original: Session
+    student: Session
+    lessons: Lessons
+    method: Mapping[str, Any]
+    write: Write
+    name: str
+    translation: Translation | None = None
+    reworded: Reword | None = None
+
+    @property
+    def settings(self) -> Settings:
+        lessons = self.lessons
+        return Settings(
+            objective="distill", batch_size=lessons.batch_size, max_length=lessons.length, seed=lessons.seed,
+            learning_rate=lessons.learning_rate, schedule="cosine", warmup=0.1, **self.method,
+        )  # fmt: skip
+
+    @property
+    def teacher(self) -> Teacher:
+        if self.translation is None:
+            return Teacher(self.original.decoder)
+        hard = TEXT if self.lessons.given else 0.0
+        return Translator(self.original.decoder, hard=hard, translation=self.translation)
+
+    @property
+    def against(self) -> Session | None:
+        """What the student diverges from, token by token, if both know the same ones."""
+        return None if self.translation else self.original
+
+
+def teach(teaching: Teaching, dest: Path, work: Work | None = None) -> Generator[Progress, None, Taught]:
+    """The student, taught, as the new folder `dest`: with all that was learnt, or a share of it (Wortsman et al. 2022):
+    some of what a short training does is noise, whose harm grows with the square of its length, and its use with the
+    length itself. work: where what is done is kept, and gone on with. Raises what `passages` raises, Unsupported for
+    models and backends that cannot train."""
+    started, t = time.perf_counter(), teaching
+    data, held = yield from passages(t.lessons, t.original, t.student, t.reworded, work)
+    first = yield from quality(t.original, held, "The original")
+    before = yield from quality(t.student, held, f"Before {t.name}", t.against)
+    settings, finished = yield from taught(t.student, data, t.settings, t.teacher, t.lessons, work)
+    share, after = yield from _worked_in(teaching, partial(t.write, settings, finished), dest, held)
+    return Taught(finished.step, finished.kept, time.perf_counter() - started, first, before, after, share)
+
+
+def _worked_in(
+    teaching: Teaching, write: Callable[[float, Path], None], dest: Path, held: str
+) -> Generator[Progress, None, tuple[float, Quality]]:
+    """The best share of what was learnt, as `dest`, and what came of it."""
+    best: tuple[float, Quality] | None = None
+    for share in SHARES:
+        made = dest.with_name(f"{dest.name} by {share}")
+        write(share, made)
+        with open_session(made, backend=teaching.student.backend) as session:
+            found = yield from quality(session, held, f"After {teaching.name}, {share:.0%} of it", teaching.against)
+        worse = best is not None and found.loss >= best[1].loss
+        shutil.rmtree(made if worse else dest, ignore_errors=True)
+        if worse:
+            break
+        made.rename(dest)
+        best = share, found
+    return best
 
 
 # ------------------------------------------------------------------------------------------------ what is learnt from

@@ -22,8 +22,8 @@ from ondevice.tools.prune import Amount, Lessons, Options, Progress, healing, pr
 from ondevice.tools.prune.rewording import reworded
 from ondevice.tools.prune.subject import Subject
 from ondevice.tools.prune.tokens import encoding, rewritten
-from ondevice.tools.prune.translation import Translation, Translator
 from ondevice.tools.teaching import VALIDATIONS
+from ondevice.tools.translation import Translation, Translator
 from ondevice.train.batches import make_batch
 from ondevice.train.data import Example
 from ondevice.train.encode import encoded
@@ -196,7 +196,7 @@ def test_layers_are_made_up_for(tmp_path, model, prose):
 @pytest.mark.parametrize("shares", [(1.0,), (0.7,)])
 def test_tokens_are_made_up_for(tmp_path, model, prose, monkeypatch, shares):
     """The embedding goes on being the head, however much of its training is worked in."""
-    monkeypatch.setattr(healing, "SHARES", shares)
+    monkeypatch.setattr(teaching, "SHARES", shares)
     chosen = {"vocabulary": Amount(100), "calibration": prose, "length": 24}
     made = healed(model, tmp_path / "out", prose, 12, **chosen)
     assert made.after.bits_per_byte < made.before.bits_per_byte
@@ -212,12 +212,12 @@ def test_a_text_is_learnt_as_it_stands_and_for_its_own_sake(tmp_path, model, pro
     more often than is expected."""
     often, teachers, shown = [], [], []
     monkeypatch.setattr(healing, "reworded", lambda *given, **more: often.append(given[3]) or reworded(*given, **more))
-    monkeypatch.setattr(healing, "taught", _noting(healing.taught, teachers, shown))
+    monkeypatch.setattr(teaching, "taught", _noting(teaching.taught, teachers, shown))
     lessons = Lessons(prose if given else None, steps=1, sampled=512, **QUICK)
     options = Options(vocabulary=Amount(100), calibration=prose, length=24, heal=lessons)
     list(prune(model, tmp_path / "out", options))
     assert often == ([1.0] if given else [healing.OFTEN, 1.0])
-    assert [teacher.hard for teacher in teachers] == [healing.TEXT if given else 0.0]
+    assert [teacher.hard for teacher in teachers] == [teaching.TEXT if given else 0.0]
     with open_session(tmp_path / "out", backend="reference") as session:
         assert not given or all(session.tokenizer.decode(e.sequences[0].ids.tolist()) in PROSE * 3 for e in shown)
 
@@ -252,13 +252,13 @@ def _noting(taught, teachers, shown):
 )
 def test_as_much_is_worked_in_as_helps(tmp_path, model, prose, monkeypatch, losses, share):
     """losses: of each share, in order, as if they had been measured."""
-    measured, left = healing.quality, list(losses)
+    measured, left = teaching.quality, list(losses)
 
     def quality(session, text, stage, *more):
         found = yield from measured(session, text, stage, *more)
         return replace(found, kl=left.pop(0)) if stage.startswith("After") else found
 
-    monkeypatch.setattr(healing, "quality", quality)
+    monkeypatch.setattr(teaching, "quality", quality)
     made = healed(model, tmp_path / "out", prose, 2, drop_layers=(1,))
     assert made.share == share and made.after.kl == min(losses) and not left
     left += [1e-6, 2e-6]

@@ -7,12 +7,13 @@ numbers are unpacked when it runs, forward and back.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from ...backends.base import Backend
 from ...checkpoint import write_folder
@@ -20,12 +21,11 @@ from ...models.families.writing import specs as laid_out
 from ...registry import create_backend
 from ...runtime.session import Session, open_session
 from ...runtime.side_files import side_files
-from ...train import Finished
+from ...train import Finished, Settings
 from ...train.artifacts import with_scales
-from ...train.learner import Teacher
-from ...train.methods import Scales
-from ..progress import Progress
-from ..teaching import Lessons, Taught, passages, quality, settings_for, taught
+from ...train.methods import make_method
+from ..progress import Progress, ended
+from ..teaching import Lessons, Taught, Teaching, teach
 from ..work import Work
 from .options import Options
 from .running import fingerprint, quantize
@@ -47,47 +47,32 @@ def distill(source: Path, dest: Path, options: Options, progress: Callable, back
         first = replace(quantize(source, made, replace(options, method=options.start), progress, backend), path=None)
         work.keep_record("start", vars(first))
     first = Result(**work.record("start"))
-    with ExitStack() as stack:
-        ops = backend if isinstance(backend, Backend) else create_backend(backend)
-        original = stack.enter_context(open_session(source, backend=ops))
-        student = stack.enter_context(open_session(made, backend=ops))
-        better = work.path / "taught"
-        shutil.rmtree(better, ignore_errors=True)
-        found = _heard(_taught(original, student, better, options, work), progress)
+    ops = backend if isinstance(backend, Backend) else create_backend(backend)
+    lessons = Lessons(
+        options.calibration, options.steps, options.minutes, min(LENGTH, options.window), sampled=2 * options.tokens,
+        learning_rate=RATE, seed=options.seed,
+    )  # fmt: skip
+    better = work.room("shares") / "taught"
+    with open_session(source, backend=ops) as original:
+        found = ended(teach_scales(original, made, better, lessons, work), progress)
     work.end(better if found.better else made, dest)
     notes = (*first.notes, *(() if found.better else (WORSE,)))
     return replace(first, path=dest, notes=notes, taught=found, seconds=time.perf_counter() - started)
 
 
-def _heard(events: Generator[Progress, None, Taught], progress: Callable) -> Taught:
-    with closing(events):  # Ctrl-C where progress is shown makes a checkpoint as well
-        while True:
-            try:
-                progress(next(events))
-            except StopIteration as end:
-                return end.value
-
-
-def _taught(
-    original: Session, student: Session, dest: Path, options: Options, work: Work
+def teach_scales(
+    original: Session, made: Path, dest: Path, lessons: Lessons, work: Work | None = None
 ) -> Generator[Progress, None, Taught]:
-    started = time.perf_counter()
-    lessons = Lessons(
-        options.calibration, options.steps, options.minutes, min(LENGTH, options.window), sampled=2 * options.tokens,
-        learning_rate=RATE, seed=options.seed,
-    )  # fmt: skip
-    data, held = yield from passages(lessons, original, student, work=work)
-    first = yield from quality(original, held, "The original")
-    before = yield from quality(student, held, "Before distilling", original)
-    settings = settings_for(lessons, method="scales", remat=True)
-    _, finished = yield from taught(student, data, settings, Teacher(original.decoder), lessons, work)
-    _write(student, finished, dest)
-    with open_session(dest, backend=original.backend) as made:
-        after = yield from quality(made, held, "After distilling", original)
-    return Taught(finished.step, finished.kept, time.perf_counter() - started, first, before, after)
+    """The quantized model in `made`, its scales taught, as the new folder `dest`. work: where what is done is kept, and
+    gone on with. Raises what `teach` raises."""
+    with open_session(made, backend=original.backend) as student:
+        method = {"method": "scales", "remat": True}
+        teaching = Teaching(original, student, lessons, method, partial(_write, student), "distilling")
+        return (yield from teach(teaching, dest, work))
 
 
-def _write(student: Session, finished: Finished, dest: Path) -> None:
-    pieces = with_scales(student, Scales(student), finished.parameters)
+def _write(student: Session, settings: Settings, finished: Finished, share: float, dest: Path) -> None:
+    learnt = {name: values * np.float32(share) for name, values in finished.parameters.items()}
+    pieces = with_scales(student, make_method(student, settings), learnt)
     specs = list(laid_out(student.family.names, student.config, pieces))
     write_folder(dest, student.hf_config, specs, side_files(student.checkpoint))

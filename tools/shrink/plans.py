@@ -20,7 +20,8 @@ DEEP = 10  # layers, from which on some can go
 @dataclass(frozen=True)
 class Plan:
     """What is pruned before bits are shared out. vocabulary: one token in so many stays. layers: that go. channels:
-    share of the feed-forward's that go. healed: what is left is taught by the original."""
+    share of the feed-forward's that go. healed: what is left is taught by the original; where nothing goes, the scales
+    are once all is rounded."""
 
     vocabulary: int = 1
     layers: int = 0
@@ -32,8 +33,7 @@ class Plan:
         said = [f"vocabulary / {self.vocabulary}"] if self.vocabulary > 1 else []
         said += [f"layers -{self.layers}"] if self.layers else []
         said += [f"channels -{self.channels:.0%}"] if self.channels else []
-        said += ["healed"] if self.healed else []
-        return ", ".join(said) or "bits alone"
+        return ", ".join((said or ["bits alone"]) + ["healed"] * self.healed)
 
     @property
     def parts(self) -> list[Plan]:

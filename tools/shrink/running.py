@@ -1,5 +1,5 @@
 """The whole of it: bits alone first; then what single cuts lose; then the plans that promise most by that, while there
-is time; what was cut is healed if that may make it the best; the best becomes the new folder. When time is up, what is
+is time; a plan is healed if that may make it the best; the best becomes the new folder. When time is up, what is
 under way is dropped; where nothing is made by then, what is not rounded yet becomes the nearest values, in seconds.
 """
 
@@ -15,14 +15,14 @@ from ..progress import Progress
 from ..quantize.running import fingerprint
 from ..work import Work
 from .events import Estimate, Outcome, Result
-from .foretelling import Foretold, foretold, least
+from .foretelling import NOISE, Foretold, foretold, least
 from .judging import Told
 from .options import Options
 from .plans import BITS_ALONE, cuts, together
 from .report import write_report
 from .trial import Trial, unreachable
 
-VERSION = 3  # of the method: what an older one has left is not gone on with
+VERSION = 4  # of the method: what an older one has left is not gone on with
 WORSE = 1.15  # times the best loss: what is expected to lose more than that is not carried out
 HEALING = 0.15  # of the time, at least, for healing: it is not begun with less
 SURE = 0.7  # of the time that is left is learnt in: what is around it takes time as well
@@ -123,7 +123,8 @@ def _next(trial: Trial, clock: Clock) -> Foretold | None:
         if not clock.allows(needed):
             continue
         if found.plan.healed and len(trial.outcomes) == 1 and clock.allows(needed + takes):
-            return next(f for f in foretold(trial) if f.plan == replace(found.plan, healed=False))
+            plain = replace(found.plan, healed=False)
+            return next((f for f in foretold(trial) if f.plan == plain), found)
         return found
     return None
 
@@ -138,8 +139,8 @@ def _left(trial: Trial) -> Iterator[Estimate]:
 
 def _promising(trial: Trial) -> list[Foretold]:
     """Plans that were not carried out yet, the best first; none that should be much worse than the best so far, or that
-    healing should not make better than that."""
+    healing should not make better than that, as far as the text can tell."""
     if trial.weighed is None:
         return []
     best = least(trial)
-    return [f for f in foretold(trial) if f.loss <= best * (1.0 if f.plan.healed else WORSE)]
+    return [f for f in foretold(trial) if f.loss <= (best - NOISE if f.plan.healed else WORSE * best)]

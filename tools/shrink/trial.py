@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from math import ceil, prod
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -17,9 +16,10 @@ from ...checkpoint import open_checkpoint
 from ...errors import BadOption, OnDeviceError
 from ...models.parameters import expected
 from ...registry import create_backend
+from ...runtime.session import open_session
 from ...tensors import Affine
 from ..calibration import Sampling, samples, spread, windows
-from ..progress import Progress
+from ..progress import Progress, ended
 from ..prune import depth, vocabulary, width
 from ..prune.cutting import Cut
 from ..prune.running import write
@@ -42,11 +42,11 @@ from .plans import BITS_ALONE, Plan
 HURRIED = "bits alone, hurried"  # as it is called for people
 OWN = 0.5  # as many tokens that the model says itself as there are of a given text, to calibrate on and to learn from
 WRITING = 0.15  # of the time for healing, at most, that the original writes what is learnt from beside a text
+ALONE = 0.35  # the same where there is no text
+WRITTEN = 32768  # tokens that it writes then, at most
 MORE = 1  # is added to the seed of what the original says for that: it is other than what is calibrated on
 FLOOR = 64  # tokens that judging takes at least
 LENGTH = 256  # tokens a window, at most, of text that is cut anew
-
-T = TypeVar("T")
 
 
 class Trial:
@@ -186,7 +186,7 @@ class Trial:
             known = self.work.arrays(f"channels {plan.channels}")
             return replace(cut, channels={i: known[str(i)] for i in cut.layers})
         if plan.channels:
-            cut, _ = self._ended(width.channels(subject, cut))
+            cut, _ = ended(width.channels(subject, cut), self.told)
             if len(plan.parts) == 1:
                 self.work.keep(f"channels {plan.channels}", {str(i): kept for i, kept in cut.channels.items()})
         return cut
@@ -194,7 +194,7 @@ class Trial:
     def _tokens(self, share: int) -> np.ndarray:
         found = self.work.arrays(f"tokens {share}")
         if found is None:
-            found = {"kept": self._ended(vocabulary.choose(self.subject))[0]}
+            found = {"kept": ended(vocabulary.choose(self.subject), self.told)[0]}
             self.work.keep(f"tokens {share}", found)
         return found["kept"]
 
@@ -202,52 +202,56 @@ class Trial:
         """The layers that go, of which fewer are the first."""
         found = self.work.record("dropped") or []
         if len(found) < count:
-            found, _ = self._ended(depth.dispensable(self.subject, count))
+            found, _ = ended(depth.dispensable(self.subject, count), self.told)
             self.work.keep_record("dropped", found)
         return found[:count]
-
-    def _ended(self, work: Generator[Progress, None, T]) -> T:
-        while True:
-            try:
-                self.told(next(work))
-            except StopIteration as end:
-                return end.value
 
     def _written(self, cut: Cut) -> Path:
         folder = self.work.path / "cut"
         shutil.rmtree(folder, ignore_errors=True)
-        self._ended(write(self.subject, cut, folder))
+        ended(write(self.subject, cut, folder), self.told)
         return folder
 
-    def _healed(self, cut: Cut, pruned: Path, minutes: float) -> Path:
-        """Taught by all of the text but what plans are judged on, and by what the original says; where there is no text
-        by that alone. Training is loaded when it is used."""
+    def _healed(self, cut: Cut, pruned: Path, lessons: Lessons) -> Path:
+        """What was cut, taught. Training is loaded when it is used."""
         from ..prune.healing import heal
 
-        folder, subject, ends = self.work.path / "healed", self.subject, time.perf_counter() + 60 * minutes
+        folder, subject = self.work.path / "healed", self.subject
         shutil.rmtree(folder, ignore_errors=True)
-        length = min(LENGTH, self.ids.shape[1])
-        data = self._lessons(length, ends - (1 - WRITING) * 60 * minutes) if self.options.calibration else None
-        minutes = max(ends - time.perf_counter(), 1.0) / 60
-        lessons = Lessons(data, minutes=minutes, length=length, seed=self.options.seed + MORE)
         subject.options = replace(subject.options, heal=lessons)
-        self._ended(heal(subject, cut.tokens, pruned, folder))
+        ended(heal(subject, cut.tokens, pruned, folder), self.told)
         return folder
 
-    def _lessons(self, length: int, ends: float) -> Path:
-        """The text to learn from, and evenly spread in it windows of `length` tokens that the original writes, until
-        then at most: taught by the text alone it learns what that talks about and forgets what else it could say."""
-        own = self.work.arrays("own words")
+    def _distilled(self, made: Path, lessons: Lessons) -> None:
+        """Its scales are taught, where that makes it better."""
+        from ..quantize.distilling import RATE, teach_scales
+
+        folder, lessons = self.work.path / "distilled", replace(lessons, learning_rate=RATE)
+        shutil.rmtree(folder, ignore_errors=True)
+        with open_session(self.source, backend="cpu") as original:
+            found = ended(teach_scales(original, made, folder, lessons), self.told)
+        if found.better:
+            shutil.rmtree(made)
+            folder.rename(made)
+
+    def _lessons(self, ends: float) -> Lessons:
+        """All of the text but what plans are judged on, and evenly spread in it windows that the original writes:
+        taught by the text alone it learns what that talks about and forgets what else it could say. Where there is no
+        text, more of what it writes."""
+        text, length = self.options.calibration, min(LENGTH, self.ids.shape[1])
+        own, left = self.work.arrays("own words"), ends - time.perf_counter()
         if own is None:
-            wanted = round(OWN * self.lessons.size)
-            own = {"ids": self._sampled(wanted, length, MORE, lambda: time.perf_counter() > ends)}
+            wanted = round(OWN * self.lessons.size) if text else WRITTEN
+            until = time.perf_counter() + (WRITING if text else ALONE) * left
+            own = {"ids": self._sampled(wanted, length, MORE, lambda: time.perf_counter() > until)}
             self.work.keep("own words", own)
         parts, path = list(self.lessons), self.work.path / "lessons.txt"
         places = np.linspace(0, len(parts), len(own["ids"]), endpoint=False).round().astype(int)
         for place, words in zip(places[::-1].tolist(), own["ids"][::-1], strict=True):
             parts.insert(place, words)
         path.write_text(self._said(np.concatenate(parts)), encoding="utf-8")
-        return path
+        minutes = max(ends - time.perf_counter(), 1.0) / 60
+        return Lessons(path, minutes=minutes, length=length, seed=self.options.seed, own=not text)
 
     # ---- carrying out
 
@@ -282,17 +286,24 @@ class Trial:
             shared = share_out(self.weighed, self.subject.parameters, cut, self.options.target_bytes)
             if shared.nbytes > self.options.target_bytes:
                 raise unreachable(self.options.target_bytes, shared.nbytes)
-            source = self._written(cut) if plan.parts else self.source
-            source = self._healed(cut, source, minutes) if plan.healed else source
-            options = self._rounding(method)
-            given = Given(shared.plan, self.weighed.hessians, self.ids if cut.tokens is None else None)
-            quantize(source, made, options, self.told, self.exact, given)
+            self._make(made, plan, cut, shared, method, 60 * minutes)
             outcome = replace(self._measured(plan.name, made, cut), expected=expected)
         except OnDeviceError as error:
             outcome = Outcome(plan.name, None, None, None, None, 0.0, expected, error.message)
         outcome = replace(outcome, seconds=time.perf_counter() - started)
         self._keep(made, outcome)
         return outcome
+
+    def _make(self, made: Path, plan: Plan, cut: Cut, shared: Shared, method: str, seconds: float) -> None:
+        """seconds: for learning, and for writing what is learnt."""
+        source, ends = self._written(cut) if plan.parts else self.source, time.perf_counter() + seconds
+        lessons = self._lessons(ends) if plan.healed else None
+        if lessons and plan.parts:
+            source = self._healed(cut, source, lessons)
+        given = Given(shared.plan, self.weighed.hessians, self.ids if cut.tokens is None else None)
+        quantize(source, made, self._rounding(method), self.told, self.exact, given)
+        if lessons and not plan.parts:
+            self._distilled(made, lessons)
 
     def _rounding(self, method: str) -> QuantizeOptions:
         if self.weighed is None:
@@ -334,8 +345,8 @@ class Trial:
             made.rename(self.best)
         self.outcomes.append(outcome)
         self.work.keep_record("outcomes", [asdict(o) for o in self.outcomes])
-        for folder in (made, self.work.path / "cut", self.work.path / "healed"):
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder in ("made", "cut", "healed", "distilled"):
+            shutil.rmtree(self.work.path / folder, ignore_errors=True)
 
 
 def unreachable(target: int, least: int) -> BadOption:

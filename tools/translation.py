@@ -15,10 +15,10 @@ from itertools import groupby
 
 import numpy as np
 
-from ...backends.base import A, Step
-from ...runtime.tokenizer import Tokenizer
-from ...train.batches import Batch
-from ...train.learner import Taught, Teacher
+from ..backends.base import A, Step
+from ..runtime.tokenizer import Tokenizer
+from ..train.batches import Batch
+from ..train.learner import Taught, Teacher
 
 NOTHING = np.float32(-1e4)  # the logit of what cannot be said
 ROWS = 64  # predictions of the whole model that are held at once
