@@ -43,13 +43,20 @@ class Plugin:
     create: Callable[..., Any] = field(repr=False)
 
 
+MANY = 100  # names that a person would still read through
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`Did you mean …?` for a near miss, else the list of what is known."""
+    """`Did you mean …?` for a near miss, else the list of what is known; of a long one the few that are most alike."""
     import difflib
 
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known) or 'none'}."
+    if close := difflib.get_close_matches(word, known, n=1, cutoff=0.6):
+        return f"Did you mean {close[0]!r}?"
+    if len(known) > MANY:
+        alike = difflib.get_close_matches(word, known, n=5, cutoff=0)
+        return f"Of {len(known)} that are known, the most alike: {', '.join(alike)}."
+    return f"Known: {', '.join(known) or 'none'}."
 
 
 def _load(group: str, kind: str, name: str):

@@ -61,8 +61,10 @@ class Lessons:
     own: bool = False
 
     def __post_init__(self):
-        if not self.minutes > 0:
-            raise BadOption(f"{self.minutes:g} minutes are no time to learn in.", "Give more than 0.")
+        if not 0 < self.minutes < math.inf:
+            raise BadOption(f"{self.minutes:g} minutes are no time to learn in.", "Give more than 0, such as 10.")
+        if not 0 < self.learning_rate < math.inf:
+            raise BadOption(f"A learning rate of {self.learning_rate:g} makes no sense.", "Give one such as 5e-4.")
 
     @property
     def given(self) -> bool:

@@ -69,6 +69,7 @@ def group(debug: bool) -> None:
 def main(args: list[str] | None = None) -> None:
     """The entry point: runs a command and turns whatever goes wrong into two clear lines and an exit status."""
     status: list[int] = []
+    _open_streams()
     if args is None:
         args = sys.argv[1:]
         atexit.register(_leave, status)
@@ -82,6 +83,14 @@ def main(args: list[str] | None = None) -> None:
         console.abandon_stdout()
         status.append(1)
     sys.exit(status[0])
+
+
+def _open_streams() -> None:
+    """Where whoever started this closed stdin, stdout or stderr, it leads nowhere. Python has None there, and the next
+    file that is opened, a model's perhaps, would get its number and what is printed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _leave(status: list[int]) -> None:

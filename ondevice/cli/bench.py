@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from . import console
-from .model_options import adapter_option, open_model, runtime_options
+from .model_options import adapter_option, only, open_model, runtime_options
 
 if TYPE_CHECKING:
     from ..models.decoder import Decoder
@@ -44,14 +44,16 @@ class Numbers(click.ParamType):
 
 
 @click.command("bench")
-@click.argument("models", metavar="MODEL", nargs=-1, required=True)
+@click.argument("models", metavar="MODEL…", nargs=-1, required=True)
 @click.option("--prompt-tokens", default="512", show_default=True, type=Numbers(1), help="Tokens of each prefill.")
 @click.option("--generate-tokens", default=64, show_default=True, type=click.IntRange(1), help="Tokens decoded.")
 @click.option("--depth", "depths", default="0", show_default=True, type=Numbers(0), help="Context before each decode.")
-@click.option("--repeat", default=3, show_default=True, type=click.IntRange(1))
+@click.option("--repeat", default=3, show_default=True, type=click.IntRange(1), help="Rounds that are measured.")
 @click.option("--random-weights", is_flag=True, help="MODEL is a config.json; weights are made up, in --bits.")
-@click.option("--bits", default="4", show_default=True, type=click.Choice(["2", "3", "4", "5", "6", "8", "16", "32"]))
-@click.option("--group-size", default="32", show_default=True, type=click.Choice(["32", "64", "128"]))
+@click.option("--bits", default="4", show_default=True, type=click.Choice(["2", "3", "4", "5", "6", "8", "16", "32"]),
+    help="Of the weights that are made up.")  # fmt: skip
+@click.option("--group-size", default="32", show_default=True, type=click.Choice(["32", "64", "128"]),
+    help="Of them, numbers that share a scale.")  # fmt: skip
 @adapter_option()
 @runtime_options(kv_bits=True)
 @click.option("--plot", metavar="FILE", help="Draw the speeds (.png, .svg, .pdf).")
@@ -68,6 +70,7 @@ def command(
 
     if adapters and random_weights:
         raise BadOption("An adapter makes no sense on random weights.", "Leave out --adapter or --random-weights.")
+    only("--random-weights", random_weights, "bits", "group_size")
     if plot:
         pictures.require(plot)
     options, results, limits = BenchOptions(**numbers), [], {}

@@ -186,7 +186,7 @@ class Talk:
 
     def help(self) -> None:
         for name, (takes, what) in COMMANDS.items():
-            console.status(f"  /{name} {takes}".ljust(28) + what)
+            console.status(f"  /{name} {takes}".ljust(28) + " " + what)
         console.status('Messages over several lines: """ … """, or a backslash at the end of a line.')
 
     def clear(self) -> None:
@@ -270,7 +270,7 @@ class Talk:
             f"context   {len(session.engine.held)} of {session.capacity} tokens; exchanges: "
             f"{len(conversation.exchanges)}, hidden from the model: {conversation.hidden}\n"
             f"backend   {info.name}: {info.device}, {info.dtype}{', exact' if info.exact else ''}\n"
-            f"memory    {peak_memory_bytes() / 1e6:.0f} MB at most; cache {session.engine.cache.nbytes / 1e6:.0f} MB"
+            f"memory    {peak_memory_bytes() / 1e6:.0f} MB at most so far; cache {session.engine.cache.nbytes / 1e6:.0f} MB when it is full"
         )
 
     def exit(self) -> None:

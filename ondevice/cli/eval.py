@@ -10,7 +10,7 @@ import click
 
 from ..errors import BadOption
 from . import console
-from .model_options import adapter_option, open_model, runtime_options
+from .model_options import adapter_option, only, open_model, runtime_options
 
 if TYPE_CHECKING:
     from ..runtime.session import Session
@@ -47,7 +47,7 @@ def command(models, text_file, tasks, adapters, backend, exact, threads, as_json
     """How well each MODEL predicts a text (--text): perplexity and bits per byte; with --against also the mean KL
     divergence from a reference's predictions and how often both find the same token likeliest. Several models make a
     table; the reference's predictions are made once for all of them. Or how well it does tasks (--tasks)."""
-    _check(text_file, tasks, given)
+    _check(text_file, tasks)
     opening = {"backend": backend, "threads": threads}
     if tasks:
         _tasks(models, tasks.split(","), given, adapters, opening | {"exact": exact}, as_json)
@@ -55,16 +55,12 @@ def command(models, text_file, tasks, adapters, backend, exact, threads, as_json
         _text(models, text_file, given, adapters, exact, opening, as_json)
 
 
-def _check(text_file: Path | None, tasks: str | None, given: dict[str, Any]) -> None:
+def _check(text_file: Path | None, tasks: str | None) -> None:
     """Options that belong to the other kind of measure are refused rather than ignored."""
     if bool(text_file) == bool(tasks):
         raise BadOption("What to measure must be said, once.", "Give --text FILE or --tasks TASK.")
-    of_text = {"--against": given["against"], "--tokens": given["tokens"], "--worst": given["worst"]}
-    of_text |= {"--plot": given["plot"], "--kv-bits": given["kv_dtype"]}
-    of_tasks = {"--limit": given["limit"], "--fewshot": given["fewshot"], "--chat-template": given["chat_template"]}
-    for name, value in (of_text if tasks else of_tasks).items():
-        if value or (value == 0 and name == "--fewshot"):
-            raise BadOption(f"{name} is for {'--text' if tasks else '--tasks'}.", "Leave it out.")
+    only("--text", text_file, "against", "tokens", "worst", "plot", "kv_dtype")
+    only("--tasks", tasks, "limit", "fewshot", "chat_template", "batch")
 
 
 def _text(models, text_file, given, adapters, exact, opening, as_json) -> None:

@@ -111,7 +111,7 @@ def _read_prompt(prompt: str | None) -> str:
     if prompt is None and sys.stdin.isatty():
         raise BadOption("There is no prompt.", "Give --prompt TEXT, or pipe a text in.")
     try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        return sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n")
     except UnicodeDecodeError:
         raise BadFile("What came from stdin is not UTF-8 text.", "Convert it first: iconv -t utf-8.") from None
 

@@ -13,11 +13,12 @@ import click
 
 from ..train.settings import Settings
 from . import console
-from .model_options import model_argument, runtime_options, size
+from .model_options import model_argument, only, runtime_options, size
 
 if TYPE_CHECKING:
     from ..train import Data, Finished, Started, StepDone
 
+LOW_RANK = ("rank", "alpha", "dropout", "targets", "modules_to_save", "layers")  # settings of LoRA and its kin alone
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 
 
@@ -96,6 +97,13 @@ def command(
 
 
 def _settings(options: dict[str, Any], from_scratch: bool) -> Settings:
+    method, objective = options["method"], options["objective"]
+    only("a model that is not begun from scratch", not from_scratch or method == "full", "method")
+    low_rank = method in ("lora", "rslora", "dora") and not from_scratch
+    only("--method lora, rslora or dora", low_rank, *LOW_RANK)
+    only("--method prompt", method == "prompt", "virtual_tokens")
+    only("--objective dpo or orpo", objective in ("dpo", "orpo"), "beta")
+    only("--objective distill", objective == "distill", "temperature", "hard")
     if from_scratch:
         from ..train.scratch import RATE
 

@@ -88,6 +88,20 @@ def adapter_option() -> Callable:
     )  # fmt: skip
 
 
+def only(what: str, holds: object, *names: str) -> None:
+    """Options (by their parameters' names) that mean something for `what` alone are refused, rather than ignored, where
+    that does not hold and they were given. Raises BadOption."""
+    from click.core import ParameterSource
+
+    from ..errors import BadOption
+
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name) not in (ParameterSource.DEFAULT, None)
+        if parameter.name in names and given and not holds:
+            raise BadOption(f"{parameter.opts[0]} is for {what}.", "Leave it out.")
+
+
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
@@ -117,7 +131,7 @@ def adapter_choice(text: str) -> tuple[str, float]:
     if not colon or not path:
         return text, 1.0
     if not math.isfinite(number):
-        raise BadOption(f"--adapter {text}: a weight of {weight} makes no sense.", "Give a number, such as 0.5.")
+        raise BadOption(f"{text}: a weight of {weight} makes no sense.", "Give a number, such as 0.5.")
     return path, number
 
 

@@ -10,6 +10,7 @@ import click
 
 from ..errors import BadOption
 from . import console
+from .model_options import only
 from .pull import fetch
 
 FILE = click.Path(path_type=Path)
@@ -56,6 +57,8 @@ def command(model, dest, dry_run, plot, as_json, **given):
         )
     if plot:
         require(plot)
+    only("--sparsity", given["sparsity"], "method")
+    only("--heal", given["heal"], "backend", "heal_steps", "heal_minutes", "heal_rate")
     options = _options(given)
     source = fetch(model)
     healing = bool(options.heal and dest)
@@ -96,8 +99,6 @@ def _healing(given: dict):
     named = {"steps": "heal_steps", "minutes": "heal_minutes", "learning_rate": "heal_rate"}
     chosen = {field: given[name] for field, name in named.items() if given[name] is not None}
     if given["heal"] is None:
-        if chosen:
-            raise BadOption("There is nothing to heal by.", "Give --heal DATA, or --heal self.")
         return None
     data = None if given["heal"] == "self" else Path(given["heal"])
     return Lessons(data, seed=given["seed"] or 0, **chosen)

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from . import console
-from .model_options import size
+from .model_options import only, size
 from .pull import fetch
 
 METHODS = ("auto", "gptq", "awq", "search", "rtn", "distill")
@@ -49,11 +49,19 @@ def command(model, dest, target_size, backend, requantize, as_json, **given):
     if given["mode"] == "mxfp4":
         given["method"] = given["method"] or "rtn"
     options = Options(**{name: value for name, value in given.items() if value is not None}, requantize=requantize)
+    _refuse_idle(options)
     source = fetch(model)
     with console.resumable(kept=options.method != "rtn"), console.stages() as show:
         result = quantize(source, dest, options, show, backend)
     facts = asdict(result) | {"source": str(source)}
     console.json(facts) if as_json else _tell(facts)
+
+
+def _refuse_idle(options) -> None:
+    only("--method distill", options.method == "distill", "start", "steps", "minutes")
+    only("methods that are calibrated", options.method != "rtn", "calibration", "tokens", "seed", "backend")
+    only("a size that no target gives", not options.targeted, "bits", "group_size")
+    only("--mode affine", options.mode == "affine", "group_size")
 
 
 def _tell(facts: dict) -> None:

@@ -13,7 +13,7 @@ PROMPT = "The quick brown fox jumps over the lazy dog, and then"
 
 @click.command("verify")
 @model_argument
-@click.option("--prompt", default=PROMPT, show_default=True)
+@click.option("--prompt", default=PROMPT, show_default=True, help="What they run.")
 @click.option("--backend", "names", multiple=True, help="Only this one (may be given several times).")
 @click.option("--layers", is_flag=True, help="Show the difference behind every layer.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")

@@ -46,7 +46,7 @@ def resolve(
     Unavailable when it cannot be fetched now, BadFile when what came is not what it should be.
     """
     path = Path(name).expanduser()
-    if path.exists():
+    if name and path.exists():  # a path of nothing is the folder where we are, which nobody meant
         return path
     from ..catalog import CATALOG
     from .entries import catalog_model

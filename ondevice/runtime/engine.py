@@ -23,11 +23,11 @@ LUMP, MOST = 0.02, 8  # seconds, and tokens, that an answer may come in at a tim
 
 
 SENSIBLE = {  # a field of SamplingParams -> whether a value makes sense, and which do
-    "temperature": (lambda v: 0 <= v < math.inf, "0 or more"),
+    "temperature": (lambda v: 0 <= v < math.inf, "finite, 0 or more"),
     "top_k": (lambda v: v >= 0, "0 or more"),
     "top_p": (lambda v: 0 < v <= 1, "above 0, up to 1"),
     "min_p": (lambda v: 0 <= v <= 1, "from 0 to 1"),
-    "repetition": (lambda v: 0 < v < math.inf, "above 0"),
+    "repetition": (lambda v: 0 < v < math.inf, "finite, above 0"),
     "presence": (math.isfinite, "finite"),
     "frequency": (math.isfinite, "finite"),
     "top_logprobs": (lambda v: v >= 0, "0 or more"),

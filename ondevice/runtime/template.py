@@ -13,7 +13,7 @@ from ..errors import BadFile, OnDeviceError, Unsupported
 from .sandbox import Exceeded, Refused, Sandbox
 from .tokenizer import Tokenizer
 
-HINT = "It came with the model: fetch the model again, or use generate or --no-template, which need none."
+HINT = "It came with the model: fetch the model again, or use generate without --chat, which needs none."
 
 
 class ChatTemplate:
@@ -37,7 +37,7 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise Unsupported(
                 "This model has no chat template: it was not made for conversation.",
-                "Use generate, or chat --no-template.",
+                "Use generate without --chat, which continues a text as it is.",
             )
         tokens = {f"{role}_token": tokenizer.named(role) for role in tokenizer.named_ids}
         return cls(tokenizer.chat_template, tokens)

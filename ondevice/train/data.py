@@ -132,7 +132,7 @@ class _Reader:
 
 def _object(line: bytes) -> Mapping[str, Any]:
     try:
-        value = json.loads(line.decode("utf-8"))
+        value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise BadFile("this is not UTF-8 text.", "Convert the file first: iconv -t utf-8.") from None
     except (ValueError, RecursionError) as error:

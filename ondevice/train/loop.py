@@ -47,6 +47,10 @@ class Saving:
     steps: int | None = None
     minutes: float = 5.0
 
+    def __post_init__(self):
+        if not self.minutes >= 0:
+            raise BadOption(f"--save-minutes {self.minutes:g} makes no sense.", "Give 0 or more.")
+
 
 def train(
     session: Session, data: Data, settings: Settings, dest: str | Path | None = None, *, resume: bool = False,

@@ -15,6 +15,7 @@ import pytest
 from ondevice import cli
 from ondevice.cli import console
 from ondevice.errors import BadFile, BadOption
+from ondevice.registry import did_you_mean
 
 
 def run(*args, **options):
@@ -78,6 +79,74 @@ def test_errors_are_two_lines_and_a_status(monkeypatch, capsys, error, code, fir
     got, output = status(capsys, "models")
     lines = output.err.splitlines()
     assert got == code and lines[0] == first and len(lines) <= 2 and not output.out
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ("quantize M D --method rtn --steps 3", "--steps is for --method distill"),
+        ("quantize M D --method rtn --tokens 512", "--tokens is for methods that are calibrated"),
+        ("quantize M D --bits 3 --target-size 9MB", "--bits is for a size that no target gives"),
+        ("quantize M D --mode mxfp4 --group-size 32", "--group-size is for --mode affine"),
+        ("prune M D --layers 1 --method wanda", "--method is for --sparsity"),
+        ("prune M D --layers 1 --backend cpu", "--backend is for --heal"),
+        ("bench M --bits 8", "--bits is for --random-weights"),
+        ("eval M --tasks arc_easy --worst 0", "--worst is for --text"),
+        ("lora-train M data.jsonl --out D --method prompt --rank 8", "--rank is for --method lora"),
+        ("lora-train M data.jsonl --out D --method full --target q_proj", "--target is for --method lora"),
+        ("lora-train M data.jsonl --out D --from-scratch --method lora", "--method is for a model that is not"),
+        ("lora-train M data.jsonl --out D --beta 0.1", "--beta is for --objective dpo or orpo"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(capsys, args, said):
+    """Also one that says what is the default anyway; before a model is looked for."""
+    code, told = status(capsys, *args.split())
+    assert (code, told.out) == (2, "") and said in told.err
+
+
+@pytest.mark.parametrize("text", ["0%", "100%", "nan%", "30", "x"])
+@pytest.mark.parametrize(("option", "takes"), [("--target", "such as 20%"), ("--sparsity", "50% or 2:4")])
+def test_what_takes_no_count_asks_for_none(capsys, option, takes, text):
+    code, told = status(capsys, "prune", "M", "D", option, text)
+    assert code == 2 and f"{option} {text} makes no sense" in told.err and takes in told.err.splitlines()[-1]
+
+
+def test_a_model_without_a_name_is_not_the_folder_where_we_are(capsys, tmp_path, monkeypatch):
+    """As a script has it whose variable is empty."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some.gguf").touch()
+    assert status(capsys, "inspect", "")[0] == 2
+
+
+def test_of_a_long_list_the_likeliest_are_named():
+    known = [f"task_{i:05}" for i in range(20_000)]
+    told = did_you_mean("quite another", known)
+    assert len(told) < 200 and "20000" in told and did_you_mean("tsk_00017", known) == "Did you mean 'task_00017'?"
+
+
+CLOSED = """
+import sys
+from ondevice import cli
+
+def work(args, debug):
+    print("an answer")
+    print("a status", file=sys.stderr)
+    return len(sys.stdin.read())
+
+cli._run = work
+cli.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell closes streams")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_lead_nowhere(closed):
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, CLOSED], capture_output=True, text=True, input=""
+    )
+    shut = closed.split()
+    assert (done.returncode, done.stdout) == (0, "" if ">&-" in shut else "an answer\n")
+    assert done.stderr == ("" if "2>&-" in shut else "a status\n")
 
 
 def test_an_interrupt_is_130(monkeypatch, capsys):

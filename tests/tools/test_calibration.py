@@ -13,6 +13,7 @@ from ondevice.models.parameters import Parameters
 from ondevice.runtime.session import open_session
 from ondevice.tensors import dense
 from ondevice.tools.calibration import Sampling, samples, stream
+from ondevice.tools.calibration.samples import windows
 from tests.tiny_model import write_tiny_model
 
 
@@ -64,6 +65,13 @@ def test_too_little_text(session, tmp_path):
     source.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BadFile, match="not UTF-8"):
         last(samples(session, source, 64, 64))
+
+
+def test_a_byte_order_mark_is_no_text(session, tmp_path):
+    plain, marked = tmp_path / "plain.txt", tmp_path / "marked.txt"
+    plain.write_text("on and on and on")
+    marked.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
+    assert (windows(session, plain, 2) == windows(session, marked, 2)).all()
 
 
 def test_the_model_writes_its_own_text(session):

@@ -314,7 +314,7 @@ def test_data_that_nothing_can_be_learnt_from(tmp_path, model, data, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--drop-layers", "1", "--heal-steps", "3"], "There is nothing to heal by"),
+        (["--drop-layers", "1", "--heal-steps", "3"], "--heal-steps is for --heal"),
         (["--drop-layers", "1", "--heal", "self", "--heal-minutes", "0"], "are no time"),
         (["--sparsity", "50%", "--heal", "self"], "does not stay zero"),
     ],

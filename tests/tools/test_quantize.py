@@ -371,7 +371,8 @@ def test_a_destination_that_exists(tmp_path):
     "wrong",
     [{"method": "magic"}, {"bits": 7}, {"group_size": 48}, {"method": "rtn", "target_bpw": 4.0},
      {"mode": "fp4"}, {"mode": "mxfp4"}, {"mode": "mxfp4", "method": "rtn", "bits": 8},
-     {"target_bpw": 4.0, "target_bytes": 10**6}],
+     {"target_bpw": 4.0, "target_bytes": 10**6}, {"target_bpw": float("nan")}, {"target_bpw": -3.0},
+     {"method": "distill", "minutes": float("nan")}, {"minutes": 0}, {"minutes": float("inf")}],
 )  # fmt: skip
 def test_options_that_make_no_sense(wrong):
     with pytest.raises(BadOption):

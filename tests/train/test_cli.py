@@ -101,6 +101,7 @@ def test_the_adapter_changes_what_is_said(call, tiny, tmp_path, capsys):
         (["--objective", "dpo"], "no 'chosen'", 1),
         (["--memory", "lots"], "is no size", 2),
         (["--layers", "0"], "leaves nothing to adapt", 2),
+        (["--save-minutes", "nan"], "--save-minutes nan makes no sense", 2),
         (["--init", "nowhere"], "no adapter folder", 1),
         (["--memory", "1M"], "Training needs about", 1),
         (["--max-length", "8"], "longer than --max-length", 1),

@@ -166,6 +166,13 @@ def test_a_bad_line_is_named(session, tmp_path, line, reason):
     assert told.value.hint and "\n" not in told.value.message + told.value.hint
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(session, tmp_path):
+    """Windows' editors put one in front."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a good line"}\r\n{"text": "another"}\r\n')
+    assert len(load_data(path, session, 64, validation=0).train) == 2
+
+
 def test_a_template_without_the_role(other, tmp_path):
     session = other(STRICT)
     line = {"messages": [{"role": "system", "content": "x"}, *chat("one", "two")["messages"]]}

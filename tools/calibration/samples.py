@@ -73,7 +73,7 @@ def spread(ids: np.ndarray, tokens: int) -> np.ndarray:
 def read_text(source: Path) -> str:
     """Raises BadFile for what is no UTF-8 text or cannot be read."""
     try:
-        return source.read_text(encoding="utf-8")
+        return source.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise BadFile(f"{source} is not UTF-8 text.", "Convert it first: iconv -t utf-8.") from None
     except OSError as error:

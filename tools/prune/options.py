@@ -16,6 +16,9 @@ SPARSE = {  # method -> one line of help
 }
 
 
+SHARES = {"--target": "a share, such as 20%", "--sparsity": "a share or N:M, such as 50% or 2:4"}  # what takes no count
+
+
 @dataclass(frozen=True)
 class Amount:
     """How much: a count, or a share of what there is."""
@@ -31,11 +34,12 @@ class Amount:
                 share = float(text[:-1]) / 100
                 if math.isfinite(share) and 0 < share < 1:
                     return cls(share=share)
-            elif int(text) > 0:
+            elif option not in SHARES and int(text) > 0:
                 return cls(count=int(text))
         except ValueError:
             pass
-        raise BadOption(f"{option} {text} makes no sense.", f"Give a count or a share, such as {option} 3 or 10%.")
+        takes = SHARES.get(option, f"a count or a share, such as {option} 3 or 10%")
+        raise BadOption(f"{option} {text} makes no sense.", f"Give {takes}.")
 
     def of(self, total: int) -> int:
         """At least one."""
@@ -56,10 +60,7 @@ class Sparsity:
         n, colon, m = text.partition(":")
         if colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m) <= 64:
             return cls(1 - int(n) / int(m), int(n), int(m))
-        amount = Amount.parse(text, "--sparsity")
-        if amount.share is None:
-            raise BadOption(f"--sparsity {text} makes no sense.", "Give a share or N:M, such as 50% or 2:4.")
-        return cls(amount.share)
+        return cls(Amount.parse(text, "--sparsity").share)
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}" if self.m else f"{self.share:.0%}"

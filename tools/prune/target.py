@@ -142,7 +142,7 @@ def _held_out(subject: Subject) -> Generator[Progress, None, tuple[str, int]]:
     if len(windows) < 2:
         raise BadOption(
             f"{windows.size} tokens of calibration are too few to choose by and to judge by.",
-            f"Give a text of {2 * windows.shape[1]} tokens or more.",
+            f"Give --tokens {2 * windows.shape[1]} or more, and a text that has them.",
         )
     subject.calibrate_on(windows[:-count])
     held = windows[-count:].reshape(-1)

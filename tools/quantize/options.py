@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,10 @@ class Options:
             raise BadOption(f"{self.first} takes --bits, not a target.", "Use --method auto, which chooses bits.")
         if self.target_bytes is not None and self.target_bpw is not None:
             raise BadOption("Two targets were given.", "Give --target-size or --target-bpw.")
+        if self.target_bpw is not None and not 0 < self.target_bpw < math.inf:
+            raise BadOption(f"--target-bpw {self.target_bpw:g} makes no sense.", "Give a number above 0, such as 3.5.")
+        if not 0 < self.minutes < math.inf:
+            raise BadOption(f"{self.minutes:g} minutes are no time to learn in.", "Give more than 0, such as 10.")
 
     @property
     def window(self) -> int:
