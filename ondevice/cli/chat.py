@@ -270,7 +270,8 @@ class Talk:
             f"context   {len(session.engine.held)} of {session.capacity} tokens; exchanges: "
             f"{len(conversation.exchanges)}, hidden from the model: {conversation.hidden}\n"
             f"backend   {info.name}: {info.device}, {info.dtype}{', exact' if info.exact else ''}\n"
-            f"memory    {peak_memory_bytes() / 1e6:.0f} MB at most so far; cache {session.engine.cache.nbytes / 1e6:.0f} MB when it is full"
+            f"memory    {peak_memory_bytes() / 1e6:.0f} MB at most so far; "
+            f"cache {session.engine.cache.nbytes / 1e6:.0f} MB when it is full"
         )
 
     def exit(self) -> None:
