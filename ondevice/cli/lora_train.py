@@ -31,7 +31,10 @@ def settings_options(command: Callable) -> Callable:
             option = click.option(name, field.name, multiple=True, help=rules["help"])
         elif kind == "bool":
             name = field.name.replace("_", "-")
-            option = click.option(f"--{name}/--no-{name}", default=field.default, help=rules["help"])
+            shown = field.default is not None
+            option = click.option(
+                f"--{name}/--no-{name}", default=field.default, show_default=shown, help=rules["help"]
+            )
         else:
             type = click.Choice(rules["known"]) if "known" in rules else TYPES[kind]
             shown = field.default is not None

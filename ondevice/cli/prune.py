@@ -28,11 +28,12 @@ FILE = click.Path(path_type=Path)
 @click.option("--heads", metavar="N|P%", help="Drop so many key/value heads of each layer, with their queries.")
 @click.option("--experts", metavar="N|P%", help="Drop so many experts of each layer.")
 @click.option("--sparsity", metavar="P%|N:M", help="Make so many weights zero: 50%, or 2 of every 4 as 2:4.")
-@click.option("--method", type=click.Choice(["sparsegpt", "wanda", "magnitude"]), help="Of --sparsity.")
+@click.option("--method", type=click.Choice(["sparsegpt", "wanda", "magnitude"]), help="Of --sparsity; "
+    "default: sparsegpt.")  # fmt: skip
 @click.option("--calibration", metavar="FILE", type=FILE, help="A text or .jsonl to judge by; default: what the model "
     "itself says.")  # fmt: skip
-@click.option("--tokens", type=click.IntRange(2), help="Of it that are run.")
-@click.option("--seed", type=int, help="Of what the model says.")
+@click.option("--tokens", type=click.IntRange(2), help="Of it that are run; default: 4096.")
+@click.option("--seed", type=int, help="Of what the model says; default: 0.")
 @click.option("--no-repair", is_flag=True, help="Leave what stays as it is, instead of making up for what goes.")
 @click.option("--dequantize", is_flag=True, help="Take quantized weights as the numbers they stand for (bfloat16).")
 @click.option("--heal", metavar="DATA", help="Then teach it by the original, on a text, a .jsonl, or `self`: what the "

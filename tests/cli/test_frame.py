@@ -48,6 +48,13 @@ def test_every_command_has_help(name):
     assert done.returncode == 0 and done.stdout.startswith("Usage: ondevice"), done.stderr
 
 
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_option_says_what_it_is(name):
+    command = cli.group.get_command(click.Context(cli.group), name)
+    options = [p for p in command.params if isinstance(p, click.Option)]
+    assert options and all(option.help for option in options)
+
+
 def test_an_unknown_command_gets_a_suggestion():
     done = run("generat")
     assert done.returncode == 2 and "Did you mean 'generate'?" in done.stderr and not done.stdout
