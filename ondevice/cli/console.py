@@ -4,6 +4,7 @@ plain one now and then in a log."""
 from __future__ import annotations
 
 import json as _json
+import math
 import os
 import sys
 import time
@@ -30,17 +31,20 @@ def answer(text: str = "", *, end: str = "\n") -> None:
 
 def json(value: Any) -> None:
     """One JSON document on stdout, the only thing a --json command writes there; ASCII, whatever the terminal's
-    encoding."""
-    answer(_json.dumps(value, default=_plain))
+    encoding. What is no finite number is null: JSON has no other word for it."""
+    answer(_json.dumps(_plain(value), allow_nan=False))
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers and paths, as JSON has them."""
-    if hasattr(value, "item"):
-        return value.item()
+    """NumPy's numbers, paths and infinities, as JSON has them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    raise TypeError(f"{type(value).__name__} has no place in JSON")
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def status(text: str = "", *, end: str = "\n") -> None:

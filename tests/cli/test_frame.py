@@ -188,6 +188,11 @@ def test_json_is_ascii_and_knows_numpy(capsys):
         console.json({"a": object()})
 
 
+def test_json_has_no_word_for_infinity(capsys):
+    console.json({"perplexity": float("inf"), "several": [np.float32("nan"), (1.5, np.int64(2))], None: True})
+    assert capsys.readouterr().out.strip() == '{"perplexity": null, "several": [null, [1.5, 2]], "null": true}'
+
+
 def test_a_reader_that_leaves_is_no_error():
     code = "import sys; from ondevice import cli; cli.main(['doctor'])"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ...errors import BadFile, BadOption, OnDeviceError
+from ...checkpoint.write import require_new
+from ...errors import BadFile, BadOption
 from ..progress import Progress
 from ..quantize.running import fingerprint
 from ..work import Work
@@ -39,10 +40,7 @@ def shrink(source: Path, dest: Path, options: Options, told: Told = lambda event
     """Yields each plan's Outcome when it is known; ends with the Result. `told` hears the Progress on the way. `dest`
     appears complete, with REPORT.md, or not at all; what is found out is kept in a hidden folder beside it until then,
     and gone on with when the same is asked for again. Raises BadOption where no plan reaches the size."""
-    if dest.exists() or dest.is_symlink():
-        raise OnDeviceError(f"{dest} exists already.", "Choose another name, or remove it first.")
-    if not dest.absolute().parent.is_dir():
-        raise OnDeviceError(f"There is no folder {dest.absolute().parent} to write to.", "Create it first.")
+    require_new(dest)
     same = fingerprint(source, replace(options, minutes=1))  # more time may be given
     work = Work(dest, {"shrink": VERSION, **same}, "shrink")
     clock = Clock(work, 60 * options.minutes)
