@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import noise
 from ..backends.base import A, Sampled, SamplingParams, Step
-from ..errors import BadOption, ContextFull
+from ..errors import BadFile, BadOption, ContextFull
 from ..models.decoder import Decoder
 
 PREFILL_CHUNK = 512  # tokens a forward pass at most: bounds the memory of a long prompt
@@ -197,7 +197,7 @@ class Engine:
             chunk = list(prompt[at : at + PREFILL_CHUNK])
             logits = self._forward(self._ids(chunk), len(chunk), head=at + PREFILL_CHUNK >= len(prompt))
             self.held += chunk
-        self.ops.numpy(logits)  # wait, so that the time is true
+        require_numbers(self.ops.numpy(logits))  # which waits, so that the time is true
         return logits, Prefilled(len(prompt) - reused, reused, time.perf_counter() - started)
 
     def _forward(self, ids: A, count: int, head: bool = True) -> A | None:
@@ -292,6 +292,16 @@ def require_known(ids: Sequence[int], vocab: int, what: str = "The text") -> Non
     """Some tokenizers know more tokens than their model. Raises BadOption for ids that it has no embedding of."""
     if not all(0 <= i < vocab for i in ids):
         raise BadOption(f"{what} has token ids outside 0 … {vocab - 1}.", "Use the model's own tokenizer.")
+
+
+def require_numbers(logits: np.ndarray) -> np.ndarray:
+    """These, [..., V]. Raises BadFile where there is NaN among them: the likeliest token would be any."""
+    if np.isnan(logits.max()):
+        raise BadFile(
+            "The model's predictions are NaN: its weights, or its adapter's, hold numbers that are NaN or infinite.",
+            "Get the model again; training that diverged leaves such weights.",
+        )
+    return logits
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -8,7 +8,7 @@ import pytest
 
 from ondevice.backends.base import SamplingParams
 from ondevice.backends.reference import HostCache
-from ondevice.errors import BadOption, ContextFull
+from ondevice.errors import BadFile, BadOption, ContextFull
 from ondevice.models.config import ModelConfig
 from ondevice.models.decoder import Decoder
 from ondevice.models.random import random_weights
@@ -136,6 +136,15 @@ def test_other_options_that_make_no_sense(model):
             GenerateOptions(**wrong)
     with pytest.raises(BadOption, match="bias"):
         list(Engine(model, 8).generate(PROMPT, GenerateOptions(2, logit_bias=((50, 1.0),))))
+
+
+def test_predictions_that_are_no_numbers_are_no_answer():
+    """A damaged weight makes all of them NaN, of which any token is as likely as another."""
+    broken = decoder()
+    head = broken.head
+    broken.head = lambda *given: head(*given) * np.float32("nan")
+    with pytest.raises(BadFile, match="predictions are NaN"):
+        answer(broken, PROMPT)
 
 
 def test_same_seed_same_tokens(model):

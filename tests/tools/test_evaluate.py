@@ -10,7 +10,7 @@ import pytest
 
 from ondevice.backends.base import Step
 from ondevice.checkpoint import open_checkpoint
-from ondevice.errors import BadOption
+from ondevice.errors import BadFile, BadOption
 from ondevice.models.config import ModelConfig
 from ondevice.models.decoder import Decoder
 from ondevice.models.random import random_weights
@@ -18,6 +18,7 @@ from ondevice.registry import create_backend
 from ondevice.tools.convert import convert, plan
 from ondevice.tools.evaluate.backends import compare
 from ondevice.tools.evaluate.text import Evaluation, Predictions, Progress, evaluate, evaluate_together, windows
+from ondevice.tools.fuse.drift import drift
 from tests.tiny_model import write_tiny_model
 
 HF = {
@@ -116,6 +117,18 @@ def test_a_model_against_itself_has_no_divergence():
     model = session(8)
     *_, result = evaluate(model, TEXT, context=64, against=model)
     assert result.kl == 0 and result.top1 == 1
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_predictions_that_are_no_numbers_are_no_measurement(which):
+    """Of the model or of the reference, in eval as in fuse, which took NaN for no loss at all."""
+    models = [session(32), session(32)]
+    head = models[which].decoder.head
+    models[which].decoder.head = lambda *given: head(*given) * np.float32("nan")
+    with pytest.raises(BadFile, match="predictions are NaN"):
+        list(evaluate(models[0], TEXT, context=64, against=models[1]))
+    with pytest.raises(BadFile, match="predictions are NaN"):
+        drift(models[0].decoder, models[1].decoder, np.arange(64).reshape(1, -1))
 
 
 def test_a_last_window_of_one_token_is_left_out():

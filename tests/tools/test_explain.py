@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from ondevice.backends.base import AttentionSpec
-from ondevice.errors import BadOption, ContextFull
+from ondevice.errors import BadFile, BadOption, ContextFull
 from ondevice.registry import create_backend
 from ondevice.runtime.session import open_session
 from ondevice.testing.family import open_decoder
@@ -177,6 +177,13 @@ def test_what_cannot_be_explained(session):
         list(explain(session, [5] * 600))
     with pytest.raises(BadOption, match="outside"):
         list(explain(session, [5, 106]))
+
+
+def test_a_broken_model_is_not_explained(session, monkeypatch):
+    head = session.decoder.head
+    monkeypatch.setattr(session.decoder, "head", lambda *given: head(*given) * np.float32("nan"))
+    with pytest.raises(BadFile, match="predictions are NaN"):
+        list(explain(session, [5, 6, 7]))
 
 
 def test_a_long_text_has_the_lens_at_its_end(session):

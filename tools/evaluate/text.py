@@ -21,7 +21,7 @@ from ...backends.base import A, Step
 from ...errors import BadOption
 from ...machine import cores
 from ...models.decoder import Decoder
-from ...runtime.engine import require_known
+from ...runtime.engine import require_known, require_numbers
 from ...runtime.session import Session
 
 ROWS = 64  # predictions whose logits are held at once: bounds memory whatever the vocabulary
@@ -231,8 +231,9 @@ def hidden(decoder: Decoder, ids: Sequence[int]) -> A:
 
 
 def logits_of(decoder: Decoder, states: A, rows: np.ndarray) -> np.ndarray:
-    """What the head makes of some of these rows [N, D], on the host: [len(rows), V]"""
-    return decoder.ops.numpy(decoder.head(decoder.scope(), decoder.ops.take(states, rows)))
+    """What the head makes of some of these rows [N, D], on the host: [len(rows), V]. Raises BadFile where that is no
+    prediction, so that none is told as a measurement."""
+    return require_numbers(decoder.ops.numpy(decoder.head(decoder.scope(), decoder.ops.take(states, rows))))
 
 
 def _compare(logits: np.ndarray, targets: np.ndarray, wanted: np.ndarray | None) -> tuple:

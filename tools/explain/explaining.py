@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...errors import BadOption, ContextFull
-from ...runtime.engine import require_known
+from ...runtime.engine import require_known, require_numbers
 from ...runtime.session import Session
 from ...runtime.tokenizer import Tokenizer
 from ...schemes import rows, take_rows, to_float
@@ -149,7 +149,8 @@ class _Lens:
         x = seen.stream[stage]
         picked = np.arange(self.first, x.shape[1], dtype=np.int32)
         flat = self.decoder.ops.take(x.reshape(-1, self.decoder.config.width), picked)
-        return softmax(self.decoder.ops.numpy(self.decoder.head(self.decoder.scope(), flat)).astype(np.float64))
+        logits = self.decoder.ops.numpy(self.decoder.head(self.decoder.scope(), flat))
+        return softmax(require_numbers(logits).astype(np.float64))
 
 
 def _guesses(pieces: Tokenizer, chances: np.ndarray, most: int) -> Iterator[Guess]:
