@@ -300,10 +300,18 @@ class Trial:
         lessons = self._lessons(ends) if plan.healed else None
         if lessons and plan.parts:
             source = self._healed(cut, source, lessons)
-        given = Given(shared.plan, self.weighed.hessians, self.ids if cut.tokens is None else None)
-        quantize(source, made, self._rounding(method), self.told, self.exact, given)
+        if lessons and not plan.parts and self._leads(BITS_ALONE):
+            shutil.copytree(self.best, made)
+        else:
+            given = Given(shared.plan, self.weighed.hessians, self.ids if cut.tokens is None else None)
+            quantize(source, made, self._rounding(method), self.told, self.exact, given)
         if lessons and not plan.parts:
             self._distilled(made, lessons)
+
+    def _leads(self, plan: Plan) -> bool:
+        """Whether that plan's model is the best so far, and kept."""
+        losses = {o.plan: o.loss for o in self.outcomes if o.loss is not None}
+        return plan.name in losses and losses[plan.name] == min(losses.values())
 
     def _rounding(self, method: str) -> QuantizeOptions:
         if self.weighed is None:
