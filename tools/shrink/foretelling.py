@@ -19,7 +19,7 @@ from .trial import Trial
 POWER = 1.3  # of the estimate
 NOISE = 0.02  # nats a token: differences that a short text does not show
 HEALED = {"vocabulary": 0.7, "layers": 0.4, "channels": 0.4}  # of what a cut loses, about, comes back by healing
-ROUNDED = 0.4  # of what rounding loses, about, comes back where scales are taught: of bits alone
+ROUNDED = 0.3  # of what rounding loses, about, comes back where scales are taught: of bits alone
 OWN_WORDS = 0.4  # as much of that, where the original writes the text: it takes half of the time, and tells nothing new
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 from ...errors import BadOption
@@ -28,8 +29,8 @@ class Options:
     def __post_init__(self):
         if self.target_bytes <= 0:
             raise BadOption(f"A model of {self.target_bytes} bytes is none.", "Give a size such as 60MB.")
-        if self.minutes <= 0:
-            raise BadOption(f"--budget {self.minutes:g} leaves no time.", "Give minutes, such as 30.")
+        if not 0 < self.minutes < inf:
+            raise BadOption(f"--budget {self.minutes:g} is no time to work in.", "Give minutes, such as 30.")
 
     @property
     def window(self) -> int:

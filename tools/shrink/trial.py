@@ -47,6 +47,7 @@ WRITTEN = 32768  # tokens that it writes then, at most
 MORE = 1  # is added to the seed of what the original says for that: it is other than what is calibrated on
 FLOOR = 64  # tokens that judging takes at least
 LENGTH = 256  # tokens a window, at most, of text that is cut anew
+LEFT = 0.25  # of a model's bytes, at least, whatever is cut
 
 
 class Trial:
@@ -96,6 +97,7 @@ class Trial:
         self.subject.check()
         if not self.options.requantize:
             require_unquantized(self.subject.parameters)
+        self._check_target()
         samples = self._samples()
         self.ids, judged = samples["calibration"], samples["judged"]
         self.subject.calibrate_on(self.ids, samples["lessons"])
@@ -111,6 +113,17 @@ class Trial:
             self.work.keep_record("original", kept := asdict(measured))
         self.original = Outcome(**kept)
         self.weighed = self._weighed()
+
+    def _check_target(self) -> None:
+        """What can be said before there is any work."""
+        target, whole, least = self.options.target_bytes, self.original.nbytes, self.shared(BITS_ALONE).nbytes
+        if target >= whole:
+            raise BadOption(
+                f"{self.source} takes {whole / 1e6:.2f} MB, which is no more than {target / 1e6:.2f} MB already.",
+                "Give a smaller --target-size.",
+            )
+        if target < LEFT * least:
+            raise unreachable(target, least)
 
     def _samples(self) -> dict[str, np.ndarray]:
         """Windows of the text: those that plans are judged on, from its end; all others, which may be learnt from; and
