@@ -113,7 +113,8 @@ class Taught:
 @dataclass(frozen=True)
 class Teaching:
     """What is taught how: `student` by `original`, as the settings `method` say; `write` makes a model of what was
-    learnt. name: of it all, for people. translation: where the student knows fewer tokens. reworded: see `passages`."""
+    learnt. name: of it all, for people. translation: where the student knows fewer tokens. reworded: see `passages`.
+    rate: of learning, by how the student does before, instead of the lessons' own."""
 
     original: Session
     student: Session
@@ -123,13 +124,14 @@ class Teaching:
     name: str
     translation: Translation | None = None
     reworded: Reword | None = None
+    rate: Callable[[Quality], float] | None = None
 
-    @property
-    def settings(self) -> Settings:
+    def settings(self, before: Quality) -> Settings:
         lessons = self.lessons
         return Settings(
             objective="distill", batch_size=lessons.batch_size, max_length=lessons.length, seed=lessons.seed,
-            learning_rate=lessons.learning_rate, schedule="cosine", warmup=0.1, **self.method,
+            learning_rate=self.rate(before) if self.rate else lessons.learning_rate, schedule="cosine", warmup=0.1,
+            **self.method,
         )  # fmt: skip
 
     @property
@@ -154,7 +156,7 @@ def teach(teaching: Teaching, dest: Path, work: Work | None = None) -> Generator
     data, held = yield from passages(t.lessons, t.original, t.student, t.reworded, work)
     first = yield from quality(t.original, held, "The original")
     before = yield from quality(t.student, held, f"Before {t.name}", t.against)
-    settings, finished = yield from taught(t.student, data, t.settings, t.teacher, t.lessons, work)
+    settings, finished = yield from taught(t.student, data, t.settings(before), t.teacher, t.lessons, work)
     share, after = yield from _worked_in(teaching, partial(t.write, settings, finished), dest, held)
     return Taught(finished.step, finished.kept, time.perf_counter() - started, first, before, after, share)
 

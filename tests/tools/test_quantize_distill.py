@@ -10,6 +10,7 @@ from ondevice.errors import BadOption, OnDeviceError
 from ondevice.runtime.session import open_session
 from ondevice.schemes import to_float
 from ondevice.tensors import Affine
+from ondevice.tools import teaching
 from ondevice.tools.quantize import Options, quantize
 from ondevice.train.methods import Scales
 from tests.tools.wide_models import LLAMA, MOE, parameters, write_model
@@ -41,6 +42,20 @@ def test_scales_learn_and_codes_stay(tmp_path, prose, hf):
     moved = [n for n in before if isinstance(before[n].format, Affine) and differ(before[n], after[n], "scales")]
     assert len(moved) == sum(isinstance(before[n].format, Affine) for n in before)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_less_there_is_to_learn_the_shorter_are_the_steps(tmp_path, prose, monkeypatch):
+    source, rates, taught = write_model(tmp_path / "in"), [], teaching.taught
+
+    def noting(student, data, settings, *more):
+        rates.append(settings.learning_rate)
+        return taught(student, data, settings, *more)
+
+    monkeypatch.setattr(teaching, "taught", noting)
+    common = {"group_size": 32, "start": "rtn", "steps": 8, "calibration": prose, "length": 24}
+    few, many = (quantize(source, tmp_path / str(b), Options("distill", b, **common)).taught for b in (3, 6))
+    assert few.after.kl < few.before.kl and many.after.kl <= many.before.kl
+    assert rates[0] / rates[1] == pytest.approx((few.before.kl / many.before.kl) ** 0.5) and rates[0] > 5 * rates[1]
 
 
 def test_what_was_interrupted_goes_on(tmp_path, prose):

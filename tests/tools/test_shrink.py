@@ -295,7 +295,7 @@ def test_without_a_text_it_learns_by_what_the_model_says_alone(tmp_path, model, 
 def test_scales_of_bits_alone_are_taught_once_all_is_rounded(tmp_path, model, text, monkeypatch):
     """They are not rounded once more."""
     after = {}
-    monkeypatch.setattr(distilling, "RATE", 0.01)
+    monkeypatch.setattr(distilling, "_rate", lambda before: 0.01)
     with trial.Trial(
         model,
         Work(tmp_path / "out", {}, "shrink"),

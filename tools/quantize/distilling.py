@@ -7,6 +7,7 @@ numbers are unpacked when it runs, forward and back.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
@@ -25,7 +26,7 @@ from ...train import Finished, Settings
 from ...train.artifacts import with_scales
 from ...train.methods import make_method
 from ..progress import Progress, ended
-from ..teaching import Lessons, Taught, Teaching, teach
+from ..teaching import Lessons, Quality, Taught, Teaching, teach
 from ..work import Work
 from .options import Options
 from .running import fingerprint, quantize
@@ -33,7 +34,7 @@ from .writing import Result
 
 WORSE = "Distilling made it worse: scales were left as they began. Give more --minutes, or other text."
 LENGTH = 256  # tokens a passage, at most: with the same time, more steps teach more than longer ones
-RATE = 2e-3  # of a group's scale, a step
+RATE = 1.6e-3  # of a group's scale, a step, for a divergence of one nat a token
 
 
 def distill(source: Path, dest: Path, options: Options, progress: Callable, backend: str | Backend) -> Result:
@@ -50,7 +51,7 @@ def distill(source: Path, dest: Path, options: Options, progress: Callable, back
     ops = backend if isinstance(backend, Backend) else create_backend(backend)
     lessons = Lessons(
         options.calibration, options.steps, options.minutes, min(LENGTH, options.window), sampled=2 * options.tokens,
-        learning_rate=RATE, seed=options.seed,
+        seed=options.seed,
     )  # fmt: skip
     better = work.room("shares") / "taught"
     with open_session(source, backend=ops) as original:
@@ -67,8 +68,15 @@ def teach_scales(
     gone on with. Raises what `teach` raises."""
     with open_session(made, backend=original.backend) as student:
         method = {"method": "scales", "remat": True}
-        teaching = Teaching(original, student, lessons, method, partial(_write, student), "distilling")
+        write = partial(_write, student)
+        teaching = Teaching(original, student, lessons, method, write, "distilling", rate=_rate)
         return (yield from teach(teaching, dest, work))
+
+
+def _rate(before: Quality) -> float:
+    """The divergence is of second order in the errors of scales: what they are off by goes with its root. Steps that
+    are longer than that do more harm than good."""
+    return RATE * math.sqrt(min(max(before.kl, 1e-4), 2.0))
 
 
 def _write(student: Session, settings: Settings, finished: Finished, share: float, dest: Path) -> None:

@@ -237,9 +237,9 @@ class Trial:
 
     def _distilled(self, made: Path, lessons: Lessons) -> None:
         """Its scales are taught, where that makes it better."""
-        from ..quantize.distilling import RATE, teach_scales
+        from ..quantize.distilling import teach_scales
 
-        folder, lessons = self.work.path / "distilled", replace(lessons, learning_rate=RATE)
+        folder = self.work.path / "distilled"
         shutil.rmtree(folder, ignore_errors=True)
         with open_session(self.source, backend="cpu") as original:
             found = ended(teach_scales(original, made, folder, lessons), self.told)
