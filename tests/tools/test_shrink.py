@@ -88,6 +88,16 @@ def test_killed_it_goes_on_where_it_was(tmp_path, model, text, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"in", "out", "text.txt"}
 
 
+def test_what_a_kill_left_half_way_is_in_nobodys_way(tmp_path, model, text):
+    options = Options(90_000, calibration=text, tokens=512, length=32)
+    with trial.Trial(model, Work(tmp_path / "out", {}, "shrink"), options, lambda event: None) as made:
+        made.prepare()
+        (made.work.path / "made").mkdir()
+        assert not made.run(Plan()).failed
+        (made.work.path / "made").mkdir()
+        assert not made.run(Plan(healed=True)).failed
+
+
 @pytest.mark.parametrize("calibrated", [True, False])
 def test_without_time_there_is_a_model_of_nearest_values(tmp_path, model, text, calibrated):
     options = Options(90_000, 1e-4, calibration=text if calibrated else None, tokens=512, length=32)

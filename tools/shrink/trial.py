@@ -309,6 +309,7 @@ class Trial:
 
     def _make(self, made: Path, plan: Plan, cut: Cut, shared: Shared, method: str, seconds: float) -> None:
         """seconds: for learning, and for writing what is learnt."""
+        shutil.rmtree(made, ignore_errors=True)  # it may be there since a kill
         source, ends = self._written(cut) if plan.parts else self.source, time.perf_counter() + seconds
         lessons = self._lessons(ends) if plan.healed else None
         if lessons and plan.parts:
