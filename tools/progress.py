@@ -20,7 +20,7 @@ class Progress:
     unit: str = ""
 
 
-def ended(work: Generator[Progress, None, T], told: Callable[[Progress], None]) -> T:
+def ended(work: Generator[Progress, None, T], told: Callable[[Progress], None] = lambda event: None) -> T:
     """What the work comes to; `told` hears of it on the way. Where that raises, as for Ctrl-C, the work is closed."""
     with closing(work):
         while True:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..checkpoint import Spec, write_folder
 from ..errors import BadOption
 from ..runtime.session import Session, open_session
+from ..runtime.side_files import side_files
 from ..train import Data, Event, Example, Finished, Settings, StepDone, Validating, load_data, train
 from ..train.encode import encoded
 from ..train.folder import read_record
@@ -39,7 +41,7 @@ SHARES = (1.0, 0.7, 0.4)  # of what was learnt, as long as less is better
 
 T = TypeVar("T")
 Reword = Callable[[list[list[int]], bool], Generator[Progress, None, list[list[int]]]]
-Write = Callable[[Settings, Finished, float, Path], None]  # the model with a share of what was learnt, as a new folder
+Learnt = Callable[[Settings, Finished, float], Iterable[Spec]]  # the student's tensors with a share of what it learnt
 
 
 @dataclass(frozen=True)
@@ -112,15 +114,15 @@ class Taught:
 
 @dataclass(frozen=True)
 class Teaching:
-    """What is taught how: `student` by `original`, as the settings `method` say; `write` makes a model of what was
-    learnt. name: of it all, for people. translation: where the student knows fewer tokens. reworded: see `passages`.
+    """What is taught how: `student` by `original`, as the settings `method` say; `learnt`: what becomes of its
+    tensors. name: of it all, for people. translation: where the student knows fewer tokens. reworded: see `passages`.
     rate: of learning, by how the student does before, instead of the lessons' own."""
 
     original: Session
     student: Session
     lessons: Lessons
     method: Mapping[str, Any]
-    write: Write
+    learnt: Learnt
     name: str
     translation: Translation | None = None
     reworded: Reword | None = None
@@ -157,19 +159,19 @@ def teach(teaching: Teaching, dest: Path, work: Work | None = None) -> Generator
     first = yield from quality(t.original, held, "The original")
     before = yield from quality(t.student, held, f"Before {t.name}", t.against)
     settings, finished = yield from taught(t.student, data, t.settings(before), t.teacher, t.lessons, work)
-    share, after = yield from _worked_in(teaching, partial(t.write, settings, finished), dest, held)
+    share, after = yield from _worked_in(teaching, partial(t.learnt, settings, finished), dest, held)
     return Taught(finished.step, finished.kept, time.perf_counter() - started, first, before, after, share)
 
 
 def _worked_in(
-    teaching: Teaching, write: Callable[[float, Path], None], dest: Path, held: str
+    teaching: Teaching, learnt: Callable[[float], Iterable[Spec]], dest: Path, held: str
 ) -> Generator[Progress, None, tuple[float, Quality]]:
     """The best share of what was learnt, as `dest`, and what came of it."""
-    best: tuple[float, Quality] | None = None
+    student, best = teaching.student, None
     for share in SHARES:
         made = dest.with_name(f"{dest.name} by {share}")
-        write(share, made)
-        with open_session(made, backend=teaching.student.backend) as session:
+        write_folder(made, student.hf_config, list(learnt(share)), side_files(student.checkpoint))
+        with open_session(made, backend=student.backend) as session:
             found = yield from quality(session, held, f"After {teaching.name}, {share:.0%} of it", teaching.against)
         worse = best is not None and found.loss >= best[1].loss
         shutil.rmtree(made if worse else dest, ignore_errors=True)

@@ -12,6 +12,7 @@ import pytest
 from ondevice.cli import main
 from ondevice.errors import BadFile, BadOption, OnDeviceError
 from ondevice.schemes import to_float
+from ondevice.tools.progress import ended
 from ondevice.tools.prune import Amount, Options, Sparsity, depth, experts, prune, width
 from ondevice.tools.prune.cutting import Cut
 from ondevice.tools.prune.elimination import eliminate
@@ -34,14 +35,6 @@ def text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("the and in the other hand, on a cold day; " * 60)
     return path
-
-
-def ended(work):
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return end.value
 
 
 def transformers_logits(path, ids=IDS, keep=None):

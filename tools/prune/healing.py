@@ -8,17 +8,16 @@ tokens as well: what it loses in words it gains in what it talks about.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from ...checkpoint import write_folder
+from ...checkpoint import Spec
 from ...registry import create_backend
 from ...runtime.session import Session, open_session
-from ...runtime.side_files import side_files
 from ...train import Finished, Settings
 from ...train.artifacts import as_adapter
 from ...train.methods import make_method
@@ -49,15 +48,14 @@ def heal(
         translation = None if tokens is None else Translation(original.tokenizer, student.tokenizer, tokens)
         method = {"rank": RANK, "modules_to_save": () if tokens is None else EMBEDDING}
         rewording = translation and _rewording(lessons, original, translation)
-        write = partial(_write, student)
-        teaching = Teaching(original, student, lessons, method, write, "healing", translation, rewording)
+        learnt = partial(_learnt, student)
+        teaching = Teaching(original, student, lessons, method, learnt, "healing", translation, rewording)
         return (yield from teach(teaching, dest, work))
 
 
-def _write(student: Session, settings: Settings, finished: Finished, share: float, dest: Path) -> None:
+def _learnt(student: Session, settings: Settings, finished: Finished, share: float) -> Iterable[Spec]:
     adapter = as_adapter(student, make_method(student, settings), finished.parameters, settings)
-    weights = Weights(student.parameters, student.config, [(adapter, share)])
-    write_folder(dest, student.hf_config, list(weights.specs(student.family.names)), side_files(student.checkpoint))
+    return Weights(student.parameters, student.config, [(adapter, share)]).specs(student.family.names)
 
 
 def _rewording(lessons: Lessons, original: Session, translation: Translation) -> Reword:

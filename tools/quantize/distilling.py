@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from ...backends.base import Backend
-from ...checkpoint import write_folder
-from ...models.families.writing import specs as laid_out
+from ...checkpoint import Spec
+from ...models.families.writing import specs
 from ...registry import create_backend
 from ...runtime.session import Session, open_session
-from ...runtime.side_files import side_files
 from ...train import Finished, Settings
 from ...train.artifacts import with_scales
 from ...train.methods import make_method
@@ -68,8 +67,8 @@ def teach_scales(
     gone on with. Raises what `teach` raises."""
     with open_session(made, backend=original.backend) as student:
         method = {"method": "scales", "remat": True}
-        write = partial(_write, student)
-        teaching = Teaching(original, student, lessons, method, write, "distilling", rate=_rate)
+        learnt = partial(_learnt, student)
+        teaching = Teaching(original, student, lessons, method, learnt, "distilling", rate=_rate)
         return (yield from teach(teaching, dest, work))
 
 
@@ -79,8 +78,6 @@ def _rate(before: Quality) -> float:
     return RATE * math.sqrt(min(max(before.kl, 1e-4), 2.0))
 
 
-def _write(student: Session, settings: Settings, finished: Finished, share: float, dest: Path) -> None:
-    learnt = {name: values * np.float32(share) for name, values in finished.parameters.items()}
-    pieces = with_scales(student, make_method(student, settings), learnt)
-    specs = list(laid_out(student.family.names, student.config, pieces))
-    write_folder(dest, student.hf_config, specs, side_files(student.checkpoint))
+def _learnt(student: Session, settings: Settings, finished: Finished, share: float) -> Iterable[Spec]:
+    moved = {name: values * np.float32(share) for name, values in finished.parameters.items()}
+    return specs(student.family.names, student.config, with_scales(student, make_method(student, settings), moved))

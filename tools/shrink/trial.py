@@ -312,14 +312,15 @@ class Trial:
         shutil.rmtree(made, ignore_errors=True)  # it may be there since a kill
         source, ends = self._written(cut) if plan.parts else self.source, time.perf_counter() + seconds
         lessons = self._lessons(ends) if plan.healed else None
-        if lessons and plan.parts:
+        alone = plan.healed and not plan.parts
+        if lessons and not alone:
             source = self._healed(cut, source, lessons)
-        if lessons and not plan.parts and self._leads(BITS_ALONE):
+        if alone and self._leads(BITS_ALONE):
             shutil.copytree(self.best, made)
         else:
             given = Given(shared.plan, self.weighed.hessians, self.ids if cut.tokens is None else None)
             quantize(source, made, self._rounding(method), self.told, self.exact, given)
-        if lessons and not plan.parts:
+        if alone:
             self._distilled(made, lessons)
 
     def _leads(self, plan: Plan) -> bool:
