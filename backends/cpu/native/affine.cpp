@@ -1,19 +1,10 @@
 // One body for every processor: memory is what it waits for.
 #include "affine.h"
 
-#include <cstring>
-
 namespace ondevice::cpu {
 namespace {
 
-constexpr int kEight = 8;  // codes fill as many whole bytes as one of them has bits
-
-template <int bits>
-void unpack(const uint8_t* from, float* to) {
-    uint64_t word = 0;
-    std::memcpy(&word, from, bits);
-    for (int i = 0; i < kEight; i++) to[i] = static_cast<float>(static_cast<int32_t>(word >> (bits * i) & ((1u << bits) - 1)));
-}
+constexpr int kEight = 8;  // codes that are unpacked at once
 
 template <int bits>
 void row_of(const Affine& p, int64_t row) {
@@ -23,7 +14,7 @@ void row_of(const Affine& p, int64_t row) {
     for (int64_t group = row * c.groups; group < (row + 1) * c.groups; group++)
         for (int64_t at = 0; at < c.size; at += kEight, codes += bits, out += kEight) {
             float code[kEight];
-            unpack<bits>(codes, code);
+            unpack_eight<bits>(codes, code);
             for (int i = 0; i < kEight; i++) out[i] = code[i] * p.scales[group] + p.biases[group];
         }
 }
@@ -37,7 +28,7 @@ void row_of(const AffineBack& p, int64_t row) {
         float weighted[kEight] = {}, plain[kEight] = {};
         for (int64_t at = 0; at < c.size; at += kEight, codes += bits, grad += kEight) {
             float code[kEight];
-            unpack<bits>(codes, code);
+            unpack_eight<bits>(codes, code);
             for (int i = 0; i < kEight; i++) weighted[i] += grad[i] * code[i], plain[i] += grad[i];
         }
         float to_scale = 0, to_bias = 0;

@@ -2,10 +2,19 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "pool.h"
 
 namespace ondevice::cpu {
+
+// Eight neighbours of MLX's packed codes, which fill `bits` bytes.
+template <int bits, class T>
+inline void unpack_eight(const uint8_t* from, T* to) {
+    uint64_t word = 0;
+    std::memcpy(&word, from, bits);
+    for (int i = 0; i < 8; i++) to[i] = static_cast<T>(static_cast<int32_t>(word >> bits * i & ((1 << bits) - 1)));
+}
 
 // MLX's packed codes: `rows` rows of `groups` groups of `size` (a multiple of 8) codes of `bits` bits.
 struct PackedCodes {

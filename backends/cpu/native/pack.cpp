@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "affine.h"
 #include "super_blocks.h"
 
 namespace ondevice::cpu {
@@ -43,11 +44,7 @@ struct Stream {
 
     void codes(int64_t row, int64_t block, Codes& out) const {
         const uint8_t* at = from.codes + row * row_bytes + block * kBlock / 8 * bits;
-        for (int eight = 0; eight < 4; eight++, at += bits) {  // eight codes fill `bits` bytes
-            uint64_t word = 0;
-            std::memcpy(&word, at, bits);
-            for (int i = 0; i < 8; i++) out[8 * eight + i] = word >> bits * i & ((1 << bits) - 1);
-        }
+        for (int eight = 0; eight < 4; eight++, at += bits) unpack_eight<bits>(at, out + 8 * eight);
     }
     Nibbles nibbles(int64_t row, int64_t block) const {  // eight neighbours fill four bytes, the even ones low
         const uint8_t* at = from.codes + row * row_bytes + block * 16;
